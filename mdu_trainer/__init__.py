@@ -1,0 +1,39 @@
+"""Machine unlearning of masked diffusion language models, as a Hugging Face Trainer extension."""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "MDLMConfig": "config",
+    "MDUConfig": "config",
+    "MDLMTrainer": "mdlm",
+    "MDUTrainer": "trainer",
+    "NonFiniteLossError": "mdlm",
+    "DataCollatorForUnlearning": "data",
+    "question_answer_rows": "data",
+    "corrupt": "masking",
+    "anchor_kl": "divergence",
+    "Backbone": "models",
+    "load_model": "models",
+    "load_tokenizer": "models",
+    "resolve_backbone": "models",
+    "DiffusionGenerationConfig": "generation",
+    "generate": "generation",
+    "response_likelihood": "likelihood",
+}
+
+__all__ = [*_ROOMS, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,176 @@
+"""Configuration of the trainers: TrainingArguments plus what the diffusion and the unlearning need."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .objectives import OBJECTIVES
+
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
+
+
+@dataclass
+class MDLMConfig(TrainingArguments):
+    r"""
+    Configuration of [`MDLMTrainer`], which fine-tunes a masked diffusion language model.
+
+    Only the parameters that [`~transformers.TrainingArguments`] does not have, or whose defaults differ, are listed.
+
+    Parameters:
+        > Parameters that control the model
+
+        model_init_kwargs (`dict`, *optional*):
+            Keyword arguments of `from_pretrained`, for a model given by name.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether a model given by name may run code of its repository. LLaDA and Dream need none.
+
+        > Parameters that control the data
+
+        max_length (`int`, *optional*, defaults to `1024`):
+            Longest row in tokens. Responses are truncated, prompts never. `None` is the model's context length.
+        pad_with_end_tokens (`bool`, *optional*, defaults to `False`):
+            Fill each batch with end tokens that count as response, instead of padding, as LLaDA's instruction tuning
+            did. A model trained this way ends short answers inside a longer block of masks.
+        train_sampling_strategy (`str`, *optional*, defaults to `"random"`):
+            `"random"`, `"sequential"`, or `"group_by_length"` (batches of rows of like length).
+
+        > Parameters that control the forward process
+
+        t_min (`float`, *optional*, defaults to `0.0`), t_max (`float`, *optional*, defaults to `1.0`):
+            t is uniform on [max(t_min, time_epsilon), t_max]. `t_min = t_max = 1` masks the whole response.
+        time_epsilon (`float`, *optional*, defaults to `1e-3`):
+            Smallest t.
+        time_weighting (`bool`, *optional*, defaults to `True`):
+            Weight the cross-entropy by 1/t, the bound on -log p. `False` averages it over the masked tokens instead,
+            which has less variance. Read by [`MDLMTrainer`] only.
+        prompt_mask_ratio (`float`, *optional*, defaults to `0.0`):
+            Share of rows whose prompt takes part in the diffusion too, so that the model knows what to predict when
+            the prompt is masked. Read by [`MDLMTrainer`] only.
+    """
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of from_pretrained, for a model given by name."}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Whether a model given by name may run code of its repository."}
+    )
+    max_length: int | None = field(
+        default=1024, metadata={"help": "Longest row in tokens; responses are truncated, prompts never."}
+    )
+    pad_with_end_tokens: bool = field(
+        default=False, metadata={"help": "Fill batches with end tokens that count as response."}
+    )
+    t_min: float = field(default=0.0, metadata={"help": "t is uniform on [max(t_min, time_epsilon), t_max]."})
+    t_max: float = field(default=1.0, metadata={"help": "Largest t; t_min = t_max = 1 masks the whole response."})
+    time_epsilon: float = field(default=1e-3, metadata={"help": "Smallest t."})
+    time_weighting: bool = field(default=True, metadata={"help": "Weight the cross-entropy by 1/t (fine-tuning)."})
+    prompt_mask_ratio: float = field(
+        default=0.0, metadata={"help": "Share of rows whose prompt takes part in the diffusion too (fine-tuning)."}
+    )
+
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Not used: rows are tokenised here."})
+    logging_steps: float = field(default=10, metadata={"help": "Log every X update steps."})
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "Off: a step runs several forward passes before its backward pass."}
+    )
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.time_epsilon < 1:
+            raise ValueError(f"time_epsilon must lie between 0 and 1, got {self.time_epsilon}.")
+        if not 0 <= self.t_min <= 1 or not 0 < self.t_max <= 1:
+            raise ValueError(f"t_min and t_max must lie in [0, 1], got t_min = {self.t_min}, t_max = {self.t_max}.")
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min = {self.t_min} is larger than t_max = {self.t_max}; swap them.")
+        if not 0 <= self.prompt_mask_ratio <= 1:
+            raise ValueError(f"prompt_mask_ratio is a share in [0, 1], got {self.prompt_mask_ratio}.")
+        if self.max_length is not None and self.max_length < 2:
+            raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt and a response.")
+        if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
+            raise ValueError(
+                f"train_sampling_strategy '{self.train_sampling_strategy}' is not supported; use one of "
+                f"{', '.join(SAMPLING_STRATEGIES)}."
+            )
+
+
+@dataclass
+class MDUConfig(MDLMConfig):
+    r"""
+    Configuration of [`MDUTrainer`], which makes a masked diffusion language model forget.
+
+        L = L_forget + retain_weight * L_retain
+
+    Only the parameters that [`MDLMConfig`] does not have, or whose defaults differ, are listed. The defaults of
+    learning rate and batch size are those of the MDU paper (arXiv 2605.18253).
+
+    Parameters:
+        > Parameters that control the forget loss
+
+        loss_type (`str`, *optional*, defaults to `"mdu"`):
+            `"mdu"`, `"ga"`, `"npo"`, `"simnpo"`, `"wga"` or `"dpo"`; see `mdu_trainer.objectives`. `"ga"` with a
+            retain set is the papers' GD.
+        tau (`float`, *optional*, defaults to `0.0`):
+            MDU: multiplies the anchor's logits. 0 is the uniform distribution, 1 the prompt-masked prediction.
+        kl_reduction (`str`, *optional*, defaults to `"sequence"`):
+            MDU: `"sequence"` averages over the masked tokens of each row, then over rows (the paper's equation).
+            `"token"` averages over the masked tokens of all rows of an update.
+        anchor_source (`str`, *optional*, defaults to `"initial"`):
+            MDU: whose prompt-masked prediction is the anchor. `"initial"` is the model at the start; `"current"` is
+            the model in training, without gradient.
+        beta (`float`, *optional*):
+            Inverse temperature of NPO (0.2 if not set), SimNPO (2.5) and DPO (0.1).
+        gamma (`float`, *optional*, defaults to `0.0`):
+            Margin of SimNPO.
+        alpha (`float`, *optional*, defaults to `1.0`):
+            Exponent of WGA's weights.
+
+        > Parameters that control the retain loss
+
+        retain_loss_type (`str`, *optional*, defaults to `"nelbo"`):
+            `"nelbo"` is the masked-diffusion bound a token; `"kl"` the divergence from the model at the start.
+        retain_weight (`float`, *optional*, defaults to `1.0`):
+            lambda. 0 to unlearn without a retain set.
+    """
+
+    loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": list(OBJECTIVES)})
+    tau: float = field(default=0.0, metadata={"help": "MDU: multiplies the anchor's logits."})
+    kl_reduction: str = field(
+        default="sequence",
+        metadata={"help": "MDU: average the KL over each row, or over all tokens.", "choices": ["sequence", "token"]},
+    )
+    anchor_source: str = field(
+        default="initial",
+        metadata={"help": "MDU: the anchor is the model's at the start, or now.", "choices": ["initial", "current"]},
+    )
+    beta: float | None = field(default=None, metadata={"help": "Inverse temperature of NPO, SimNPO and DPO."})
+    gamma: float = field(default=0.0, metadata={"help": "Margin of SimNPO."})
+    alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
+    retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
+    retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Forget rows, and as many retain rows, per device and micro-batch."}
+    )
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an update."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("loss_type", "kl_reduction", "anchor_source", "retain_loss_type"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
+        if not (math.isfinite(self.tau) and self.tau >= 0):
+            raise ValueError(f"tau must be finite and at least 0, got {self.tau}.")
+        if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0):
+            raise ValueError(f"retain_weight must be finite and at least 0, got {self.retain_weight}.")
+        if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
+            raise ValueError(f"beta must be finite and larger than 0, got {self.beta}.")
+        if self.pad_with_end_tokens or self.prompt_mask_ratio or not self.time_weighting:
+            raise ValueError(
+                "pad_with_end_tokens, prompt_mask_ratio and time_weighting=False are options of fine-tuning "
+                "(MDLMConfig); unlearning does not read them."
+            )

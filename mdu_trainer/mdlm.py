@@ -1,0 +1,364 @@
+"""Fine-tuning of masked diffusion language models: the Trainer hooks and wiring that unlearning shares."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import EvalPrediction
+from transformers.utils import logging
+
+from .config import MDLMConfig
+from .data import (
+    DataCollatorForUnlearning,
+    EpochSampler,
+    RowPairs,
+    TokenizedRows,
+    in_order,
+    length_grouped,
+    shuffled,
+    tokenize_rows,
+)
+from .divergence import cross_entropy, entropy
+from .masking import Corruption, MaskSchedule, corrupt
+from .models import load_model, load_tokenizer, resolve_backbone, row_logits
+from .objectives import diffusion_bound, row_sums
+
+logger = logging.get_logger(__name__)
+
+Batch = dict[str, Tensor]
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became NaN or infinite. Training stopped before the update; earlier checkpoints are untouched."""
+
+
+class Figure(NamedTuple):
+    """A figure of each row of a batch, and what each row weighs in its mean: both `[B]`."""
+
+    value: Tensor
+    weight: Tensor
+
+
+Figures = dict[str, Figure]
+
+
+class Noised(NamedTuple):
+    """A batch after the forward process, with N masked positions in B rows."""
+
+    corruption: Corruption
+    attention_mask: Tensor  # [B, L]
+    targets: Tensor  # [N] the masked tokens
+    row: Tensor  # [N] their rows
+    num_masked: Tensor  # [B]
+    num_response: Tensor  # [B]
+    weight: Tensor  # [B] 1/t; 0 where the draw had masked nothing
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Mean of `values` `[N]` over the masked tokens of each row: `[B]`."""
+        return row_sums(values, self.row, len(self.num_masked)) / self.num_masked
+
+    def bound(self, nll: Tensor) -> Tensor:
+        """The masked-diffusion bound from the tokens' cross-entropy `[N]`: `[B]`."""
+        return diffusion_bound(nll, self.row, self.weight)
+
+
+class MDLMTrainer(Trainer):
+    """Fine-tune a masked diffusion language model on prompt-completion rows.
+
+        L = E_t [ 1/t * sum_{i in M_t} CE_i / |y| ]          (LLaDA, arXiv 2502.09992, eq. 5)
+
+    Args:
+        model: a model's name or path, a `PreTrainedModel`, or a `PeftModel`.
+        args: the configuration.
+        train_dataset: rows in a format of `mdu_trainer.data`.
+        eval_dataset: rows, or a dict of names and rows. Their masks are fixed by the seed.
+        processing_class: the tokenizer; the model's own if not given.
+        peft_config: wraps the model in an adapter. Without `target_modules`, the backbone's are taken.
+        data_collator: in place of `DataCollatorForUnlearning`.
+        callbacks, optimizers: as in `Trainer`.
+
+    Example:
+
+        trainer = MDLMTrainer("GSAI-ML/LLaDA-8B-Base", MDLMConfig("out"), train_dataset=rows)
+        trainer.train()
+    """
+
+    config_class = MDLMConfig
+    # compute_loss returns a mean over a micro-batch, so the Trainer divides it by the number of micro-batches
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: MDLMConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+    ):
+        args = args if args is not None else self.config_class("trainer_output")
+        if not isinstance(args, self.config_class):
+            raise TypeError(f"args must be a {self.config_class.__name__}, got a {type(args).__name__}.")
+        if args.n_gpu > 1:
+            logger.warning(f"{args.n_gpu} GPUs are visible and one is used; `accelerate launch` uses all of them.")
+            args._n_gpu = 1
+        processing_class = processing_class or _load_tokenizer_of(model, args)
+        model = _load(model, args)
+        self.backbone = resolve_backbone(model, processing_class)
+        self._tokenizer = processing_class
+        self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
+        parts = self._tokenize_train(args, train_dataset)
+        collator = DataCollatorForUnlearning(
+            self.backbone.pad_token_id, self.backbone.end_token_ids[0] if args.pad_with_end_tokens else None
+        )
+        super().__init__(
+            model=_with_adapter(model, peft_config, args, self.backbone.lora_target_modules),
+            args=args,
+            data_collator=data_collator or collator,
+            train_dataset=RowPairs(parts, args.seed, _order(args)) if parts else None,
+            eval_dataset=self._tokenize_eval(args, eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            compute_metrics=self._mean_rows,
+            optimizers=optimizers,
+        )
+        self.model_accepts_loss_kwargs = False
+        self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, Figures]:
+        """The loss of a micro-batch, and with `return_outputs` the figures of its rows."""
+        figures = self._figures(model, inputs)
+        loss = self._total(figures, num_items_in_batch)
+        self._check_finite(loss)
+        self._record(figures)
+        return (loss, figures) if return_outputs else loss
+
+    def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
+        noised = self._noise("train", inputs["train"])
+        logits = self._predict(model, noised)
+        nll = cross_entropy(logits, noised.targets)
+        loss = noised.bound(nll) / noised.num_response if self.args.time_weighting else noised.per_row(nll)
+        return {"loss": each_row(loss), **self._prediction_figures(noised, logits)}
+
+    def _total(self, figures: Figures, sizes: dict[str, Tensor] | None) -> Tensor:
+        return self._mean(figures, "loss", sizes)
+
+    def _mean(self, figures: Figures, name: str, sizes: dict[str, Tensor] | None) -> Tensor:
+        """Mean of a figure over rows; `sizes` holds the mean weight of the micro-batches of the update."""
+        value, weight = figures[name]
+        return (value * weight).sum() / (sizes[name] if sizes else weight.sum())
+
+    # Steps of a loss
+
+    def _noise(self, name: str, batch: Batch) -> Noised:
+        """The forward process on a batch of the data set `name`, as the seed says."""
+        schedule = self._schedules[name]
+        visit, row, response = batch["visit"], batch["row"], batch["response_mask"]
+        if name == "train" and self.args.prompt_mask_ratio:
+            prompt_too = schedule.bernoulli(visit, row, self.args.prompt_mask_ratio)
+            response = torch.where(prompt_too[:, None], batch["attention_mask"], response)
+        t = schedule.times(visit, row)
+        noise = schedule.noise(visit, row, response.shape[1])
+        corruption = corrupt(
+            batch["input_ids"], response, batch["attention_mask"], self.backbone.mask_token_id, t=t, noise=noise
+        )
+        drew_any = ((noise < t[:, None]) & response.bool()).any(dim=1)
+        return Noised(
+            corruption=corruption,
+            attention_mask=batch["attention_mask"],
+            targets=batch["input_ids"][corruption.masked],
+            row=corruption.masked.nonzero(as_tuple=True)[0],
+            num_masked=corruption.masked.sum(dim=1),
+            num_response=response.sum(dim=1),
+            weight=drew_any / t,
+        )
+
+    def _predict(self, model: nn.Module, noised: Noised) -> Tensor:
+        """p_theta(. | x, y_t) at the masked positions, as logits `[N, V]`."""
+        return row_logits(
+            model,
+            noised.corruption.noisy_ids,
+            noised.attention_mask,
+            noised.corruption.masked,
+            logit_shift=self.backbone.logit_shift,
+        )
+
+    @torch.no_grad()
+    def _prediction_figures(self, noised: Noised, logits: Tensor) -> Figures:
+        return {
+            "entropy": each_row(noised.per_row(entropy(logits))),
+            "masked_fraction": each_row(noised.num_masked / noised.num_response),
+        }
+
+    def _check_finite(self, loss: Tensor) -> None:
+        if self.model.training and not torch.isfinite(loss):
+            raise NonFiniteLossError(
+                f"The loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before the update "
+                "and saved nothing; the last checkpoint is intact. Lower the learning rate, clip gradients "
+                "(max_grad_norm), or unlearn for fewer steps."
+            )
+
+    # Data
+
+    def _tokenize_train(self, args: MDLMConfig, dataset: Dataset | None) -> dict[str, TokenizedRows]:
+        return {} if dataset is None else {"train": self._tokenize(args, dataset, "train")}
+
+    def _tokenize(self, args: MDLMConfig, dataset: Dataset, name: str, **kwargs: bool) -> TokenizedRows:
+        return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=args.max_length, **kwargs)
+
+    def _tokenize_eval(self, args: MDLMConfig, dataset: Dataset | dict[str, Dataset] | None) -> Any:
+        if dataset is None or isinstance(dataset, RowPairs):
+            return dataset
+        if isinstance(dataset, dict):
+            return {name: self._tokenize_eval(args, rows) for name, rows in dataset.items()}
+        rows = self._tokenize(args, dataset, "eval", **self._eval_columns(args))
+        return RowPairs({name: rows for name in self._eval_parts(args)}, args.seed, in_order)
+
+    def _eval_parts(self, args: MDLMConfig) -> list[str]:
+        return ["train"]
+
+    def _eval_columns(self, args: MDLMConfig) -> dict[str, bool]:
+        return {}
+
+    def _schedule(self, name: str, num_rows: int) -> MaskSchedule:
+        args = self.args
+        return MaskSchedule(args.seed, name, num_rows, args.t_min, args.t_max, args.time_epsilon)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in
+        return EpochSampler(len(train_dataset or self.train_dataset), epoch=lambda: int(self.state.epoch or 0))
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> EpochSampler:
+        return EpochSampler(len(eval_dataset), epoch=lambda: 0)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, dict[str, Tensor]]:
+        """The micro-batches of an update, and the mean weight of one, by which losses are divided.
+
+        So a row weighs the same however the rows of an update are split into micro-batches and processes.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._update_sizes(batches) if batches else {}
+
+    def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
+        rows = sum(len(batch["train"]["row"]) for batch in batches)
+        return {"loss": self._mean_over_update(torch.tensor(rows, device=self.args.device), len(batches))}
+
+    def _mean_over_update(self, total: Tensor, num_batches: int) -> Tensor:
+        return self.accelerator.reduce(total.float(), "mean") / num_batches
+
+    def floating_point_ops(self, inputs: dict[str, Batch]) -> int:
+        """Estimate of the forward and backward passes on every part of a batch."""
+        return sum(super(MDLMTrainer, self).floating_point_ops(part) for part in inputs.values())
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The losses on eval sets, with masks fixed by the seed: equal weights give equal figures."""
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenize_eval(self.args, eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """As in `Trainer`; also sets the masks of the set that is evaluated."""
+        named = isinstance(eval_dataset, str)
+        dataset = self.eval_dataset[eval_dataset] if named else eval_dataset or self.eval_dataset
+        parts = dataset.parts if dataset is not None else {}
+        self._eval_schedules = {name: self._schedule(f"eval-{name}", len(rows)) for name, rows in parts.items()}
+        return super().get_eval_dataloader(eval_dataset)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Batch], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """The K figures of a batch and their weights, `[B, K, 2]`; weighted means over all rows are the metrics."""
+        inputs = self._prepare_inputs(inputs)
+        training, self._schedules = self._schedules, self._eval_schedules
+        try:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                figures = self._figures(model, inputs)
+        finally:
+            self._schedules = training
+        self._eval_names = list(figures)
+        rows = torch.stack([torch.stack(figure, dim=1).float() for figure in figures.values()], dim=1)
+        return None, rows, torch.zeros(len(rows), device=rows.device)
+
+    def _mean_rows(self, prediction: EvalPrediction) -> dict[str, float]:
+        figures = torch.from_numpy(prediction.predictions).double()
+        means = (figures[..., 0] * figures[..., 1]).sum(dim=0) / figures[..., 1].sum(dim=0)
+        metrics = dict(zip(self._eval_names, means.tolist(), strict=True))
+        return metrics if "loss" in metrics else metrics | {"loss": metrics["forget_loss"]}
+
+    # Logging
+
+    @torch.no_grad()
+    def _record(self, figures: Figures) -> None:
+        for name, (value, weight) in figures.items():
+            if name != "loss" and self.model.training:
+                self._metrics[name] += torch.stack([(value * weight).sum(), weight.sum()]).float()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, with the means of the figures since the last training log."""
+        if "loss" in logs and self._metrics:
+            totals = self.accelerator.reduce(torch.stack(list(self._metrics.values())), "sum")
+            logs |= {name: (total / count).item() for name, (total, count) in zip(self._metrics, totals, strict=True)}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+
+def each_row(value: Tensor) -> Figure:
+    """A figure in whose mean all rows weigh the same."""
+    return Figure(value, torch.ones_like(value))
+
+
+def _load(model: str | PreTrainedModel | PeftModel, args: MDLMConfig) -> PreTrainedModel | PeftModel:
+    if isinstance(model, str):
+        return load_model(model, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {}))
+    if args.model_init_kwargs:
+        raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already.")
+    return model
+
+
+def _load_tokenizer_of(model: str | PreTrainedModel | PeftModel, args: MDLMConfig) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else model.config._name_or_path
+    if not name:
+        raise ValueError("The model was not loaded from a name or path, so pass its tokenizer as processing_class.")
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision or "main")
+
+
+def _with_adapter(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: MDLMConfig, target_modules: Any
+) -> PreTrainedModel | PeftModel:
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise ValueError("The model is a PeftModel already; pass peft_config only with a plain model.")
+        if getattr(peft_config, "target_modules", None) is None:
+            peft_config.target_modules = target_modules
+        model = get_peft_model(model, peft_config)
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        # the embeddings' output must carry a gradient, or checkpointed layers below the first adapter have none
+        model.enable_input_require_grads()
+    return model
+
+
+def _order(args: MDLMConfig) -> Callable:
+    strategies = {"random": shuffled, "sequential": in_order}
+    return strategies.get(args.train_sampling_strategy) or length_grouped(args.train_batch_size)
