@@ -1,0 +1,1 @@
+"""What was forgotten, and at what price, as pictures."""
