@@ -104,9 +104,7 @@ class MDLMTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        args = args if args is not None else self.config_class("trainer_output")
-        if not isinstance(args, self.config_class):
-            raise TypeError(f"args must be a {self.config_class.__name__}, got a {type(args).__name__}.")
+        args = self._config(args)
         if args.n_gpu > 1:
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; `accelerate launch` uses all of them.")
             args._n_gpu = 1
@@ -132,6 +130,13 @@ class MDLMTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
+
+    @classmethod
+    def _config(cls, args: MDLMConfig | None) -> MDLMConfig:
+        args = args if args is not None else cls.config_class("trainer_output")
+        if not isinstance(args, cls.config_class):
+            raise TypeError(f"args must be a {cls.config_class.__name__}, got a {type(args).__name__}.")
+        return args
 
     # The loss
 

@@ -55,7 +55,7 @@ class MDUTrainer(MDLMTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
     ):
-        args = args if args is not None else MDUConfig("trainer_output")
+        args = self._config(args)
         self._retain_dataset = retain_dataset
         self.objective = OBJECTIVES[args.loss_type]
         self.beta = self.objective.beta if args.beta is None else args.beta

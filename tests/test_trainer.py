@@ -1,0 +1,524 @@
+"""The trainers: the loss equals the formula, and nothing that should not matter matters."""
+
+import copy
+import logging
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn.functional import logsigmoid
+
+from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError
+from mdu_trainer.data import question_answer_rows
+from mdu_trainer.testing import forget_retain_split
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.fixture(scope="module")
+def sets(authors):
+    """Eight rows to forget, twenty to keep."""
+    forget, retain = forget_retain_split(authors)
+    forget = question_answer_rows(forget, conversational=True, preferred="refusal")
+    return forget.select(range(8)), question_answer_rows(retain, conversational=True).select(range(20))
+
+
+@pytest.fixture
+def make_trainer(make_model, tokenizer, sets, tmp_path):
+    def make(model=None, forget=sets[0], retain=sets[1], cls=MDUTrainer, **kwargs):
+        config = MDUConfig if cls is MDUTrainer else MDLMConfig
+        passed = {k: kwargs.pop(k) for k in ("peft_config", "eval_dataset", "callbacks") if k in kwargs}
+        defaults = {
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "max_steps": 3,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            "use_cpu": True,
+        }
+        args = config(output_dir=str(tmp_path), **(defaults | kwargs))
+        if cls is MDUTrainer and args.retain_weight:
+            passed["retain_dataset"] = retain
+        return cls(make_model() if model is None else model, args, forget, processing_class=tokenizer, **passed)
+
+    return make
+
+
+def batch_of(trainer, epoch=0):
+    trainer.state.epoch = epoch
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def perturb(model, scale=0.05):
+    """Move trained weights, so that the live model differs from theta_0."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+# The loss, evaluated independently: one row at a time, without padding, hooks or shared code.
+
+
+def log_probs(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+
+
+def expected_row(trainer, initial, name, batch, i, loss_type):
+    """One row of the forget loss (or of a retain loss) by its formula; also the weight of the row."""
+    args = trainer.args
+    part = batch[name]
+    length = int(part["attention_mask"][i].sum())
+    ids, response = part["input_ids"][i, :length], part["response_mask"][i, :length].bool()
+    stream = "retain" if name == "retain" else "forget"
+    visit, row = part["visit"][i : i + 1], part["row"][i : i + 1]
+    t = trainer._schedules[stream].times(visit, row).double().item()
+    noise = trainer._schedules[stream].noise(visit, row, length)[0]
+    drawn = response & (noise < t)
+    masked = drawn.clone()
+    if not masked.any():
+        masked[torch.where(response, noise, torch.tensor(2.0)).argmin()] = True
+    noisy = torch.where(masked, trainer.backbone.mask_token_id, ids)
+    anchor_ids = torch.where(response, noisy, trainer.backbone.mask_token_id)
+    model = trainer.model.eval()
+    p = log_probs(model, noisy)[masked]
+    weight = 1 / t if drawn.any() else 0.0
+
+    def bound(log_p):
+        return -weight * log_p.gather(1, ids[masked][:, None]).sum()
+
+    if loss_type == "mdu":
+        live = model if args.anchor_source == "current" else initial
+        q = (args.tau * log_probs(live, anchor_ids)[masked]).log_softmax(-1)
+        return (p.exp() * (p - q)).sum() / masked.sum(), masked.sum()
+    if loss_type == "kl":
+        q = log_probs(initial, noisy)[masked]
+        return (p.exp() * (p - q)).sum() / masked.sum(), 1
+    if loss_type in ("nelbo", "ga"):
+        return (bound(p) if loss_type == "nelbo" else -bound(p)) / response.sum(), 1
+    if loss_type == "simnpo":
+        return -2 / 2.5 * logsigmoid(2.5 * bound(p) / response.sum() - args.gamma), 1
+    if loss_type == "wga":
+        truth = p.gather(1, ids[masked][:, None])
+        return weight * ((args.alpha * truth).exp() * truth).sum() / response.sum(), 1
+    log_ratio = bound(log_probs(initial, noisy)[masked]) - bound(p)
+    if loss_type == "log_ratio":
+        return log_ratio, 1
+    if loss_type == "npo":
+        return -2 / 0.2 * logsigmoid(-0.2 * log_ratio), 1
+    preferred, _ = expected_row(trainer, initial, "preferred", batch, i, "log_ratio")
+    return -logsigmoid(0.1 * (preferred - log_ratio)), 1
+
+
+def expected_loss(trainer, initial, batch):
+    rows = range(len(batch["forget"]["row"]))
+    forget = [expected_row(trainer, initial, "forget", batch, i, trainer.args.loss_type) for i in rows]
+    if trainer.args.kl_reduction == "token":
+        total = sum(value * weight for value, weight in forget) / sum(weight for _, weight in forget)
+    else:
+        total = sum(value for value, _ in forget) / len(forget)
+    if "retain" in batch:
+        kind = trainer.args.retain_loss_type
+        retain = [expected_row(trainer, initial, "retain", batch, i, kind)[0] for i in rows]
+        total = total + trainer.args.retain_weight * sum(retain) / len(retain)
+    return total
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tau": 0.0},
+        {"tau": 0.5},
+        {"tau": 1.0, "kl_reduction": "token"},
+        {"tau": 0.75, "anchor_source": "current"},
+        {"tau": 0.25, "t_min": 1.0, "t_max": 1.0},
+        {"tau": 0.0, "retain_loss_type": "kl", "retain_weight": 0.3},
+        {"tau": 0.5, "retain_weight": 0.0},
+        {"loss_type": "ga"},
+        {"loss_type": "ga", "retain_weight": 0.0},
+        {"loss_type": "npo", "retain_loss_type": "kl"},
+        {"loss_type": "simnpo", "gamma": 0.3},
+        {"loss_type": "wga", "alpha": 0.7},
+        {"loss_type": "dpo", "time_epsilon": 0.1},
+    ],
+    ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
+)
+def test_loss_equals_the_formula_in_float64(make_trainer, make_model, options):
+    model = make_model().double()
+    initial = copy.deepcopy(model)
+    trainer = make_trainer(model, **options)
+    perturb(trainer.model)
+    for epoch in range(3):
+        batch = batch_of(trainer, epoch)
+        loss = trainer.compute_loss(trainer.model, batch)
+        assert loss.dtype == torch.float64
+        assert loss.item() == pytest.approx(expected_loss(trainer, initial, batch).item(), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("time_weighting", [True, False])
+def test_fine_tuning_loss_equals_the_formula(make_trainer, make_model, sets, time_weighting):
+    trainer = make_trainer(make_model().double(), forget=sets[1], cls=MDLMTrainer, time_weighting=time_weighting)
+    part = batch_of(trainer)["train"]
+    noised = trainer._noise("train", part)
+    trainer.model.eval()
+    rows = []
+    for i in range(4):
+        masked, length = noised.corruption.masked[i], int(part["attention_mask"][i].sum())
+        log_p = log_probs(trainer.model, noised.corruption.noisy_ids[i, :length])
+        nll = -log_p[masked[:length]].gather(1, part["input_ids"][i][masked][:, None]).sum()
+        scale = noised.weight[i] / part["response_mask"][i].sum() if time_weighting else 1 / masked.sum()
+        rows.append(nll * scale)
+    loss = trainer.compute_loss(trainer.model, {"train": part})
+    assert loss.item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-6)
+
+
+def test_prompt_masking_and_end_padding(make_trainer, sets):
+    trainer = make_trainer(
+        forget=sets[1],
+        cls=MDLMTrainer,
+        prompt_mask_ratio=0.5,
+        pad_with_end_tokens=True,
+        per_device_train_batch_size=20,
+    )
+    part = batch_of(trainer)["train"]
+    assert part["attention_mask"].min() == 1, "the padding is response now"
+    prompt_masked = (trainer._noise("train", part).corruption.masked & ~part["response_mask"].bool()).any(1)
+    assert 3 <= prompt_masked.sum() <= 17
+
+
+def test_padding_and_batch_composition_change_nothing(make_trainer, make_model):
+    trainer = make_trainer(make_model().double(), tau=0.5, per_device_train_batch_size=8)
+    perturb(trainer.model)
+    trainer.model.eval()
+    batch = batch_of(trainer)
+    _, figures = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    for i in range(8):
+        alone = {}
+        for name, part in batch.items():
+            if name != "preferred":
+                length = int(part["attention_mask"][i].sum())
+                alone[name] = {k: v[i : i + 1, :length] if v.ndim == 2 else v[i : i + 1] for k, v in part.items()}
+        _, single = trainer.compute_loss(trainer.model, alone, return_outputs=True)
+        for name, figure in figures.items():
+            assert single[name].value.item() == pytest.approx(figure.value[i].item(), rel=1e-6), name
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 0.0, "kl_reduction": "token"}, {"loss_type": "npo"}])
+def test_accumulation_does_not_change_the_update(make_trainer, make_model, sets, options):
+    ends = []
+    for batch_size, steps in ((8, 1), (2, 4), (1, 8)):
+        trainer = make_trainer(
+            make_model().double(),
+            retain=sets[1].select(range(13)),  # the last update of an epoch is smaller: 5 rows
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            optim="sgd",
+            learning_rate=0.1,
+            max_steps=4,
+            max_grad_norm=0.0,
+            **options,
+        )
+        trainer.train()
+        ends.append(weights(trainer))
+    start = weights(make_trainer(make_model().double()))
+    assert (ends[0] - start).norm() > 1e-3
+    for other in ends[1:]:
+        assert (ends[0] - other).norm() / (ends[0] - start).norm() < 1e-6
+
+
+def test_same_seed_same_weights_and_another_seed_others(make_trainer):
+    runs = []
+    for seed in (1, 1, 2):
+        trainer = make_trainer(tau=0.5, seed=seed)
+        trainer.train()
+        runs.append(weights(trainer))
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+def test_every_weight_moves(make_trainer):
+    trainer = make_trainer()
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert [name for name, p in trainer.model.named_parameters() if torch.equal(p, before[name])] == []
+
+
+def test_mdu_flattens_forget_rows_and_keeps_the_rest(make_trainer, make_model, sets):
+    model = make_model(hidden_size=64)
+    both = Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for rows in sets for row in rows])
+    shared = {"per_device_train_batch_size": 28, "learning_rate": 3e-3}
+    make_trainer(model, forget=both, cls=MDLMTrainer, max_steps=150, time_weighting=False, **shared).train()
+    trainer = make_trainer(model, max_steps=40, eval_dataset={"forget": sets[0], "retain": sets[1]}, **shared)
+    before, _, after = trainer.evaluate(), trainer.train(), trainer.evaluate()
+    assert after["eval_forget_kl"] < 0.3 * before["eval_forget_kl"]
+    assert after["eval_forget_retain_loss"] > before["eval_forget_retain_loss"] + 1, "the answers are less likely"
+    assert after["eval_retain_retain_loss"] < before["eval_retain_retain_loss"] + 0.5
+
+
+# Passes and copies
+
+
+class PassCounter:
+    def __init__(self, model):
+        self.count = 0
+        model.get_base_model().register_forward_hook(self) if isinstance(
+            model, PeftModel
+        ) else model.register_forward_hook(self)
+
+    def __call__(self, *args):
+        self.count += 1
+
+
+@pytest.mark.parametrize(
+    "options, live, frozen", [({"tau": 0.0}, 1, 0), ({"tau": 0.5}, 1, 1), ({"loss_type": "ga"}, 1, 0)]
+)
+def test_passes_a_forget_batch(make_trainer, options, live, frozen):
+    trainer = make_trainer(retain_weight=0.0, **options)
+    counter = PassCounter(trainer.model)
+    copy_counter = PassCounter(trainer.reference.frozen) if trainer.reference else None
+    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+    assert counter.count == live
+    assert (copy_counter.count if copy_counter else 0) == frozen
+
+
+def test_head_projects_masked_positions_only(make_trainer):
+    trainer = make_trainer(retain_weight=0.0)
+    rows = []
+    trainer.model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+    batch = batch_of(trainer)
+    trainer.compute_loss(trainer.model, batch)
+    assert rows == [int(trainer._noise("forget", batch["forget"]).num_masked.sum())]
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.5}, {"loss_type": "npo", "retain_loss_type": "kl"}])
+def test_lora_holds_one_copy_and_answers_for_theta_0(make_trainer, make_model, options):
+    model = make_model().double()
+    initial = copy.deepcopy(model)
+    trainer = make_trainer(model, peft_config=LoraConfig(**LORA), **options)
+    assert isinstance(trainer.model, PeftModel)
+    assert trainer.reference.frozen is None and trainer.reference.first_adapter == {}
+    perturb(trainer.model)
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx(expected_loss(trainer, initial, batch).item(), rel=1e-6)
+
+
+def test_trained_adapter_is_part_of_theta_0(make_trainer, make_model):
+    model = get_peft_model(make_model(), LoraConfig(**LORA)).double()
+    perturb(model)
+    initial = copy.deepcopy(model)
+    trainer = make_trainer(model, tau=0.5)
+    perturb(trainer.model)
+    moved = weights(trainer)
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx(expected_loss(trainer, initial.eval(), batch).item(), rel=1e-6)
+    assert torch.equal(weights(trainer), moved), "the live adapter is back after the pass"
+
+
+def test_lora_trains_adapters_only_and_takes_the_backbones_targets(make_trainer):
+    trainer = make_trainer(peft_config=LoraConfig(r=2), tau=0.5)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {name for name in before if "lora_" in name}
+    assert not any("lm_head" in name for name in moved)
+
+
+@pytest.mark.parametrize("peft", [False, True])
+def test_gradient_checkpointing_changes_nothing(make_trainer, peft):
+    ends = []
+    for checkpointing in (False, True):
+        lora = {"peft_config": LoraConfig(**LORA)} if peft else {}
+        trainer = make_trainer(tau=0.5, gradient_checkpointing=checkpointing, **lora)
+        trainer.train()
+        ends.append(weights(trainer))
+    torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_is_close_to_float32(make_trainer):
+    losses = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tau=0.5, bf16=bf16)
+        losses.append(trainer.train().training_loss)
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_length_grouped_batches_pad_less(make_trainer, sets):
+    def padding(strategy):
+        trainer = make_trainer(forget=sets[1], cls=MDLMTrainer, train_sampling_strategy=strategy)
+        return sum(int((1 - batch["train"]["attention_mask"]).sum()) for batch in trainer.get_train_dataloader())
+
+    assert padding("group_by_length") < 0.5 * padding("random")
+
+
+# Evaluation and logs
+
+
+def test_evaluation_is_exact_and_does_not_depend_on_batch_size(make_trainer, sets):
+    results = []
+    for batch_size in (3, 3, 8):
+        trainer = make_trainer(tau=0.5, eval_dataset={"f": sets[0]}, per_device_eval_batch_size=batch_size)
+        perturb(trainer.model)
+        first, second = trainer.evaluate(), trainer.evaluate()
+        names = ["eval_f_forget_loss", "eval_f_retain_loss", "eval_f_kl", "eval_f_entropy", "eval_f_masked_fraction"]
+        assert [first[n] for n in names] == [second[n] for n in names]
+        results.append([first[n] for n in names])
+    assert results[0] == results[1] and results[2] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_evaluation_takes_other_sets_and_leaves_training_as_it_was(make_trainer, sets):
+    trainer = make_trainer()
+    batch = batch_of(trainer)
+    before = trainer.compute_loss(trainer.model, batch).item()
+    metrics = trainer.evaluate(sets[1])
+    assert metrics["eval_loss"] == metrics["eval_forget_loss"]
+    assert trainer.compute_loss(trainer.model, batch).item() == before
+
+
+def test_best_model_by_an_eval_metric(make_trainer, sets):
+    trainer = make_trainer(
+        eval_dataset=sets[0],
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="forget_loss",
+        greater_is_better=False,
+    )
+    trainer.train()
+    assert trainer.state.best_metric == pytest.approx(trainer.evaluate()["eval_forget_loss"])
+
+
+def test_logs(make_trainer):
+    trainer = make_trainer(tau=0.5, logging_steps=2, max_steps=4)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert len(logs) == 2
+    for log in logs:
+        assert log["loss"] == pytest.approx(log["forget_loss"] + log["retain_loss"], rel=1e-4)
+        assert log["forget_loss"] == pytest.approx(log["kl"], rel=1e-5)
+        assert 0 < log["entropy"] < math.log(512) and 0 < log["masked_fraction"] <= 1
+
+
+def test_resumed_run_ends_with_the_same_weights(make_trainer):
+    options = {"tau": 0.5, "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-3")
+    assert torch.equal(weights(whole), weights(resumed))
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"tau": -0.5}, "tau must be finite and at least 0"),
+        ({"tau": float("inf")}, "tau must be finite"),
+        ({"t_min": 0.8, "t_max": 0.5}, "t_min = 0.8 is larger than t_max = 0.5"),
+        ({"t_max": 1.5}, r"must lie in \[0, 1\]"),
+        ({"time_epsilon": 0.0}, "time_epsilon must lie between 0 and 1"),
+        ({"loss_type": "mud"}, "loss_type 'mud' is unknown; choose one of mdu, ga"),
+        ({"retain_loss_type": "ce"}, "retain_loss_type 'ce' is unknown"),
+        ({"retain_weight": -1.0}, "retain_weight must be finite and at least 0"),
+        ({"beta": 0.0}, "beta must be finite and larger than 0"),
+        ({"max_length": 1}, "max_length = 1"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance' is not supported"),
+        ({"prompt_mask_ratio": 0.2}, "options of fine-tuning"),
+    ],
+)
+def test_config_errors(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        MDUConfig(output_dir=str(tmp_path), **options)
+
+
+def test_retain_set_and_weight_go_together(make_model, tokenizer, sets, tmp_path):
+    with pytest.raises(ValueError, match="retain_weight is 1 but there is no retain set.*retain_weight=0"):
+        MDUTrainer(make_model(), MDUConfig(str(tmp_path)), sets[0], processing_class=tokenizer)
+    with pytest.raises(ValueError, match="retain_weight is 0, so it would not be read"):
+        MDUTrainer(
+            make_model(), MDUConfig(str(tmp_path), retain_weight=0), sets[0], sets[1], processing_class=tokenizer
+        )
+
+
+def test_dpo_needs_preferred_responses(make_trainer, sets):
+    with pytest.raises(ValueError, match="needs a preferred response.*'chosen'.*'completion', 'prompt'"):
+        make_trainer(forget=sets[1], loss_type="dpo")
+
+
+def test_unfit_models(make_trainer, make_model, tokenizer):
+    with pytest.raises(ValueError, match="(?i)causal"):
+        make_trainer(make_model(is_causal=True))
+    maskless = copy.deepcopy(tokenizer)
+    maskless.mask_token = None
+    trainer_args = {"processing_class": maskless}
+    model = make_model()
+    model.config.mask_token_id = None
+    with pytest.raises(ValueError, match="(?i)mask token"):
+        MDUTrainer(model, MDUConfig("unused"), **trainer_args)
+
+
+def test_model_without_a_name_needs_a_tokenizer(make_model, tmp_path):
+    with pytest.raises(ValueError, match="processing_class"):
+        MDUTrainer(make_model(), MDUConfig(str(tmp_path)))
+
+
+def test_wrong_config_class_and_second_adapter(make_trainer, make_model, tokenizer, tmp_path):
+    with pytest.raises(TypeError, match="must be a MDUConfig, got a MDLMConfig"):
+        MDUTrainer(make_model(), MDLMConfig(str(tmp_path)), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="a PeftModel already"):
+        make_trainer(get_peft_model(make_model(), LoraConfig(**LORA)), peft_config=LoraConfig(**LORA))
+    with pytest.raises(ValueError, match="given by name"):
+        make_trainer(model_init_kwargs={"dtype": "bfloat16"})
+
+
+def test_overlap_is_counted_in_a_warning(make_trainer, sets, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
+    both = Dataset.from_list([{k: row[k] for k in ("prompt", "completion")} for row in [*sets[0], *sets[1]]][3:])
+    make_trainer(retain=both)
+    assert "5 of 8 forget rows are in the retain set too" in caplog.text
+
+
+def test_non_finite_loss_stops_before_anything_is_saved(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=6, save_strategy="steps", save_steps=1)
+
+    def poison(*args):
+        if trainer.state.global_step == 2:
+            trainer.model.lm_head.weight.data[0, 0] = float("nan")
+
+    trainer.model.register_forward_pre_hook(poison)
+    with pytest.raises(NonFiniteLossError, match="at step 3; training stopped before the update"):
+        trainer.train()
+    checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert checkpoints == ["checkpoint-1", "checkpoint-2"]
+    good = make_trainer(max_steps=3, save_strategy="no")
+    good.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.isfinite(weights(good)).all()
+
+
+def test_model_by_path(make_model, tokenizer, sets, tmp_path):
+    path = str(tmp_path / "model")
+    make_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    args = MDUConfig(
+        str(tmp_path / "out"), retain_weight=0.0, model_init_kwargs={"dtype": "bfloat16"}, report_to="none"
+    )
+    trainer = MDUTrainer(path, args, sets[0])
+    assert trainer.model.dtype == torch.bfloat16
+    assert trainer.processing_class.mask_token_id == tokenizer.mask_token_id
+    trainer.save_model()
+    assert MDUTrainer(str(tmp_path / "out"), args, sets[0]).model.config.is_causal is False
