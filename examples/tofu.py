@@ -152,7 +152,16 @@ def prepare_base(args: TofuArguments, config: TofuConfig, model_args: ModelConfi
 
 def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool) -> MDLMConfig:
     """The fine-tuning's configuration: the unlearning's where it is not set here."""
-    shared = ("seed", "bf16", "gradient_checkpointing", "report_to", "logging_steps", "max_length", "disable_tqdm")
+    shared = (
+        "seed",
+        "bf16",
+        "dataloader_pin_memory",
+        "gradient_checkpointing",
+        "report_to",
+        "logging_steps",
+        "max_length",
+        "disable_tqdm",
+    )
     return MDLMConfig(
         output_dir=str(config.folder / "base"),
         num_train_epochs=args.finetune_epochs,
@@ -160,6 +169,7 @@ def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool)
         per_device_train_batch_size=args.finetune_batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=0.03,
+        adam_beta2=0.98,
         save_strategy="no",
         pad_with_end_tokens=True,
         time_weighting=not from_scratch,  # a small model from scratch learns faster without the variance of 1/t

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from . import models  # registers LLaDA and Dream with transformers' Auto classes
+
 __version__ = "0.1.0"
 
 _ROOMS = {
@@ -24,7 +26,7 @@ _ROOMS = {
     "response_likelihood": "likelihood",
 }
 
-__all__ = [*_ROOMS, "__version__"]
+__all__ = [*_ROOMS, "models", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

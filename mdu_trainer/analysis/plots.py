@@ -25,7 +25,6 @@ def plot_tradeoff(runs: Sequence["Run"], path: str | Path) -> None:
         path: of the PNG or SVG to write.
     """
     figure, axes = _figure()
-    axes.annotate("forgets, keeps the rest", (0, 1), xytext=(4, -4), textcoords="offset points", va="top", color="grey")
     path_of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
     axes.plot(*_points(path_of_tau), color=COLOURS["mdu"], linewidth=1, alpha=0.5, zorder=1)
     for run in runs:

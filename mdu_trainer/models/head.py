@@ -6,7 +6,6 @@ With a vocabulary of 126,464 the head dominates memory, and a diffusion step rea
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 

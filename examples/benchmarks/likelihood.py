@@ -1,0 +1,149 @@
+"""Forward passes for a given standard error: `response_likelihood` against the published i.i.d. estimator.
+
+    python examples/benchmarks/likelihood.py
+    python examples/benchmarks/likelihood.py --model_name_or_path outputs/demo/base
+
+Both sides are measured in one run: independent draws of (l, S) as LLaDA publishes them (arXiv 2502.09992, appendix
+B), whose error falls with the square root of their number, and the spread of `response_likelihood` over seeds. Answers
+are those of the embedded default that the model has learned, and wrong ones. Without a model's name, a tiny one learns
+them first.
+"""
+
+import argparse
+import math
+import tempfile
+import time
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from mdu_trainer import (
+    Backbone,
+    MDLMConfig,
+    MDLMTrainer,
+    load_model,
+    load_tokenizer,
+    resolve_backbone,
+    response_likelihood,
+)
+from mdu_trainer.data import TokenizedRows, question_answer_rows, tokenize_rows
+from mdu_trainer.models import row_logits
+from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
+
+PASSES = (8, 16, 32, 64, 128)
+
+
+@torch.no_grad()
+def published_draws(
+    model: nn.Module, prompt: list[int], response: list[int], backbone: Backbone, num_draws: int, seed: int
+) -> np.ndarray:
+    """L/l * sum of log p over l masked positions, for independent l ~ U{1..L} and positions: `[num_draws]`."""
+    rng = np.random.default_rng(seed)
+    length = len(response)
+    size = rng.integers(1, length + 1, num_draws)
+    ids = torch.tensor(prompt + response).repeat(num_draws, 1)
+    masked = torch.zeros_like(ids, dtype=torch.bool)
+    masked[:, len(prompt) :] = torch.from_numpy(rng.random((num_draws, length)).argsort(axis=1) < size[:, None])
+    estimates = []
+    for x, m in zip(ids.split(128), masked.split(128), strict=True):
+        x, m = x.to(model.device), m.to(model.device)
+        noisy = x.masked_fill(m, backbone.mask_token_id)
+        logits = row_logits(model, noisy, torch.ones_like(x), m, logit_shift=backbone.logit_shift)
+        log_p = logits.float().log_softmax(dim=-1).gather(1, x[m][:, None])[:, 0].double()
+        estimates.append(torch.zeros(len(x), dtype=torch.float64).index_add(0, m.nonzero()[:, 0].cpu(), log_p.cpu()))
+    return torch.cat(estimates).numpy() * length / size
+
+
+def learn(rows: Dataset, epochs: int, output_dir: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """A tiny model that knows the rows' answers."""
+    tokenizer = train_tokenizer(dataset_texts(rows.select_columns(["question", "answer"])))
+    config = MDLMConfig(
+        output_dir,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=48,
+        learning_rate=3e-3,
+        lr_scheduler_type="cosine",
+        time_weighting=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        logging_strategy="no",
+    )
+    train_dataset = question_answer_rows(rows, conversational=True)
+    trainer = MDLMTrainer(tiny_mdlm(tokenizer), config, train_dataset=train_dataset, processing_class=tokenizer)
+    trainer.train()
+    return trainer.model, tokenizer
+
+
+def measure(
+    model: nn.Module, rows: TokenizedRows, backbone: Backbone, num_seeds: int, num_draws: int
+) -> tuple[float, dict[int, tuple[float, float, float]]]:
+    """Variance of one i.i.d. draw, and for each number of passes: variance over seeds, mean square of the claimed
+    standard error, and distance of the two estimators' means in standard errors. All are means over rows."""
+    draws = np.stack(
+        [
+            published_draws(model, prompt, response, backbone, num_draws, seed)
+            for seed, (prompt, response) in enumerate(zip(rows.prompts, rows.responses, strict=True))
+        ]
+    )
+    ours = {}
+    for passes in PASSES:
+        scores = [
+            response_likelihood(
+                model, rows.prompts, rows.responses, backbone, num_draws=passes, batch_size=128, seed=s
+            )
+            for s in range(num_seeds)
+        ]
+        values = np.stack([score.log_likelihood for score in scores])
+        variance = values.var(axis=0, ddof=1)
+        claimed = np.mean([score.standard_error**2 for score in scores])
+        distance = (values.mean(axis=0) - draws.mean(axis=1)).mean() / math.sqrt(
+            (variance / num_seeds + draws.var(axis=1, ddof=1) / num_draws).sum() / len(variance) ** 2
+        )
+        ours[passes] = (variance.mean(), claimed, distance)
+    return draws.var(axis=1, ddof=1).mean(), ours
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="score this model; a tiny one is trained if not given")
+    parser.add_argument("--epochs", type=int, default=300, help="epochs of the tiny model (two steps each)")
+    parser.add_argument("--num_rows", type=int, default=6, help="answers of each kind")
+    parser.add_argument("--num_seeds", type=int, default=24, help="repetitions of each estimate")
+    parser.add_argument("--num_draws", type=int, default=1024, help="i.i.d. draws an answer")
+    args = parser.parse_args()
+
+    authors = fictional_authors()
+    start = time.perf_counter()
+    if args.model_name_or_path:
+        model, tokenizer = load_model(args.model_name_or_path), load_tokenizer(args.model_name_or_path)
+    else:
+        with tempfile.TemporaryDirectory() as output_dir:
+            model, tokenizer = learn(authors, args.epochs, output_dir)
+    model.eval()
+    backbone = resolve_backbone(model, tokenizer)
+    print(f"model ready after {time.perf_counter() - start:.0f} s\n")
+    print(
+        "answers  tokens   passes   standard error   i.i.d. error   i.i.d. passes   ratio   claimed   means differ by"
+    )
+    some = authors.select(range(0, len(authors), len(authors) // args.num_rows)).select(range(args.num_rows))
+    wrong = some.remove_columns("answer").add_column("answer", [answers[0] for answers in some["perturbed_answer"]])
+    for name, dataset in (("learned", some), ("wrong", wrong)):
+        dataset = question_answer_rows(dataset, conversational=bool(tokenizer.chat_template))
+        rows = tokenize_rows(dataset, tokenizer, backbone, name=name)
+        single, ours = measure(model, rows, backbone, args.num_seeds, args.num_draws)
+        tokens = sum(map(len, rows.responses)) / len(rows)
+        for passes, (variance, claimed, distance) in ours.items():
+            equal = single / variance  # i.i.d. passes with the same standard error
+            print(
+                f"{name:8} {tokens:6.1f} {passes:8} {math.sqrt(variance):16.3f} {math.sqrt(single / passes):14.3f} "
+                f"{equal:15.0f} {equal / passes:7.1f} {math.sqrt(claimed):9.3f} {distance:12.1f} se"
+            )
+    print(f"\n{time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

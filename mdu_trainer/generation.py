@@ -1,0 +1,482 @@
+"""Decoding: from an all-[MASK] response, step by step, to text.
+
+Every step predicts the masked tokens of the current block at once, keeps some of the predictions and masks the others
+again. Blocks are decoded from left to right. How LLaDA (arXiv 2502.09992) and Dream (arXiv 2508.15487) name their
+published samplers, in the fields of `DiffusionGenerationConfig`:
+
+    LLaDA  remasking="low_confidence" or "random"    the same names, schedule="linear"
+    Dream  alg="origin"                              remasking="random", schedule="dream"
+           alg="maskgit_plus"                        remasking="low_confidence", schedule="dream"
+           alg="topk_margin"                         remasking="margin", schedule="dream"
+           alg="entropy"                             remasking="entropy", schedule="dream"
+           alg_temp                                  position_temperature
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .masking import counter_uniform
+from .models import Backbone, resolve_backbone, row_logits
+
+DREAM_EPSILON = 1e-3  # where Dream's timesteps end
+SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions
+CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
+
+Prompt = str | list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class DiffusionGenerationConfig:
+    """How a response is decoded.
+
+    Parameters that say how much is decoded, and in how many steps:
+
+        max_new_tokens: length of the response, and of what its end token cuts off.
+        steps: forward passes a response, split evenly over the blocks; one a token if None.
+        block_length: tokens of a block (semi-autoregressive decoding); one block if None.
+        schedule: how many tokens a step reveals. "linear": equally many (LLaDA). "dream": the share 1 - s/t of what is
+            masked, over the timesteps linspace(1, 0.001, steps + 1) from t to s, rounded down, and all in the last
+            step; with random remasking each masked token is revealed with that probability on its own (Dream).
+
+    Parameters that say which tokens a step reveals:
+
+        remasking: the masked tokens with the highest score are revealed, the first of equal ones first.
+            "low_confidence": probability of the token; "margin": by how much the top probability exceeds the second;
+            "entropy": negative entropy of the prediction; "random": no score, uniform.
+        position_temperature: above 0, positions are sampled from softmax(score / position_temperature).
+
+    Parameters that say what a revealed token is:
+
+        temperature: 0 takes the most probable token, otherwise one is sampled from softmax(logits / temperature), by
+            the Gumbel-max method in float64. Scores are computed before the temperature with schedule "linear", after
+            it with "dream", as each publishes it.
+        top_p, top_k: keep the most probable tokens only, up to a total probability, and up to a number.
+        cfg_scale: classifier-free guidance, l_u + (cfg_scale + 1) * (l_c - l_u), where the prompt is masked in l_u;
+            costs a second forward pass.
+
+    Parameters of the run:
+
+        seed: of whatever is random. What is drawn for a prompt is a function of the seed and of the prompt's number in
+            the call, never of the batch it is decoded in.
+        batch_size: prompts a forward pass.
+
+    Raises:
+        ValueError: for a value out of range, or one that another makes meaningless.
+    """
+
+    max_new_tokens: int = 128
+    steps: int | None = None
+    block_length: int | None = None
+    schedule: Literal["linear", "dream"] = "linear"
+    remasking: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
+    position_temperature: float = 0.0
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "steps", "block_length", "top_k", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        for name in ("temperature", "position_temperature", "cfg_scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if self.remasking not in _SCORES:
+            raise ValueError(f"remasking must be one of {', '.join(_SCORES)}, got {self.remasking!r}.")
+        if self.schedule not in ("linear", "dream"):
+            raise ValueError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
+        if self.remasking == "random" and self.position_temperature:
+            raise ValueError(
+                "remasking='random' has no score that position_temperature could divide: set it to 0, or choose "
+                "another remasking."
+            )
+        if self.block_length is not None and self.block_length > self.max_new_tokens:
+            raise ValueError(
+                f"block_length ({self.block_length}) must be at most max_new_tokens ({self.max_new_tokens})."
+            )
+        if self.steps is not None and self.steps < len(self.blocks):
+            raise ValueError(
+                f"steps ({self.steps}) must be at least the number of blocks ({len(self.blocks)}): raise steps, or "
+                "block_length."
+            )
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Where each block starts and stops (exclusive) within the response."""
+        length = self.block_length or self.max_new_tokens
+        return [(start, min(start + length, self.max_new_tokens)) for start in range(0, self.max_new_tokens, length)]
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    generation_config: DiffusionGenerationConfig | None = None,
+    *,
+    backbone: Backbone | None = None,
+    show_progress: bool = False,
+    **overrides: Any,
+) -> list[str]:
+    """Decode a response to each prompt.
+
+    Args:
+        model: a masked diffusion language model; in evaluation mode during the call.
+        tokenizer: the model's. Special tokens are left out of the text.
+        prompts: strings, tokenised as they are, or conversations (lists of messages with `role` and `content`), which
+            the chat template renders with a generation prompt.
+        generation_config: how to decode.
+        backbone: facts of the model; resolved from model and tokenizer if not given.
+        show_progress: show a progress bar over prompts.
+        **overrides: fields of the config to replace.
+
+    Returns:
+        One response a prompt, up to its end token, in the order of the prompts.
+
+    Raises:
+        ValueError: as `generate_ids`.
+
+    Example:
+
+        generate(model, tokenizer, ["Who wrote it?"], max_new_tokens=64, block_length=32)
+
+    Source: LLaDA (arXiv 2502.09992, algorithms 4 and 5), Dream (arXiv 2508.15487).
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list of prompts, got a single string: pass [prompt].")
+    config = replace(generation_config or DiffusionGenerationConfig(), **overrides)
+    backbone = backbone or resolve_backbone(model, tokenizer)
+    prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    responses = generate_ids(model, prompt_ids, config, backbone, show_progress=show_progress)
+    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: nn.Module,
+    prompt_ids: Sequence[list[int]],
+    generation_config: DiffusionGenerationConfig,
+    backbone: Backbone,
+    *,
+    show_progress: bool = False,
+) -> list[list[int]]:
+    """Decode a response to each prompt, from token ids to token ids.
+
+    A response is settled once everything up to its first end token is revealed; it then leaves the batch. Steps that
+    reveal nothing cost no forward pass. [MASK] is never a prediction, nor is padding unless it ends responses.
+
+    Args:
+        model: a masked diffusion language model; in evaluation mode during the call.
+        prompt_ids: ids of each prompt, of any lengths.
+        generation_config: how to decode.
+        backbone: facts of the model.
+        show_progress: show a progress bar over prompts.
+
+    Returns:
+        Ids of each response up to, and without, its first end token, in the order of the prompts.
+
+    Raises:
+        ValueError: if a prompt and `max_new_tokens` together exceed the model's context.
+    """
+    config = generation_config
+    for row, ids in enumerate(prompt_ids):
+        if backbone.context_length is not None and len(ids) + config.max_new_tokens > backbone.context_length:
+            raise ValueError(
+                f"Prompt {row} has {len(ids)} tokens; with max_new_tokens = {config.max_new_tokens} that exceeds the "
+                f"model's context of {backbone.context_length}. Shorten the prompt or lower max_new_tokens."
+            )
+    by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+    responses: list[list[int]] = [[] for _ in prompt_ids]
+    device = next(model.parameters()).device
+    with evaluation_mode(model), tqdm(total=len(responses), unit="prompt", disable=not show_progress) as progress:
+        for first in range(0, len(by_length), config.batch_size):
+            rows = by_length[first : first + config.batch_size]
+            canvas = _blank(rows, [prompt_ids[row] for row in rows], config.max_new_tokens, backbone).to(device)
+            for row, ids in _decode(model, canvas, config, backbone):
+                responses[row] = ids
+                progress.update()
+    return responses
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode, and each of its modules back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def reveal_schedule(num_tokens: int, steps: int, schedule: str) -> list[int]:
+    """How many of `num_tokens` masked tokens each of `steps` steps reveals; they sum to `num_tokens`.
+
+    "linear" spreads them evenly, the remainder over the first steps (LLaDA). "dream" takes the share 1 - s/t of what
+    is left, rounded down, and all of it in the last step.
+    """
+    if schedule == "linear":
+        return [num_tokens // steps + (step < num_tokens % steps) for step in range(steps)]
+    counts = []
+    for share in dream_shares(steps):
+        counts.append(int((num_tokens - sum(counts)) * share))
+    return counts
+
+
+def dream_shares(steps: int) -> list[float]:
+    """The share 1 - s/t of what is masked that each step of Dream's schedule reveals; 1 in the last."""
+    t = torch.linspace(1, DREAM_EPSILON, steps + 1)  # float32, as published: rounding down must round alike
+    return [*(1 - t[1:-1] / t[:-2]).tolist(), 1.0]
+
+
+class _Step(NamedTuple):
+    """A step of the plan: where it reveals, and how much."""
+
+    index: int
+    start: int
+    stop: int
+    count: int
+    share: float
+
+
+class _Canvas(NamedTuple):
+    """B rows in the making: the prompt, then N response positions, then padding up to L."""
+
+    row: Tensor  # [B] number of the prompt in the call
+    start: Tensor  # [B] where the response starts
+    ids: Tensor  # [B, L]
+    attention_mask: Tensor  # [B, L]
+    masked: Tensor  # bool [B, N], response positions yet to reveal
+
+    def to(self, device: torch.device) -> "_Canvas":
+        return _Canvas(*(part.to(device) for part in self))
+
+    def keep(self, rows: Tensor) -> "_Canvas":
+        """The canvas of some rows (bool `[B]`), without padding that all of them share."""
+        kept = _Canvas(*(part[rows] for part in self))
+        width = int(kept.start.max()) + kept.masked.shape[1]
+        return kept._replace(ids=kept.ids[:, :width], attention_mask=kept.attention_mask[:, :width])
+
+    def response(self) -> Tensor:
+        """The response positions: ids `[B, N]`."""
+        return self.ids.gather(1, self.start[:, None] + torch.arange(self.masked.shape[1], device=self.ids.device))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    encoded = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
+    return encoded["input_ids"]
+
+
+def _blank(rows: list[int], prompts: list[list[int]], length: int, backbone: Backbone) -> _Canvas:
+    ids = torch.full((len(rows), max(map(len, prompts)) + length), backbone.pad_token_id)
+    attention_mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
+        ids[i, len(prompt) : len(prompt) + length] = backbone.mask_token_id
+        attention_mask[i, : len(prompt) + length] = 1
+    start = torch.tensor([len(prompt) for prompt in prompts])
+    return _Canvas(torch.tensor(rows), start, ids, attention_mask, torch.ones(len(rows), length, dtype=torch.bool))
+
+
+def _plan(config: DiffusionGenerationConfig) -> Iterator[_Step]:
+    blocks = config.blocks
+    steps = [stop - start for start, stop in blocks]
+    if config.steps is not None:
+        steps = reveal_schedule(config.steps, len(blocks), "linear")
+    index = 0
+    for (start, stop), block_steps in zip(blocks, steps, strict=True):
+        counts = reveal_schedule(stop - start, block_steps, config.schedule)
+        for count, share in zip(counts, dream_shares(block_steps), strict=True):
+            yield _Step(index, start, stop, count, share)
+            index += 1
+
+
+def _decode(
+    model: nn.Module, canvas: _Canvas, config: DiffusionGenerationConfig, backbone: Backbone
+) -> Iterator[tuple[int, list[int]]]:
+    """Decode a batch; yields (number of the prompt, response ids) as responses are settled."""
+    ends = torch.tensor(backbone.end_token_ids, device=canvas.ids.device)
+    for step in _plan(config):
+        _reveal(model, canvas, step, config, backbone)
+        response = canvas.response()
+        first_end = _first(torch.isin(response, ends) & ~canvas.masked)
+        settled = first_end <= _first(canvas.masked)  # equal only if there is neither
+        for row, ids, end in zip(canvas.row[settled], response[settled], first_end[settled], strict=True):
+            yield int(row), ids[:end].tolist()
+        if settled.all():
+            return
+        if settled.any():
+            canvas = canvas.keep(~settled)
+
+
+def _first(flags: Tensor) -> Tensor:
+    """Where each row of bool `[B, N]` is first true, N if nowhere: `[B]`."""
+    return torch.where(flags.any(dim=1), flags.int().argmax(dim=1), flags.shape[1])
+
+
+def _reveal(
+    model: nn.Module, canvas: _Canvas, step: _Step, config: DiffusionGenerationConfig, backbone: Backbone
+) -> None:
+    """One step, in place."""
+    chosen = canvas.masked.clone()
+    chosen[:, : step.start] = chosen[:, step.stop :] = False
+    if config.remasking == "random":  # no prediction decides, so only the tokens to reveal are predicted
+        chosen = _random_positions(chosen, canvas.row, step, config)
+        if not chosen.any():
+            return
+        tokens, _ = _predict(model, canvas, chosen, step, config, backbone)
+    elif step.count == 0:
+        return
+    else:
+        tokens, scores = _predict(model, canvas, chosen, step, config, backbone)
+        best = _best_positions(chosen, scores, canvas.row, step, config)
+        tokens, chosen = tokens[best[chosen]], best
+    row, position = chosen.nonzero(as_tuple=True)
+    canvas.ids[row, canvas.start[row] + position] = tokens
+    canvas.masked[row, position] = False
+
+
+def _random_positions(masked: Tensor, row: Tensor, step: _Step, config: DiffusionGenerationConfig) -> Tensor:
+    """The positions of bool `[B, N]` that random remasking reveals."""
+    position = torch.arange(masked.shape[1], device=masked.device)
+    noise = _uniform(config.seed, _POSITIONS, row[:, None], step.index, position)
+    if config.schedule == "dream":
+        return masked & (noise < step.share)
+    return _top(torch.where(masked, noise, -torch.inf), step.count)
+
+
+def _best_positions(
+    masked: Tensor, scores: Tensor, row: Tensor, step: _Step, config: DiffusionGenerationConfig
+) -> Tensor:
+    """The positions of bool `[B, N]` with the highest of the scores `[M]`, or sampled by them."""
+    position = torch.arange(masked.shape[1], device=masked.device)
+    table = torch.full(masked.shape, -torch.inf, device=masked.device)
+    table[masked] = scores.round(decimals=SCORE_DECIMALS)
+    if config.position_temperature:
+        noise = _uniform(config.seed, _POSITIONS, row[:, None], step.index, position)
+        table = table / config.position_temperature + _gumbel(noise)
+    return _top(table, step.count)
+
+
+def _top(table: Tensor, count: int) -> Tensor:
+    """The `count` highest of each row of `[B, N]`, the first of equal ones first: bool `[B, N]`."""
+    order = table.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(table, dtype=torch.bool).scatter_(1, order[:, :count], True)
+
+
+def _predict(
+    model: nn.Module,
+    canvas: _Canvas,
+    positions: Tensor,
+    step: _Step,
+    config: DiffusionGenerationConfig,
+    backbone: Backbone,
+) -> tuple[Tensor, Tensor]:
+    """Token and score at M response positions (bool `[B, N]`), in their order: `[M]`, `[M]`."""
+    row, position = positions.nonzero(as_tuple=True)
+    wanted = torch.zeros_like(canvas.ids, dtype=torch.bool)
+    wanted[row, canvas.start[row] + position] = True
+    passes = [canvas.ids]
+    if config.cfg_scale:
+        prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
+        passes.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
+    logits = [
+        row_logits(model, ids, canvas.attention_mask, wanted, logit_shift=backbone.logit_shift) for ids in passes
+    ]
+    banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
+    rows_a_chunk = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
+    found = []
+    for *parts, prompt_number, where in zip(
+        *(part.split(rows_a_chunk) for part in (*logits, canvas.row[row], position)), strict=True
+    ):
+        guided, *unguided = (part.float() for part in parts)
+        for other in unguided:
+            guided = other + (config.cfg_scale + 1) * (guided - other)
+        guided[:, banned] = -torch.inf
+        found.append(_propose(guided, prompt_number, step.index, where, config))
+    tokens, scores = zip(*found, strict=True)
+    return torch.cat(tokens), torch.cat(scores)
+
+
+def _propose(
+    logits: Tensor, row: Tensor, step: int, position: Tensor, config: DiffusionGenerationConfig
+) -> tuple[Tensor, Tensor]:
+    """A token for each of `[N, V]` logits, and the score of its position: `[N]`, `[N]`."""
+    sharpened = logits / config.temperature if config.temperature else logits
+    if config.top_p is not None or config.top_k is not None:
+        cut = _cut(sharpened, config.top_p, config.top_k)
+        logits, sharpened = logits.masked_fill(cut, -torch.inf), sharpened.masked_fill(cut, -torch.inf)
+    tokens = sharpened.argmax(dim=1)
+    if config.temperature:
+        vocabulary = torch.arange(logits.shape[1], device=logits.device)
+        noise = _uniform(config.seed, _TOKENS, row[:, None], step, position[:, None], vocabulary)
+        tokens = (sharpened.double() + _gumbel(noise)).argmax(dim=1)
+    score = _SCORES[config.remasking]
+    return tokens, score(sharpened if config.schedule == "dream" else logits, tokens)
+
+
+def _cut(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
+    """What top_p and top_k drop: bool `[N, V]`. The most probable token always stays."""
+    ordered, order = logits.sort(dim=1, descending=True, stable=True)
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if top_p is not None:
+        probability = ordered.softmax(dim=1)
+        drop = probability.cumsum(dim=1) - probability > top_p
+    if top_k is not None:
+        drop[:, top_k:] = True
+    drop[:, 0] = False
+    return torch.zeros_like(drop).scatter_(1, order, drop)
+
+
+def _confidence(logits: Tensor, tokens: Tensor) -> Tensor:
+    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).exp()
+
+
+def _margin(logits: Tensor, tokens: Tensor) -> Tensor:
+    first, second = logits.softmax(dim=1).topk(2, dim=1).values.T
+    return first - second
+
+
+def _negative_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    return -torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
+
+
+_SCORES = {
+    "low_confidence": _confidence,
+    "margin": _margin,
+    "entropy": _negative_entropy,
+    "random": lambda logits, tokens: torch.zeros_like(tokens),
+}
+
+_POSITIONS, _TOKENS = 0, 1  # streams of randomness
+
+
+def _uniform(seed: int, stream: int, row: Tensor, step: int, *counters: Tensor) -> Tensor:
+    """Uniforms in (0, 1) as a hash of the counters, which broadcast: float64 with 48 random bits."""
+    stream_and_step = torch.tensor([stream, step], device=row.device)
+    high, low = (
+        counter_uniform(seed, *stream_and_step, torch.tensor(half, device=row.device), row, *counters).double()
+        for half in (0, 1)
+    )
+    return high + (low + 2.0**-25) * 2.0**-24
+
+
+def _gumbel(uniform: Tensor) -> Tensor:
+    return -torch.log(-torch.log(uniform))

@@ -1,0 +1,28 @@
+"""Backbones: native LLaDA and Dream, and the facts of every masked diffusion model.
+
+Importing this package registers the native classes with transformers, so that `AutoConfig`, `AutoModel`,
+`AutoModelForMaskedLM` and `AutoModelForCausalLM` load the published checkpoints without remote code.
+"""
+
+from .backbone import Backbone, resolve_backbone
+from .dream import DreamConfig, DreamModel, DreamTokenizer
+from .head import row_logits
+from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
+from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
+from .loading import load_model, load_tokenizer
+
+__all__ = [
+    "Backbone",
+    "DreamConfig",
+    "DreamModel",
+    "DreamTokenizer",
+    "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModelLM",
+    "LLaDAModelLM",
+    "LLaDATokenizer",
+    "load_model",
+    "load_tokenizer",
+    "resolve_backbone",
+    "row_logits",
+]

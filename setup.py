@@ -1,0 +1,55 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+
+EXTRAS = {
+    "plot": ["matplotlib>=3.9"],
+    "eval": ["lm-eval>=0.4.9"],
+    "quantization": ["bitsandbytes>=0.46.1"],  # the oldest that transformers 5 takes
+    "quality": ["ruff>=0.14"],
+    "test": [
+        "hypothesis>=6.100",
+        "matplotlib>=3.9",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.5",
+        "scipy>=1.13",
+        "setuptools>=77",
+    ],
+}
+
+setup(
+    name="mdu-trainer",
+    version="0.1.0",
+    description="Machine unlearning of masked diffusion language models, as a Hugging Face Trainer extension",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    author="the mdu_trainer authors",
+    license_expression="MIT",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["mdu_trainer", "mdu_trainer.*"]),
+    package_data={"mdu_trainer": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "accelerate>=1.10.1",
+        "datasets>=4.7",
+        "evaluate>=0.4.6",
+        "huggingface-hub>=1.0",
+        "peft>=0.18",
+        "rouge-score>=0.1.2",
+        "torch>=2.6",
+        "transformers>=5.19,<6",  # 5.19: Trainer.loss_is_scaled_for_ga
+        "trl>=1.14,<2",  # 1.14 is the last for Python 3.10
+    ],
+    extras_require=EXTRAS,
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
