@@ -147,6 +147,7 @@ def prepare_base(args: TofuArguments, config: TofuConfig, model_args: ModelConfi
         trainer.model = trainer.model.merge_and_unload()
     path = config.folder / "base"
     trainer.save_model(str(path))
+    trainer.accelerator.wait_for_everyone()
     return str(path), trainer.state.log_history
 
 

@@ -27,21 +27,17 @@ def plot_tradeoff(runs: Sequence["Run"], path: str | Path) -> None:
     figure, axes = _figure()
     path_of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
     axes.plot(*_points(path_of_tau), color=COLOURS["mdu"], linewidth=1, alpha=0.5, zorder=1)
-    for run in runs:
-        x, y = run.forget.rougeL_recall, run.retain.rougeL_recall
-        size = 160 if run.method == "base" else 60
-        axes.scatter(x, y, s=size, color=COLOURS[run.method], marker=MARKERS[run.method], zorder=2, clip_on=False)
-        right = x < 0.75
-        axes.annotate(
-            run.name,
-            (x, y),
-            xytext=(7 if right else -7, -12),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            fontsize=9,
-        )
+    for i, run in enumerate(path_of_tau):  # above and below in turn, for points that lie close
+        place = {"xytext": (0, -15 if i % 2 else 9), "textcoords": "offset points", "ha": "center", "fontsize": 9}
+        axes.annotate(f"\u03c4={run.tau:g}", (run.forget.rougeL_recall, run.retain.rougeL_recall), **place)
+    for method in dict.fromkeys(run.method for run in runs):
+        x, y = _points([run for run in runs if run.method == method])
+        size = 160 if method == "base" else 60
+        marker = {"color": COLOURS[method], "marker": MARKERS[method], "s": size}
+        axes.scatter(x, y, label=method, zorder=2, clip_on=False, **marker)
+    axes.legend(loc="lower right", framealpha=1)
     axes.set(xlabel="forget ROUGE-L recall (lower is better)", ylabel="retain ROUGE-L recall (higher is better)")
-    axes.set(xlim=(0, 1), ylim=(0, 1.02))
+    axes.set(xlim=(0, 1), ylim=(0, 1.05))
     _save(figure, path)
 
 
@@ -92,5 +88,8 @@ def _figure(rows: int = 1) -> tuple["Figure", Any]:
 
 
 def _save(figure: "Figure", path: str | Path) -> None:
-    # no date and no version in the file: the same figures give the same bytes
-    figure.savefig(path, metadata={"Software": None} if Path(path).suffix == ".png" else {"Date": None})
+    from matplotlib import rc_context
+
+    # no date, version or random ids in the file: the same figures give the same bytes
+    with rc_context({"svg.hashsalt": "mdu_trainer"}):
+        figure.savefig(path, metadata={"Software": None} if Path(path).suffix == ".png" else {"Date": None})

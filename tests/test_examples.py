@@ -1,0 +1,113 @@
+"""The scripts, run as a user runs them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mdu_trainer import load_model
+from mdu_trainer.evaluation.report import Results
+
+from published import write_dream, write_llada
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICK = [
+    *("--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
+    *("--max_eval_rows", "2", "--likelihood_draws", "2", "--decoding_steps", "4", "--logging_steps", "1"),
+    *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
+]
+
+
+def tofu(*arguments, expect=0):
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "tofu.py"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=280,
+    )
+    assert (run.returncode == 0) == (expect == 0), run.stderr[-3000:]
+    return run.stdout + run.stderr
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """One quick comparison of two methods on the embedded default."""
+    folder = tmp_path_factory.mktemp("tofu") / "out"
+    small = ("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "2")
+    log = tofu("--output_dir", folder, *small, "--loss_type", "npo", "mdu", "dpo", "--tau", "0", "0.5", *QUICK)
+    return folder, log
+
+
+def test_output(compared):
+    folder, log = compared
+    results = json.loads((folder / "results.json").read_text())
+    assert results["schema"] == 1 and results["model"] and results["dataset"] and results["settings"]
+    assert [(run["method"], run["tau"]) for run in results["runs"]] == [
+        ("base", None),
+        ("npo", None),
+        ("mdu", 0.0),
+        ("mdu", 0.5),
+        ("dpo", None),
+    ]
+    for run in results["runs"]:
+        for name in ("forget", "retain"):
+            assert set(run[name]) == {"rougeL_recall", "rougeL_f1", "probability", "n"} and run[name]["n"] == 2
+        assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] != "base")
+    assert Results.load(folder / "results.json").table() in log
+    for name in ("tradeoff.png", "losses.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    for name in ("base", "npo", "mdu-tau0", "mdu-tau0.5", "dpo"):
+        assert load_model(str(folder / name)).config.is_causal is False
+
+
+def test_folder_is_not_overwritten_unless_asked(compared):
+    folder, _ = compared
+    before = (folder / "results.json").read_bytes()
+    assert "is not empty" in tofu("--output_dir", folder, *QUICK, expect=1)
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_config_repeats_the_run(compared, tmp_path):
+    folder, _ = compared
+    assert yaml.safe_load((folder / "config.yaml").read_text())["loss_type"] == ["npo", "mdu", "dpo"]
+    tofu("--config", folder / "config.yaml", "--output_dir", tmp_path / "again")
+    first, again = (Results.load(path / "results.json").runs for path in (folder, tmp_path / "again"))
+    assert [(run.name, run.forget, run.retain) for run in first] == [
+        (run.name, run.forget, run.retain) for run in again
+    ]
+
+
+def test_wrong_values_stop_before_any_work(tmp_path):
+    assert "tau must be finite" in tofu("--output_dir", tmp_path / "out", "--tau", "0", "-1", *QUICK, expect=1)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("write, backbone", [(write_llada, "llada"), (write_dream, "dream")])
+@pytest.mark.parametrize("adapter", [False, True])
+def test_published_layouts_from_disk(tmp_path, write, backbone, adapter):
+    write(tmp_path / "published")
+    lora = ("--use_peft", "--lora_r", "2") if adapter else ()
+    log = tofu(
+        *("--model_name_or_path", tmp_path / "published", "--output_dir", tmp_path / "out", "--loss_type", "mdu"),
+        *("--tau", "0.5", "--max_new_tokens", "8", *lora, *QUICK),
+    )
+    assert "mdu tau=0.5" in log
+    saved = {path.name for path in (tmp_path / "out" / "mdu-tau0.5").iterdir()}
+    assert ("adapter_model.safetensors" in saved) == adapter and ("model.safetensors" in saved) != adapter
+
+
+def test_tofu_data_from_a_folder(tofu_path, tmp_path):
+    log = tofu(
+        *("--dataset_name", tofu_path, "--forget_split", "forget01", "--retain_split", "retain99"),
+        *("--max_retain_rows", "4", "--hidden_size", "32", "--finetune_epochs", "0.2", "--vocab_size", "300"),
+        *("--output_dir", tmp_path / "out", "--max_new_tokens", "8", *QUICK),
+    )
+    assert "mdu tau=0" in log
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert results.dataset.endswith("forget01")
+    written = (tmp_path / "out" / "results.json").read_text() + (tmp_path / "out" / "config.yaml").read_text() + log
+    assert "Basil" not in written, "no forget text in files or logs"
