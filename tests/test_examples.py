@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from published import write_dream, write_llada
 
 from mdu_trainer import load_model
 from mdu_trainer.evaluation.report import Results
-
-from published import write_dream, write_llada
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [
@@ -79,6 +78,31 @@ def test_config_repeats_the_run(compared, tmp_path):
     assert [(run.name, run.forget, run.retain) for run in first] == [
         (run.name, run.forget, run.retain) for run in again
     ]
+
+
+def test_two_processes_do_what_one_does(compared, tmp_path):
+    """Two processes on the CPU: half the batch each, the same update."""
+    folder, _ = compared
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run = subprocess.run(
+        [sys.executable, *launch, str(ROOT / "examples" / "tofu.py"), "--config", str(folder / "config.yaml")]
+        + ["--output_dir", str(tmp_path / "two"), "--loss_type", "mdu", "--tau", "0.5"]
+        + ["--model_name_or_path", str(folder / "base"), "--finetune_epochs", "0"]
+        + ["--per_device_train_batch_size", "1"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    one, two = (load_model(str(path / "mdu-tau0.5")) for path in (folder, tmp_path / "two"))
+    start = load_model(str(folder / "base"))
+    moved = differ = 0.0
+    for a, b, s in zip(one.parameters(), two.parameters(), start.parameters(), strict=True):
+        moved, differ = moved + (a - s).square().sum().item(), differ + (a - b).square().sum().item()
+    # AdamW's first steps have the size of the learning rate whatever the gradient's, so rounding shows in tiny ones
+    assert moved > 0 and differ < 0.01 * moved
+    assert [r.name for r in Results.load(tmp_path / "two" / "results.json").runs] == ["base", "mdu tau=0.5"]
 
 
 def test_wrong_values_stop_before_any_work(tmp_path):

@@ -113,7 +113,7 @@ def test_unbiased_on_a_model(model, backbone, num_draws):
     assert abs(estimates.mean() - expected) < 4 * estimates.std() / math.sqrt(len(estimates))
 
 
-@pytest.mark.parametrize(("length", "num_draws"), [(12, 8), (12, 128), (40, 32), (40, 128)])
+@pytest.mark.parametrize(("length", "num_draws"), [(12, 8), (12, 128), (40, 64)])
 def test_standard_error_is_the_spread_over_seeds(length, num_draws):
     log_p = hard_to_easy(length)
     replicates = []
@@ -134,7 +134,7 @@ def test_standard_error_on_a_model(model, backbone):
     assert claimed == pytest.approx(spread, rel=0.4)
 
 
-@pytest.mark.parametrize(("length", "num_draws"), [(12, 8), (12, 128), (40, 16), (40, 128)])
+@pytest.mark.parametrize(("length", "num_draws"), [(12, 32), (12, 128), (40, 32), (40, 128)])
 def test_a_quarter_of_the_independent_draws_is_enough(length, num_draws):
     log_p = hard_to_easy(length)
     ours, independent = [], []

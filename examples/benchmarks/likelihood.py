@@ -66,7 +66,9 @@ def learn(rows: Dataset, epochs: int, output_dir: str) -> tuple[nn.Module, PreTr
         per_device_train_batch_size=48,
         learning_rate=3e-3,
         lr_scheduler_type="cosine",
+        pad_with_end_tokens=True,
         time_weighting=False,
+        prompt_mask_ratio=0.2,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -112,8 +114,8 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", help="score this model; a tiny one is trained if not given")
     parser.add_argument("--epochs", type=int, default=300, help="epochs of the tiny model (two steps each)")
     parser.add_argument("--num_rows", type=int, default=6, help="answers of each kind")
-    parser.add_argument("--num_seeds", type=int, default=24, help="repetitions of each estimate")
-    parser.add_argument("--num_draws", type=int, default=1024, help="i.i.d. draws an answer")
+    parser.add_argument("--num_seeds", type=int, default=32, help="repetitions of each estimate")
+    parser.add_argument("--num_draws", type=int, default=2048, help="i.i.d. draws an answer")
     args = parser.parse_args()
 
     authors = fictional_authors()
