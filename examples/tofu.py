@@ -133,7 +133,7 @@ def prepare_base(args: TofuArguments, config: TofuConfig, model_args: ModelConfi
         tokenizer = train_tokenizer(dataset_texts(rows.select_columns(["question", "answer"])), args.vocab_size)
         model = tiny_mdlm(tokenizer, args.hidden_size, args.num_layers, seed=config.seed)
     else:
-        model, tokenizer = load(name, model_args)
+        model, tokenizer = load(name, model_args, config.trust_remote_code)
     trainer = MDLMTrainer(
         model,
         finetune_config(args, config, from_scratch=name is None),
@@ -157,6 +157,7 @@ def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool)
         "seed",
         "bf16",
         "dataloader_pin_memory",
+        "activation_checkpointing",
         "gradient_checkpointing",
         "report_to",
         "logging_steps",
@@ -179,16 +180,19 @@ def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool)
     )
 
 
-def load(path: str, model_args: ModelConfig):
+def load(path: str, model_args: ModelConfig, trust_remote_code: bool):
     """Model and tokenizer, as the command line asks for them."""
-    shared = {"trust_remote_code": False, "revision": model_args.model_revision}
+    shared = {"trust_remote_code": trust_remote_code, "revision": model_args.model_revision}
+    quantization = get_quantization_config(model_args)
     model = load_model(
         path,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
-        quantization_config=get_quantization_config(model_args),
+        quantization_config=quantization,
         **shared,
     )
+    if quantization is None:
+        model.to(PartialState().device)
     return model, load_tokenizer(path, **shared)
 
 
@@ -222,7 +226,7 @@ def score(
 
 def unlearn(config: MDUConfig, path: str, model_args: ModelConfig, forget: Dataset, retain: Dataset) -> MDUTrainer:
     """Train a fresh copy of the base to forget, and save it in the run's folder."""
-    model, tokenizer = load(path, model_args)
+    model, tokenizer = load(path, model_args, config.trust_remote_code)
     chats = bool(tokenizer.chat_template)
     trainer = MDUTrainer(
         model,
@@ -249,16 +253,18 @@ def settings(*arguments) -> dict:
     return changed
 
 
-def claim(folder: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, or clear what an earlier run of this script wrote."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise SystemExit(f"{folder} is not empty. Choose another --output_dir, or pass --overwrite_output_dir.")
-        if (folder / "config.yaml").is_file():
-            for written in [*folder.glob("*/config.json"), *folder.glob("*/adapter_config.json")]:
-                shutil.rmtree(written.parent, ignore_errors=True)
-            for name in ("results.json", "tradeoff.png", "losses.png", "config.yaml"):
-                (folder / name).unlink(missing_ok=True)
+def claim(folder: Path, models: list[Path], base: str | None, overwrite: bool) -> None:
+    """Refuse a folder that holds something, or clear what this run is going to write."""
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise SystemExit(f"{folder} is not empty. Choose another --output_dir, or pass --overwrite_output_dir.")
+    if base is not None and Path(base).resolve() in [path.resolve() for path in models]:
+        raise SystemExit(
+            f"The model to load, {base}, is one that this run would overwrite. Choose another --output_dir."
+        )
+    for path in models:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("results.json", "tradeoff.png", "losses.png", "config.yaml"):
+        (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -266,18 +272,19 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
     state = PartialState()
     runs = config.runs()
     chosen = settings(args, config, model_args)
-    with state.main_process_first():
-        if state.is_main_process:
-            claim(config.folder, args.overwrite_output_dir)
-            (config.folder / "config.yaml").write_text(yaml.safe_dump(chosen))
     forget, retain = load_rows(args)
+    if state.is_main_process:
+        models = [config.folder / "base", *(Path(run.output_dir) for run in runs)]
+        claim(config.folder, models, model_args.model_name_or_path, args.overwrite_output_dir)
+        (config.folder / "config.yaml").write_text(yaml.safe_dump(chosen))
+    state.wait_for_everyone()
     sets = [spread(rows, args.max_eval_rows) for rows in (forget, retain)]
     path, history = prepare_base(args, config, model_args, concatenate_datasets([forget, retain]))
     histories = {"base": history} if history else {}
     data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)"
     results = Results(model_args.model_name_or_path or "from scratch", data, chosen)
-    model, tokenizer = load(path, model_args)
-    results.runs.append(score("base", None, model.to(state.device), tokenizer, sets, args))
+    model, tokenizer = load(path, model_args, config.trust_remote_code)
+    results.runs.append(score("base", None, model, tokenizer, sets, args))
     del model
     for run in runs:
         gc.collect()

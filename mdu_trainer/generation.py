@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .masking import counter_uniform
 from .models import Backbone, resolve_backbone, row_logits
+from .sampling import POSITIONS, SCORES, gumbel, propose, uniform
 
 DREAM_EPSILON = 1e-3  # where Dream's timesteps end
 SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions
@@ -96,8 +96,8 @@ class DiffusionGenerationConfig:
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if self.remasking not in _SCORES:
-            raise ValueError(f"remasking must be one of {', '.join(_SCORES)}, got {self.remasking!r}.")
+        if self.remasking not in SCORES:
+            raise ValueError(f"remasking must be one of {', '.join(SCORES)}, got {self.remasking!r}.")
         if self.schedule not in ("linear", "dream"):
             raise ValueError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
         if self.remasking == "random" and self.position_temperature:
@@ -356,7 +356,7 @@ def _reveal(
 def _random_positions(masked: Tensor, row: Tensor, step: _Step, config: DiffusionGenerationConfig) -> Tensor:
     """The positions of bool `[B, N]` that random remasking reveals."""
     position = torch.arange(masked.shape[1], device=masked.device)
-    noise = _uniform(config.seed, _POSITIONS, row[:, None], step.index, position)
+    noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
     if config.schedule == "dream":
         return masked & (noise < step.share)
     return _top(torch.where(masked, noise, -torch.inf), step.count)
@@ -370,8 +370,8 @@ def _best_positions(
     table = torch.full(masked.shape, -torch.inf, device=masked.device)
     table[masked] = scores.round(decimals=SCORE_DECIMALS)
     if config.position_temperature:
-        noise = _uniform(config.seed, _POSITIONS, row[:, None], step.index, position)
-        table = table / config.position_temperature + _gumbel(noise)
+        noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
+        table = table / config.position_temperature + gumbel(noise)
     return _top(table, step.count)
 
 
@@ -410,73 +410,6 @@ def _predict(
         for other in unguided:
             guided = other + (config.cfg_scale + 1) * (guided - other)
         guided[:, banned] = -torch.inf
-        found.append(_propose(guided, prompt_number, step.index, where, config))
+        found.append(propose(guided, prompt_number, step.index, where, config))
     tokens, scores = zip(*found, strict=True)
     return torch.cat(tokens), torch.cat(scores)
-
-
-def _propose(
-    logits: Tensor, row: Tensor, step: int, position: Tensor, config: DiffusionGenerationConfig
-) -> tuple[Tensor, Tensor]:
-    """A token for each of `[N, V]` logits, and the score of its position: `[N]`, `[N]`."""
-    sharpened = logits / config.temperature if config.temperature else logits
-    if config.top_p is not None or config.top_k is not None:
-        cut = _cut(sharpened, config.top_p, config.top_k)
-        logits, sharpened = logits.masked_fill(cut, -torch.inf), sharpened.masked_fill(cut, -torch.inf)
-    tokens = sharpened.argmax(dim=1)
-    if config.temperature:
-        vocabulary = torch.arange(logits.shape[1], device=logits.device)
-        noise = _uniform(config.seed, _TOKENS, row[:, None], step, position[:, None], vocabulary)
-        tokens = (sharpened.double() + _gumbel(noise)).argmax(dim=1)
-    score = _SCORES[config.remasking]
-    return tokens, score(sharpened if config.schedule == "dream" else logits, tokens)
-
-
-def _cut(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """What top_p and top_k drop: bool `[N, V]`. The most probable token always stays."""
-    ordered, order = logits.sort(dim=1, descending=True, stable=True)
-    drop = torch.zeros_like(ordered, dtype=torch.bool)
-    if top_p is not None:
-        probability = ordered.softmax(dim=1)
-        drop = probability.cumsum(dim=1) - probability > top_p
-    if top_k is not None:
-        drop[:, top_k:] = True
-    drop[:, 0] = False
-    return torch.zeros_like(drop).scatter_(1, order, drop)
-
-
-def _confidence(logits: Tensor, tokens: Tensor) -> Tensor:
-    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).exp()
-
-
-def _margin(logits: Tensor, tokens: Tensor) -> Tensor:
-    first, second = logits.softmax(dim=1).topk(2, dim=1).values.T
-    return first - second
-
-
-def _negative_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    return -torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
-
-
-_SCORES = {
-    "low_confidence": _confidence,
-    "margin": _margin,
-    "entropy": _negative_entropy,
-    "random": lambda logits, tokens: torch.zeros_like(tokens),
-}
-
-_POSITIONS, _TOKENS = 0, 1  # streams of randomness
-
-
-def _uniform(seed: int, stream: int, row: Tensor, step: int, *counters: Tensor) -> Tensor:
-    """Uniforms in (0, 1) as a hash of the counters, which broadcast: float64 with 48 random bits."""
-    stream_and_step = torch.tensor([stream, step], device=row.device)
-    high, low = (
-        counter_uniform(seed, *stream_and_step, torch.tensor(half, device=row.device), row, *counters).double()
-        for half in (0, 1)
-    )
-    return high + (low + 2.0**-25) * 2.0**-24
-
-
-def _gumbel(uniform: Tensor) -> Tensor:
-    return -torch.log(-torch.log(uniform))

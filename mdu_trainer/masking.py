@@ -54,7 +54,7 @@ def corrupt(
         generator: source of what is drawn here.
         time_epsilon: the smallest time drawn here.
 
-    Source: LLaDA (arXiv 2502.09992, eq. 2 and 5) for the forward process; MDU (arXiv 2605.18253) for the anchor.
+    Source: LLaDA (arXiv 2502.09992) for the forward process; MDU (arXiv 2605.18253) for the anchor.
     """
     device = input_ids.device
     attended = attention_mask.bool()

@@ -145,10 +145,8 @@ class MDLMTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Figures]:
         """The loss of a micro-batch, and with `return_outputs` the figures of its rows."""
         figures = self._figures(model, inputs)
-        loss = self._total(figures, num_items_in_batch)
-        self._check_finite(loss)
-        self._record(figures)
-        return (loss, figures) if return_outputs else loss
+        loss = self._mean(figures, "loss", num_items_in_batch)
+        return self._finish(loss, figures, return_outputs)
 
     def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
         noised = self._noise("train", inputs["train"])
@@ -156,9 +154,6 @@ class MDLMTrainer(Trainer):
         nll = cross_entropy(logits, noised.targets)
         loss = noised.bound(nll) / noised.num_response if self.args.time_weighting else noised.per_row(nll)
         return {"loss": each_row(loss), **self._prediction_figures(noised, logits)}
-
-    def _total(self, figures: Figures, sizes: dict[str, Tensor] | None) -> Tensor:
-        return self._mean(figures, "loss", sizes)
 
     def _mean(self, figures: Figures, name: str, sizes: dict[str, Tensor] | None) -> Tensor:
         """Mean of a figure over rows; `sizes` holds the mean weight of the micro-batches of the update."""
@@ -206,6 +201,11 @@ class MDLMTrainer(Trainer):
             "entropy": each_row(noised.per_row(entropy(logits))),
             "masked_fraction": each_row(noised.num_masked / noised.num_response),
         }
+
+    def _finish(self, loss: Tensor, figures: Figures, return_outputs: bool) -> Tensor | tuple[Tensor, Figures]:
+        self._check_finite(loss)
+        self._record(figures)
+        return (loss, figures) if return_outputs else loss
 
     def _check_finite(self, loss: Tensor) -> None:
         if self.model.training and not torch.isfinite(loss):

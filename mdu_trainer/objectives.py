@@ -53,7 +53,7 @@ def row_sums(values: Tensor, row: Tensor, num_rows: int) -> Tensor:
 def diffusion_bound(nll: Tensor, row: Tensor, weight: Tensor) -> Tensor:
     """One draw of the bound on -log p(y | x), `[B]` in nats: 1/t * sum of the masked tokens' cross-entropy.
 
-    Source: LLaDA (arXiv 2502.09992, eq. 3 and 5).
+    Source: LLaDA (arXiv 2502.09992, eq. 3).
     """
     return weight * row_sums(nll, row, len(weight))
 
@@ -69,13 +69,13 @@ def ga(terms: ForgetTerms) -> Tensor:
 
 
 def npo(terms: ForgetTerms) -> Tensor:
-    """Negative preference optimisation (arXiv 2404.05868, eq. 3): -2/beta log sigmoid(-beta log(p / p_0))."""
+    """Negative preference optimisation (arXiv 2404.05868): -2/beta log sigmoid(-beta log(p / p_0))."""
     log_ratio = terms.reference_bound - diffusion_bound(terms.nll, terms.row, terms.weight)
     return -2 / terms.beta * logsigmoid(-terms.beta * log_ratio)
 
 
 def simnpo(terms: ForgetTerms) -> Tensor:
-    """SimNPO (arXiv 2410.07163, eq. 4): -2/beta log sigmoid(-beta/|y| log p - gamma)."""
+    """SimNPO (arXiv 2410.07163): -2/beta log sigmoid(-beta/|y| log p - gamma)."""
     bound = diffusion_bound(terms.nll, terms.row, terms.weight)
     return -2 / terms.beta * logsigmoid(terms.beta * bound / terms.num_response - terms.gamma)
 

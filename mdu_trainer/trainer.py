@@ -81,13 +81,11 @@ class MDUTrainer(MDLMTrainer):
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Figures]:
         """L = L_forget + retain_weight * L_retain of a micro-batch; with `return_outputs` the figures of its rows."""
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-
-    def _total(self, figures: Figures, sizes: dict[str, Tensor] | None) -> Tensor:
-        loss = self._mean(figures, "forget_loss", sizes)
+        figures = self._figures(model, inputs)
+        loss = self._mean(figures, "forget_loss", num_items_in_batch)
         if "retain_loss" in figures:
-            loss = loss + self.args.retain_weight * self._mean(figures, "retain_loss", sizes)
-        return loss
+            loss = loss + self.args.retain_weight * self._mean(figures, "retain_loss", num_items_in_batch)
+        return self._finish(loss, figures, return_outputs)
 
     def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
         figures = self._forget_figures(model, inputs)

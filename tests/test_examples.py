@@ -1,6 +1,7 @@
 """The scripts, run as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from published import write_dream, write_llada
+from safetensors import safe_open
 
 from mdu_trainer import load_model
 from mdu_trainer.evaluation.report import Results
@@ -37,7 +39,10 @@ def compared(tmp_path_factory):
     """One quick comparison of two methods on the embedded default."""
     folder = tmp_path_factory.mktemp("tofu") / "out"
     small = ("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "2")
-    log = tofu("--output_dir", folder, *small, "--loss_type", "npo", "mdu", "dpo", "--tau", "0", "0.5", *QUICK)
+    secret = ("--hub_token", "hf_planted")
+    log = tofu(
+        "--output_dir", folder, *small, "--loss_type", "npo", "mdu", "dpo", "--tau", "0", "0.5", *secret, *QUICK
+    )
     return folder, log
 
 
@@ -57,6 +62,8 @@ def test_output(compared):
             assert set(run[name]) == {"rougeL_recall", "rougeL_f1", "probability", "n"} and run[name]["n"] == 2
         assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] != "base")
     assert Results.load(folder / "results.json").table() in log
+    written = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".md")]
+    assert written and not any("hf_planted" in text for text in [*written, log])
     for name in ("tradeoff.png", "losses.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     for name in ("base", "npo", "mdu-tau0", "mdu-tau0.5", "dpo"):
@@ -67,7 +74,12 @@ def test_folder_is_not_overwritten_unless_asked(compared):
     folder, _ = compared
     before = (folder / "results.json").read_bytes()
     assert "is not empty" in tofu("--output_dir", folder, *QUICK, expect=1)
-    assert (folder / "results.json").read_bytes() == before
+    own = ("--model_name_or_path", folder / "base", "--overwrite_output_dir")
+    assert "would overwrite" in tofu("--output_dir", folder, *own, *QUICK, expect=1)
+    assert "nothing_like_it" in tofu(
+        *("--output_dir", folder, "--overwrite_output_dir", "--dataset_name", "nothing_like_it"), *QUICK, expect=1
+    )
+    assert (folder / "results.json").read_bytes() == before and (folder / "base" / "config.json").is_file()
 
 
 def test_config_repeats_the_run(compared, tmp_path):
@@ -113,7 +125,7 @@ def test_wrong_values_stop_before_any_work(tmp_path):
 @pytest.mark.parametrize("write, backbone", [(write_llada, "llada"), (write_dream, "dream")])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_published_layouts_from_disk(tmp_path, write, backbone, adapter):
-    write(tmp_path / "published")
+    published = write(tmp_path / "published")
     lora = ("--use_peft", "--lora_r", "2") if adapter else ()
     log = tofu(
         *("--model_name_or_path", tmp_path / "published", "--output_dir", tmp_path / "out", "--loss_type", "mdu"),
@@ -122,6 +134,27 @@ def test_published_layouts_from_disk(tmp_path, write, backbone, adapter):
     assert "mdu tau=0.5" in log
     saved = {path.name for path in (tmp_path / "out" / "mdu-tau0.5").iterdir()}
     assert ("adapter_model.safetensors" in saved) == adapter and ("model.safetensors" in saved) != adapter
+    if not adapter:
+        with safe_open(tmp_path / "out" / "mdu-tau0.5" / "model.safetensors", "pt") as tensors:
+            assert set(tensors.keys()) == set(published), "the trainer saves the published names"
+
+
+def test_readme_script(tofu_path, tmp_path):
+    """The script of the README as it is printed, but for names, the number of steps and the device."""
+    script = re.search(r"## LLaDA in twenty lines.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    write_llada(tmp_path / "llada", max_sequence_length=1024)
+    changes = {
+        '"GSAI-ML/LLaDA-8B-Instruct"': repr(str(tmp_path / "llada")),
+        '"locuslab/TOFU"': repr(str(tofu_path)),
+        '"llada-forgets"': repr(str(tmp_path / "out")),
+        "num_train_epochs=1": "max_steps=1, use_cpu=True, report_to='none', max_length=512",
+    }
+    for printed, here in changes.items():
+        assert printed in script
+        script = script.replace(printed, here)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 
 def test_tofu_data_from_a_folder(tofu_path, tmp_path):

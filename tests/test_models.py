@@ -327,7 +327,7 @@ def test_embedding_size_is_what_the_tensors_have(tmp_path):
 def test_quantized_loading_names_what_is_missing(checkpoints, monkeypatch):
     monkeypatch.setattr("mdu_trainer.models.loading.find_spec", lambda name: None)
     for bits in ("load_in_4bit", "load_in_8bit"):
-        with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        with pytest.raises(ImportError, match=r"pip install mdu-trainer\[quantization\]"):
             load_model(checkpoints["llada"][0], **{bits: True})
 
 

@@ -142,8 +142,8 @@ def _quantization(arguments: dict[str, Any]) -> dict[str, Any]:
     if bits or isinstance(arguments.get("quantization_config"), BitsAndBytesConfig):
         if find_spec("bitsandbytes") is None:
             raise ImportError(
-                "Loading in 8 or 4 bits needs bitsandbytes, which is not installed: pip install bitsandbytes, or load "
-                "the model in bfloat16 (dtype='bfloat16')."
+                "Loading in 8 or 4 bits needs bitsandbytes, which is not installed: "
+                "pip install mdu-trainer[quantization], or load the model in bfloat16 (dtype='bfloat16')."
             )
     if bits:
         arguments["quantization_config"] = BitsAndBytesConfig(**bits)
