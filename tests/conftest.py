@@ -20,6 +20,7 @@ import torch  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
+from mdu_trainer.models import Backbone, resolve_backbone  # noqa: E402
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer  # noqa: E402
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -46,6 +47,18 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Callable[..., LlamaForCaus
         return tiny_mdlm(tokenizer, **({"hidden_size": 32, "num_layers": 2, "num_heads": 2} | kwargs))
 
     return make
+
+
+@pytest.fixture
+def model(make_model: Callable[..., LlamaForCausalLM]) -> LlamaForCausalLM:
+    """An untrained model, sharper than usual, so that no two choices are as close as rounding."""
+    return make_model(max_position_embeddings=64, initializer_range=0.2)
+
+
+@pytest.fixture
+def backbone(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Backbone:
+    """The facts of `model`."""
+    return resolve_backbone(model, tokenizer)
 
 
 @pytest.fixture(scope="session")

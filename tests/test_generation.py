@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mdu_trainer.generation import DiffusionGenerationConfig, generate, generate_ids, reveal_schedule
-from mdu_trainer.models import Backbone, resolve_backbone
+from mdu_trainer.models import Backbone
 
 VOCABULARY, END, PAD, MASK = 12, 0, 10, 11
 SCRIPTED = Backbone("scripted", MASK, (END,), PAD, False, VOCABULARY, None, [], None)
@@ -50,17 +50,6 @@ def preferring(tokens: list[int], strength: list[float]) -> torch.Tensor:
     logits = torch.zeros(len(tokens), VOCABULARY)
     logits[torch.arange(len(tokens)), tokens] = torch.tensor(strength)
     return logits
-
-
-@pytest.fixture
-def model(make_model):
-    """Sharper than a fresh model, so that no two choices are as close as rounding."""
-    return make_model(max_position_embeddings=64, initializer_range=0.2)
-
-
-@pytest.fixture
-def backbone(model, tokenizer):
-    return resolve_backbone(model, tokenizer)
 
 
 @torch.no_grad()

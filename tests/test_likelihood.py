@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from mdu_trainer.likelihood import draw_masks, response_likelihood
-from mdu_trainer.models import resolve_backbone
 
 PROMPTS = [[20, 21, 22], [30, 31, 32, 33, 34, 35], [40], [50, 51]]
 RESPONSES = [[60, 61, 62, 63, 64, 65, 66, 67, 68], [70, 71, 72], [80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90], [91]]
@@ -25,16 +24,6 @@ class Counting(nn.Module):
     def forward(self, input_ids, attention_mask):
         self.sequences += len(input_ids)
         return self.model(input_ids=input_ids, attention_mask=attention_mask)
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model(max_position_embeddings=64, initializer_range=0.2)
-
-
-@pytest.fixture
-def backbone(model, tokenizer):
-    return resolve_backbone(model, tokenizer)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import argparse
 import dataclasses
 import sys
 
-from .backbone import resolve_backbone
+from .backbone import backbone_name, resolve_backbone
 from .loading import load_config, load_tokenizer
 
 
@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(options.name_or_path)
     try:
         config = load_config(options.name_or_path, **where)
+        backbone_name(config)  # what it is refused for comes before what its tokenizer may lack
         backbone = resolve_backbone(config, load_tokenizer(options.name_or_path, **where))
     except (OSError, ValueError) as error:
         print(f"  supported            no: {error}")
