@@ -1,5 +1,6 @@
 """Unlearning for masked diffusion language models: the loss, step by step. The maths is in its own rooms."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,9 @@ class MDUTrainer(MDLMTrainer):
         retain_dataset: the rows to keep. Needed unless `args.retain_weight` is 0.
         eval_dataset: rows, or a dict of names and rows. Both losses are computed on each; masks are fixed by the seed.
         processing_class, peft_config, data_collator, callbacks, optimizers: as in `MDLMTrainer`.
+
+    Logs means over the rows since the last log: `loss`, `forget_loss`, `retain_loss`, and of the forget rows `kl` (to
+    the anchor; to the uniform distribution for objectives without one), `entropy` and `masked_fraction`.
 
     Example:
 
@@ -107,6 +111,7 @@ class MDUTrainer(MDLMTrainer):
             figures["kl"] = Figure(noised.per_row(terms.kl.detach()), self._forget_weight(noised))
         else:
             terms = terms._replace(nll=cross_entropy(logits, noised.targets))
+            figures["kl"] = each_row(math.log(logits.shape[-1]) - figures["entropy"].value)  # to the uniform anchor
         if self.objective.reference:
             terms = terms._replace(reference_bound=self._reference_bound(model, noised))
         if self.objective.preferred:

@@ -410,6 +410,10 @@ def test_logs(make_trainer):
         assert log["loss"] == pytest.approx(log["forget_loss"] + log["retain_loss"], rel=1e-4)
         assert log["forget_loss"] == pytest.approx(log["kl"], rel=1e-5)
         assert 0 < log["entropy"] < math.log(512) and 0 < log["masked_fraction"] <= 1
+    other = make_trainer(loss_type="npo", logging_steps=1, max_steps=1)
+    other.train()
+    log = other.state.log_history[0]
+    assert log["kl"] == pytest.approx(math.log(512) - log["entropy"], rel=1e-5)
 
 
 def test_resumed_run_ends_with_the_same_weights(make_trainer):
