@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
@@ -108,6 +108,7 @@ class MDLMTrainer(Trainer):
         if args.n_gpu > 1:
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; `accelerate launch` uses all of them.")
             args._n_gpu = 1
+        set_seed(args.seed)  # the Trainer does so too, but after the adapter's first weights are drawn
         processing_class = processing_class or _load_tokenizer_of(model, args)
         model = _load(model, args)
         self.backbone = resolve_backbone(model, processing_class)

@@ -60,6 +60,7 @@ class MDUTrainer(MDLMTrainer):
         optimizers: tuple = (None, None),
     ):
         args = self._config(args)
+        _check_retain(args, train_dataset, retain_dataset)
         self._retain_dataset = retain_dataset
         self.objective = OBJECTIVES[args.loss_type]
         self.beta = self.objective.beta if args.beta is None else args.beta
@@ -174,16 +175,6 @@ class MDUTrainer(MDLMTrainer):
         retain = self._retain_dataset
         if dataset is None:
             return {}
-        if args.retain_weight > 0 and retain is None:
-            raise ValueError(
-                f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
-                "retain_weight=0 to unlearn without one."
-            )
-        if args.retain_weight == 0 and retain is not None:
-            raise ValueError(
-                "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
-                "use 1), or leave the retain set out."
-            )
         parts = {"forget": self._tokenize(args, dataset, "forget", preferred=self.objective.preferred)}
         if retain is not None:
             parts["retain"] = self._tokenize(args, retain, "retain")
@@ -200,3 +191,17 @@ class MDUTrainer(MDLMTrainer):
 
     def _eval_columns(self, args: MDUConfig) -> dict[str, bool]:
         return {"preferred": self.objective.preferred}
+
+
+def _check_retain(args: MDUConfig, forget: Dataset | None, retain: Dataset | None) -> None:
+    """Refuse a retain set that would not be read, and a retain loss without one, before a model is loaded."""
+    if forget is not None and args.retain_weight > 0 and retain is None:
+        raise ValueError(
+            f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
+            "retain_weight=0 to unlearn without one."
+        )
+    if args.retain_weight == 0 and retain is not None:
+        raise ValueError(
+            "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
+            "use 1), or leave the retain set out."
+        )

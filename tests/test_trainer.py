@@ -237,10 +237,13 @@ def test_accumulation_does_not_change_the_update(make_trainer, make_model, sets,
         assert (ends[0] - other).norm() / (ends[0] - start).norm() < 1e-6
 
 
-def test_same_seed_same_weights_and_another_seed_others(make_trainer):
+@pytest.mark.parametrize("peft", [False, True])
+def test_same_seed_same_weights_and_another_seed_others(make_trainer, peft):
     runs = []
     for seed in (1, 1, 2):
-        trainer = make_trainer(tau=0.5, seed=seed)
+        torch.rand(3)  # whatever was drawn before
+        lora = {"peft_config": LoraConfig(**LORA)} if peft else {}
+        trainer = make_trainer(tau=0.5, seed=seed, **lora)
         trainer.train()
         runs.append(weights(trainer))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
@@ -453,6 +456,8 @@ def test_config_errors(tmp_path, options, message):
 def test_retain_set_and_weight_go_together(make_model, tokenizer, sets, tmp_path):
     with pytest.raises(ValueError, match="retain_weight is 1 but there is no retain set.*retain_weight=0"):
         MDUTrainer(make_model(), MDUConfig(str(tmp_path)), sets[0], processing_class=tokenizer)
+    with pytest.raises(ValueError, match="there is no retain set"):
+        MDUTrainer("no/such-model", MDUConfig(str(tmp_path)), sets[0])  # before anything is loaded
     with pytest.raises(ValueError, match="retain_weight is 0, so it would not be read"):
         MDUTrainer(
             make_model(), MDUConfig(str(tmp_path), retain_weight=0), sets[0], sets[1], processing_class=tokenizer
