@@ -1,5 +1,6 @@
 """Fine-tuning of masked diffusion language models: the Trainer hooks and wiring that unlearning shares."""
 
+import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -356,8 +357,11 @@ def _with_adapter(
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise ValueError("The model is a PeftModel already; pass peft_config only with a plain model.")
+        peft_config = copy.copy(peft_config)
         if getattr(peft_config, "target_modules", None) is None:
             peft_config.target_modules = target_modules
+        if peft_config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+            peft_config.task_type = None  # TRL's default, of which PEFT asks what a *ForMaskedLM does not have
         model = get_peft_model(model, peft_config)
     if isinstance(model, PeftModel) and args.gradient_checkpointing:
         # the embeddings' output must carry a gradient, or checkpointed layers below the first adapter have none

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import logsigmoid
+from transformers import BertConfig, BertForMaskedLM
+from trl import ModelConfig, get_peft_config
 
 from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError
 from mdu_trainer.data import question_answer_rows
@@ -336,6 +338,17 @@ def test_lora_trains_adapters_only_and_takes_the_backbones_targets(make_trainer)
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == {name for name in before if "lora_" in name}
     assert not any("lm_head" in name for name in moved)
+
+
+def test_lora_on_a_masked_lm_with_trls_defaults(make_trainer, tokenizer):
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **size)
+    peft_config = get_peft_config(ModelConfig(use_peft=True))
+    trainer = make_trainer(BertForMaskedLM(config), peft_config=peft_config, tau=0.5)
+    before = weights(trainer)
+    trainer.train()
+    assert trainer.backbone.name == "masked_lm" and not torch.equal(weights(trainer), before)
+    assert peft_config.target_modules is None, "the caller's config is left alone"
 
 
 @pytest.mark.parametrize("peft", [False, True])
