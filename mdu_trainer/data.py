@@ -108,7 +108,8 @@ def tokenize_rows(
     limit = _length_limit(max_length, backbone.context_length)
     rows = TokenizedRows([], [])
     dropped = truncated = too_long = 0
-    for example in dataset:
+    for i, example in enumerate(dataset):
+        example = _prompt_completion(example, f"Row {i} of the {name} set", preferred)
         prompt, response, chosen = _encode(example, tokenizer, backbone.end_token_ids, preferred)
         too_long += backbone.context_length is not None and len(prompt) >= backbone.context_length
         room = None if limit is None else limit - len(prompt)
@@ -289,18 +290,26 @@ def _length_limit(max_length: int | None, context_length: int | None) -> int | N
     return min(limits) if limits else None
 
 
+def _prompt_completion(example: Row, where: str, preferred: bool) -> Row:
+    """The row as `prompt`, `completion` and, if asked for, `chosen`: all strings, or all lists of messages."""
+    if "messages" in example:
+        prompt, response = example["messages"][:-1], example["messages"][-1:]
+        if not prompt or response[0]["role"] != "assistant":
+            raise ValueError(f"{where}: `messages` must end with an assistant turn that follows another turn.")
+    else:
+        prompt, response = example["prompt"], example["completion" if "completion" in example else "rejected"]
+    row = {"prompt": prompt, "completion": response} | ({"chosen": example["chosen"]} if preferred else {})
+    kinds = {name: type(value).__name__ for name, value in row.items()}
+    if set(kinds.values()) not in ({"str"}, {"list"}):
+        raise ValueError(f"{where} must have strings only, or lists of messages only, but has {kinds}.")
+    return row
+
+
 def _encode(
     example: Row, tokenizer: PreTrainedTokenizerBase, end_token_ids: tuple[int, ...], preferred: bool
 ) -> tuple[list[int], list[int], list[int]]:
     """Token ids of prompt, response and preferred response (empty unless asked for) of one row."""
-    if "messages" in example:
-        prompt, response = example["messages"][:-1], example["messages"][-1:]
-        if not prompt or response[0]["role"] != "assistant":
-            raise ValueError("A `messages` row must end with an assistant turn that follows at least one other turn.")
-        example = {"prompt": prompt, "completion": response} | {k: v for k, v in example.items() if k == "chosen"}
-    responses = [example["completion" if "completion" in example else "rejected"]]
-    if preferred:
-        responses.append(example["chosen"])
+    responses = [example["completion"], *([example["chosen"]] if preferred else [])]
     encode = _encode_conversation if is_conversational({"prompt": example["prompt"]}) else _encode_text
     prompt_ids, encoded = encode(example["prompt"], responses, tokenizer)
     response_ids = [_end(ids, end_token_ids) for ids in encoded]

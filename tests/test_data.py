@@ -101,7 +101,9 @@ def test_errors_name_the_fix_and_no_text(tokenize, backbone):
             lambda: tokenize([row | {"prompt": "x " * 400}], name="retain"),
             "1 of 1 prompts of the retain set.*256 tokens",
         ),
-        (lambda: tokenize([{"messages": [turn("user", SECRET)]}]), "must end with an assistant turn"),
+        (lambda: tokenize([{"messages": [turn("user", SECRET)]}]), "Row 0 of the forget set: .*an assistant turn"),
+        (lambda: tokenize([row, row | {"completion": None}]), "Row 1 of the forget set .*'completion': 'NoneType'"),
+        (lambda: tokenize([{"prompt": [turn("user", SECRET)], "completion": SECRET}]), "'list', 'completion': 'str'"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message) as error:

@@ -432,11 +432,16 @@ def test_logs(make_trainer):
     assert log["kl"] == pytest.approx(math.log(512) - log["entropy"], rel=1e-5)
 
 
-def test_resumed_run_ends_with_the_same_weights(make_trainer):
+@pytest.mark.parametrize("peft", [False, True])
+def test_resumed_run_ends_with_the_same_weights(make_trainer, peft):
     options = {"tau": 0.5, "max_steps": 8, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
-    whole = make_trainer(**options)
+
+    def make():
+        return make_trainer(**options, **({"peft_config": LoraConfig(**LORA | {"lora_dropout": 0.1})} if peft else {}))
+
+    whole = make()
     whole.train()
-    resumed = make_trainer(**options)
+    resumed = make()
     resumed.train(resume_from_checkpoint=f"{resumed.args.output_dir}/checkpoint-3")
     assert torch.equal(weights(whole), weights(resumed))
 
