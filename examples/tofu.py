@@ -124,11 +124,11 @@ def load_rows(args: TofuArguments) -> tuple[Dataset, Dataset]:
     return forget, retain.select(range(min(len(retain), args.max_retain_rows or len(retain))))
 
 
-def prepare_base(args: TofuArguments, config: TofuConfig, model_args: ModelConfig, rows: Dataset) -> tuple[str, list]:
-    """Path of the model that is to forget, and the log of its fine-tuning."""
+def prepare_base(args: TofuArguments, config: TofuConfig, model_args: ModelConfig, rows: Dataset) -> str:
+    """Path of the model that is to forget, fine-tuned first if asked."""
     name = model_args.model_name_or_path
     if name is not None and not args.finetune_epochs:
-        return name, []
+        return name
     if name is None:
         tokenizer = train_tokenizer(dataset_texts(rows.select_columns(["question", "answer"])), args.vocab_size)
         model = tiny_mdlm(tokenizer, args.hidden_size, args.num_layers, seed=config.seed)
@@ -148,7 +148,7 @@ def prepare_base(args: TofuArguments, config: TofuConfig, model_args: ModelConfi
     path = config.folder / "base"
     trainer.save_model(str(path))
     trainer.accelerator.wait_for_everyone()
-    return str(path), trainer.state.log_history
+    return str(path)
 
 
 def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool) -> MDLMConfig:
@@ -279,8 +279,8 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
         (config.folder / "config.yaml").write_text(yaml.safe_dump(chosen))
     state.wait_for_everyone()
     sets = [spread(rows, args.max_eval_rows) for rows in (forget, retain)]
-    path, history = prepare_base(args, config, model_args, concatenate_datasets([forget, retain]))
-    histories = {"base": history} if history else {}
+    path = prepare_base(args, config, model_args, concatenate_datasets([forget, retain]))
+    histories = {}
     data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)"
     results = Results(model_args.model_name_or_path or "from scratch", data, chosen)
     model, tokenizer = load(path, model_args, config.trust_remote_code)
@@ -298,7 +298,7 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
             results.save(config.folder / "results.json")
     if state.is_main_process:
         plot_tradeoff(results.runs, config.folder / "tradeoff.png")
-        plot_losses({name: h for name, h in histories.items() if name != "base"}, config.folder / "losses.png")
+        plot_losses(histories, config.folder / "losses.png")
         print(f"\n{results.table()}\n\nWritten to {config.folder}")
 
 

@@ -126,8 +126,11 @@ class MDUTrainer(MDLMTrainer):
 
     def _forget_weight(self, noised: Noised) -> Tensor:
         """What a row weighs in the forget loss: 1, or its masked tokens where the KL is pooled over all tokens."""
-        pooled = self.objective.anchor and self.args.kl_reduction == "token"
-        return noised.num_masked.float() if pooled else torch.ones_like(noised.weight)
+        return noised.num_masked.float() if self._pools_tokens else torch.ones_like(noised.weight)
+
+    @property
+    def _pools_tokens(self) -> bool:
+        return self.objective.anchor and self.args.kl_reduction == "token"
 
     def _retain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         noised = self._noise("retain", batch)
@@ -163,11 +166,11 @@ class MDUTrainer(MDLMTrainer):
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
         rows = torch.tensor(sum(len(batch["forget"]["row"]) for batch in batches), device=self.args.device)
-        weights = [self._forget_weight(self._noise("forget", batch["forget"])).sum() for batch in batches]
-        return {
-            "forget_loss": self._mean_over_update(torch.stack(weights).sum(), len(batches)),
-            "retain_loss": self._mean_over_update(rows, len(batches)),
-        }
+        mean_rows = self._mean_over_update(rows, len(batches))
+        if not self._pools_tokens:
+            return {"forget_loss": mean_rows, "retain_loss": mean_rows}
+        masked = sum(self._noise("forget", batch["forget"]).num_masked.sum() for batch in batches)
+        return {"forget_loss": self._mean_over_update(masked, len(batches)), "retain_loss": mean_rows}
 
     # Data
 
