@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig
+from torch._dynamo.utils import counters
 
 from mdu_trainer import MDUConfig, MDUTrainer, divergence
 from mdu_trainer.anchor_cache import FOLDER
@@ -328,6 +329,7 @@ def test_soft_capped_logits_take_the_other_path(make_model):
 def test_compiled_models_give_the_same_loss_and_gradients(make_model, tau):
     model = make_model()
     compiled = torch.compile(model, backend="aot_eager")
+    graphs = []
     for seed in range(3):  # other rows and other numbers of them than the graph was made with
         inputs = passes(model, seed)
         anchor = row_projection(model, inputs[0] * 0 + 1, *inputs[1:])
@@ -337,3 +339,5 @@ def test_compiled_models_give_the_same_loss_and_gradients(make_model, tau):
         assert grads.keys() == {f"_orig_mod.{name}" for name in expected_grads}
         for name, grad in expected_grads.items():
             torch.testing.assert_close(grads[f"_orig_mod.{name}"], grad, rtol=1e-4, atol=1e-6)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[2]  # compiled once

@@ -2,7 +2,8 @@
 
 With a vocabulary of 126,464 the head dominates memory, and a diffusion step reads it at masked positions alone. Hooks
 on the output embedding keep only those hidden states, so all of this happens inside any wrapper's forward (DDP, FSDP,
-DeepSpeed, PEFT, autocast).
+DeepSpeed, PEFT, autocast). `torch.compile` compiles what comes before the head: the hooks, which differ from batch to
+batch, are left out of its graphs.
 """
 
 from collections.abc import Callable
@@ -104,11 +105,13 @@ def _inside(
         return None
     keep, computed = _keep(*_source(rows, logit_shift)), []
 
+    @torch.compiler.disable
     def before(module: nn.Linear, args: tuple) -> tuple:
         hidden = keep(module, args)[0].to(module.weight.device)
         computed.append(compute(Projection(hidden, module.weight, module.bias)))
         return (hidden[:0], *args[1:])
 
+    @torch.compiler.disable
     def after(module: nn.Linear, args: tuple, logits: Tensor) -> Tensor:
         return computed[0]
 
@@ -132,6 +135,7 @@ def _source(rows: Tensor, logit_shift: bool) -> tuple[Tensor, Tensor]:
 
 
 def _keep(batch_index: Tensor, position: Tensor) -> Callable[[nn.Module, tuple], tuple]:
+    @torch.compiler.disable
     def keep(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]
         return (hidden[batch_index.to(hidden.device), position.to(hidden.device)], *args[1:])
