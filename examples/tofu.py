@@ -204,14 +204,14 @@ def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> 
 
 
 def score(
-    name: str, tau: float | None, model, tokenizer, sets: list[Dataset], args: TofuArguments, seconds=0.0
+    name: str, tau: float | None, model, tokenizer, sets: dict[str, Dataset], args: TofuArguments, seconds=0.0
 ) -> Run:
     """Score a model on the rows to forget and those to keep."""
     start = time.perf_counter()
-    longest = max(len(tokenizer(text)["input_ids"]) for rows in sets for text in rows["answer"]) + 1
+    longest = max(len(tokenizer(text)["input_ids"]) for rows in sets.values() for text in rows["answer"]) + 1
     decoding = DiffusionGenerationConfig(max_new_tokens=args.max_new_tokens or longest, steps=args.decoding_steps)
-    forget, retain = (
-        score_answers(
+    scores = {
+        part: score_answers(
             model,
             tokenizer,
             rows,
@@ -219,9 +219,10 @@ def score(
             num_draws=args.likelihood_draws,
             show_progress=PartialState().is_main_process,
         )
-        for rows in sets
-    )
-    return Run(name, tau, forget, retain, seconds, time.perf_counter() - start)
+        for part, rows in sets.items()
+    }
+    rows = {part: len(rows) for part, rows in sets.items()}
+    return Run(name, tau, scores, rows, {}, seconds, time.perf_counter() - start)
 
 
 def unlearn(config: MDUConfig, path: str, model_args: ModelConfig, forget: Dataset, retain: Dataset) -> MDUTrainer:
@@ -278,7 +279,7 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
         claim(config.folder, models, model_args.model_name_or_path, args.overwrite_output_dir)
         (config.folder / "config.yaml").write_text(yaml.safe_dump(chosen))
     state.wait_for_everyone()
-    sets = [spread(rows, args.max_eval_rows) for rows in (forget, retain)]
+    sets = {name: spread(rows, args.max_eval_rows) for name, rows in (("forget", forget), ("retain", retain))}
     path = prepare_base(args, config, model_args, concatenate_datasets([forget, retain]))
     histories = {}
     data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)"

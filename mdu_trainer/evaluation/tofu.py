@@ -9,7 +9,7 @@ from ..generation import DiffusionGenerationConfig, generate_ids
 from ..likelihood import response_likelihood
 from ..models import Backbone, resolve_backbone
 from .metrics import RougeL
-from .report import Score
+from .report import Estimate, Scores
 
 
 def score_answers(
@@ -21,7 +21,7 @@ def score_answers(
     backbone: Backbone | None = None,
     num_draws: int = 8,
     show_progress: bool = False,
-) -> Score:
+) -> Scores:
     """Decode an answer to each question and estimate the likelihood of the true one.
 
     Args:
@@ -55,4 +55,5 @@ def score_answers(
         seed=config.seed,
         show_progress=show_progress,
     )
-    return Score(rouge["rougeL_recall"], rouge["rougeL_f1"], float(likelihood.probability.mean()), len(rows))
+    figures = rouge | {"probability": float(likelihood.probability.mean())}
+    return {name: Estimate(value) for name, value in figures.items()}
