@@ -213,10 +213,14 @@ def test_start_tokens_are_added_once(lm, tokenizer):
     assert lm.tok_encode("Who") == tokenizer("Who")["input_ids"]
     chat = lm.apply_chat_template([{"role": "user", "content": "Who"}])
     assert lm.tok_encode(chat)[0] in tokenizer.all_special_ids
-    lm.tokenizer = type("WithStart", (), {
-        "__call__": lambda self, text, **kw: {"input_ids": [START] * kw.get("add_special_tokens", True) + [5] * len(text)},
-        "all_special_ids": [START],
-    })()  # fmt: skip
+
+    class WithStart:
+        all_special_ids = [START]
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [START] * add_special_tokens + [5] * len(text)}
+
+    lm.tokenizer = WithStart()
     assert lm.tok_encode("abc") == [START, 5, 5, 5] and lm.tok_encode("abc", add_special_tokens=False) == [5, 5, 5]
 
 
