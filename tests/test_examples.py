@@ -20,11 +20,16 @@ QUICK = [
     *("--max_eval_rows", "2", "--likelihood_draws", "2", "--decoding_steps", "4", "--logging_steps", "1"),
     *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
 ]
+FIGURES = {"rougeL_recall", "rougeL_f1", "probability", "truth_ratio", "degeneracy"}
 
 
 def tofu(*arguments, expect=0):
+    return script("tofu.py", *arguments, expect=expect)
+
+
+def script(name, *arguments, expect=0):
     run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "tofu.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -49,7 +54,7 @@ def compared(tmp_path_factory):
 def test_output(compared):
     folder, log = compared
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema"] == 1 and results["model"] and results["dataset"] and results["settings"]
+    assert results["schema"] == 2 and results["model"] and results["dataset"] and results["settings"]
     assert [(run["method"], run["tau"]) for run in results["runs"]] == [
         ("base", None),
         ("npo", None),
@@ -59,7 +64,8 @@ def test_output(compared):
     ]
     for run in results["runs"]:
         for name in ("forget", "retain"):
-            assert set(run[name]) == {"rougeL_recall", "rougeL_f1", "probability", "n"} and run[name]["n"] == 2
+            assert set(run["scores"][name]) == FIGURES and run["rows"][name] == 2
+        assert set(run["summary"]) == {"model_utility"}
         assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] != "base")
     assert Results.load(folder / "results.json").table() in log
     written = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".md")]
@@ -87,8 +93,8 @@ def test_config_repeats_the_run(compared, tmp_path):
     assert yaml.safe_load((folder / "config.yaml").read_text())["loss_type"] == ["npo", "mdu", "dpo"]
     tofu("--config", folder / "config.yaml", "--output_dir", tmp_path / "again")
     first, again = (Results.load(path / "results.json").runs for path in (folder, tmp_path / "again"))
-    assert [(run.name, run.forget, run.retain) for run in first] == [
-        (run.name, run.forget, run.retain) for run in again
+    assert [(run.name, run.scores, run.summary) for run in first] == [
+        (run.name, run.scores, run.summary) for run in again
     ]
 
 

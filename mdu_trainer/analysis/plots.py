@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008): tells apart for colour-blind readers; markers tell apart in grey print
 COLOURS = {"base": "#000000", "mdu": "#0072B2", "ga": "#D55E00", "npo": "#009E73"}
-COLOURS |= {"simnpo": "#CC79A7", "wga": "#E69F00", "dpo": "#56B4E9"}
+COLOURS |= {"simnpo": "#CC79A7", "wga": "#E69F00", "dpo": "#56B4E9", "retain model": "#999999"}
 MARKERS = {"base": "*", "mdu": "o", "ga": "v", "npo": "s", "simnpo": "D", "wga": "^", "dpo": "P"}
+MARKERS |= {"retain model": "X"}
 
 
 def plot_tradeoff(runs: Sequence["Run"], path: str | Path) -> None:
@@ -29,7 +30,7 @@ def plot_tradeoff(runs: Sequence["Run"], path: str | Path) -> None:
     axes.plot(*_points(path_of_tau), color=COLOURS["mdu"], linewidth=1, alpha=0.5, zorder=1)
     for i, run in enumerate(path_of_tau):  # above and below in turn, for points that lie close
         place = {"xytext": (0, -15 if i % 2 else 9), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-        axes.annotate(f"\u03c4={run.tau:g}", (run.forget.rougeL_recall, run.retain.rougeL_recall), **place)
+        axes.annotate(f"\u03c4={run.tau:g}", _point(run), **place)
     for method in dict.fromkeys(run.method for run in runs):
         x, y = _points([run for run in runs if run.method == method])
         size = 160 if method == "base" else 60
@@ -69,7 +70,12 @@ def plot_losses(histories: dict[str, list[dict[str, Any]]], path: str | Path) ->
 
 
 def _points(runs: Sequence["Run"]) -> tuple[list[float], list[float]]:
-    return [run.forget.rougeL_recall for run in runs], [run.retain.rougeL_recall for run in runs]
+    points = [_point(run) for run in runs]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _point(run: "Run") -> tuple[float, float]:
+    return run.scores["forget"]["rougeL_recall"].value, run.scores["retain"]["rougeL_recall"].value
 
 
 def _figure(rows: int = 1) -> tuple["Figure", Any]:

@@ -1,4 +1,4 @@
-"""The outcome of a comparison: one typed record, a table to read, a JSON file to keep."""
+"""The outcome of a comparison: one typed record, tables to read, a JSON file to keep. Figures only, never texts."""
 
 import json
 import os
@@ -7,23 +7,47 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
+
+COLUMNS = {  # of `Results.table`, where any run has the figure: (set, metric), the set None for the summary
+    "forget rL": ("forget", "rougeL_recall"),
+    "retain rL": ("retain", "rougeL_recall"),
+    "forget prob.": ("forget", "probability"),
+    "retain prob.": ("retain", "probability"),
+    "truth ratio": ("forget", "truth_ratio"),
+    "utility": (None, "model_utility"),
+    "forget quality": (None, "forget_quality"),
+}
+SUMMARISED = ("forget", "retain", "real_authors", "world_facts")  # sets that COLUMNS cover; others get their own
+HEADLINES = {  # the one of a further set that the table shows
+    "accuracy": "acc.",
+    "rougeL_recall": "rL",
+    "exact_match": "match",
+    "entropy": "entropy",
+    "loss": "loss",
+}
 
 
 @dataclass(frozen=True)
-class Score:
-    """How well a model still answers the questions of one set.
+class Estimate:
+    """A figure, with its 95 % bootstrap interval over rows.
 
     Attributes:
-        rougeL_recall, rougeL_f1: means over rows, in [0, 1].
-        probability: mean over rows of p(answer | question)^(1 / tokens), in [0, 1].
-        n: rows.
+        value: the figure.
+        low, high: ends of the interval, both None where there is none.
     """
 
-    rougeL_recall: float
-    rougeL_f1: float
-    probability: float
-    n: int
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return _figure(self.value)
+        return f"{_figure(self.value)} [{_figure(self.low)}, {_figure(self.high)}]"
+
+
+Scores = dict[str, Estimate]
 
 
 @dataclass(frozen=True)
@@ -33,21 +57,44 @@ class Run:
     Attributes:
         method: "base" or the method's name.
         tau: of MDU, None for other methods.
-        forget, retain: scores.
+        scores: name of a set ("forget", "retain", ...) -> name of a metric -> figure. A missing figure is absent.
+        rows: name of a set -> rows scored.
+        summary: figures of the model as a whole (`model_utility`, `forget_quality`, ...).
         train_seconds, eval_seconds: wall-clock time.
     """
 
     method: str
     tau: float | None
-    forget: Score
-    retain: Score
-    train_seconds: float
-    eval_seconds: float
+    scores: dict[str, Scores]
+    rows: dict[str, int]
+    summary: Scores = field(default_factory=dict)
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
 
     @property
     def name(self) -> str:
         """What tables and pictures call the run."""
         return self.method if self.tau is None else f"{self.method} tau={self.tau:g}"
+
+    def figure(self, name: str | None, metric: str) -> Estimate | None:
+        """The figure of a set, or of the summary if `name` is None; None if it was not measured."""
+        return (self.summary if name is None else self.scores.get(name, {})).get(metric)
+
+    def places(self) -> list[tuple[str | None, str]]:
+        """Where the run has a figure: (set, metric), the set None for the summary."""
+        return [(name, metric) for name, scores in self.scores.items() for metric in scores] + [
+            (None, metric) for metric in self.summary
+        ]
+
+    def change(self, baseline: "Run") -> str:
+        """A Markdown table of the figures that both runs have, and how far this one has moved from the other."""
+        rows = [["set", "metric", baseline.name, self.name, "change"]]
+        for name, metric in self.places():
+            before, after = baseline.figure(name, metric), self.figure(name, metric)
+            if before is not None:
+                values = [_figure(before.value), _figure(after.value), f"{after.value - before.value:+.3f}"]
+                rows.append([name or "model", metric, *values])
+        return markdown_table(rows, text_columns=2)
 
 
 @dataclass
@@ -77,36 +124,79 @@ class Results:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: for a file of another schema.
+            ValueError: for a file that is not JSON, or of another schema.
         """
-        content = json.loads(Path(path).read_text())
-        schema = content.pop("schema", None)
+        try:
+            content = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a results file: it holds no JSON.") from error
+        schema = content.pop("schema", None) if isinstance(content, dict) else None
         if schema != SCHEMA:
-            raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}.")
-        scores = ("forget", "retain")
-        runs = [Run(**(run | {name: Score(**run[name]) for name in scores})) for run in content.pop("runs")]
-        return cls(**content, runs=runs)
+            raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the evaluation.")
+        return cls(**content | {"runs": [_run(run) for run in content["runs"]]})
 
     def table(self) -> str:
-        """The runs as a Markdown table."""
-        rows = [
-            ["method", "forget rL", "retain rL", "forget F1", "retain F1", "forget prob.", "retain prob.", "train s"]
-        ]
+        """The runs as a Markdown table, one a row. Columns that no run has a figure for are left out."""
+        columns = {
+            title: place for title, place in self._columns().items() if any(run.figure(*place) for run in self.runs)
+        }
+        rows = [["method", *columns, "train s"]]
         for run in self.runs:
-            pairs = [(getattr(run.forget, key), getattr(run.retain, key)) for key in METRICS]
-            figures = [f"{value:.3f}" for pair in pairs for value in pair]
+            found = [run.figure(*place) for place in columns.values()]
+            figures = ["" if figure is None else _figure(figure.value) for figure in found]
             rows.append([run.name, *figures, f"{run.train_seconds:.0f}"])
-        return _markdown(rows)
+        return markdown_table(rows)
+
+    def details(self) -> str:
+        """Every figure with its interval as a Markdown table, one a row; the runs are the columns."""
+        places = dict.fromkeys(place for run in self.runs for place in run.places())
+        rows = [["set", "metric", "rows", *(run.name for run in self.runs)]]
+        for name, metric in sorted(places, key=lambda place: place[0] is None):  # the summary last
+            counts = sorted({run.rows[name] for run in self.runs if name in run.rows})
+            found = [run.figure(name, metric) for run in self.runs]
+            figures = ["" if figure is None else str(figure) for figure in found]
+            rows.append([name or "model", metric, ", ".join(map(str, counts)), *figures])
+        return markdown_table(rows, text_columns=2)
+
+    def _columns(self) -> dict[str, tuple[str | None, str]]:
+        further = dict.fromkeys(name for run in self.runs for name in run.scores if name not in SUMMARISED)
+        columns = dict(COLUMNS)
+        for name in further:
+            for metric, short in HEADLINES.items():
+                if any(run.figure(name, metric) for run in self.runs):
+                    columns[f"{name.replace('_', ' ')} {short}"] = (name, metric)
+                    break
+        return columns
 
 
-METRICS = ("rougeL_recall", "rougeL_f1", "probability")
+def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A Markdown table, padded to be read as it is too.
 
-
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    Args:
+        rows: the cells, the first row being the header.
+        text_columns: so many columns on the left are aligned to the left, the others to the right.
+    """
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    align = [str.ljust] + [str.rjust] * (len(widths) - 1)
+    text = [i < text_columns for i in range(len(widths))]
     lines = [
-        "| " + " | ".join(a(cell, w) for a, cell, w in zip(align, row, widths, strict=True)) + " |" for row in rows
+        "| "
+        + " | ".join(cell.ljust(w) if t else cell.rjust(w) for cell, w, t in zip(row, widths, text, strict=True))
+        + " |"
+        for row in rows
     ]
-    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    rule = "|" + "|".join("-" * (w + 2) if t else "-" * (w + 1) + ":" for w, t in zip(widths, text, strict=True)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _figure(value: float) -> str:
+    """Three decimals; small p-values keep their order of magnitude."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.0e}"
+
+
+def _run(content: dict[str, Any]) -> Run:
+    scores = {name: _estimates(figures) for name, figures in content["scores"].items()}
+    return Run(**content | {"scores": scores, "summary": _estimates(content["summary"])})
+
+
+def _estimates(figures: dict[str, dict[str, float | None]]) -> Scores:
+    return {metric: Estimate(**figure) for metric, figure in figures.items()}
