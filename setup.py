@@ -11,13 +11,13 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.46.1"],  # the oldest that transformers 5 takes
     "quality": ["ruff>=0.14"],
     "test": [
+        "lm-eval>=0.4.9",
         "bitsandbytes>=0.46.1",
         "hypothesis>=6.100",
         "matplotlib>=3.9",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",
-        "scipy>=1.13",
         "setuptools>=77",
     ],
 }
@@ -39,13 +39,16 @@ setup(
         "datasets>=4.7",
         "evaluate>=0.4.6",
         "huggingface-hub>=1.0",
+        "nltk>=3.8",
         "peft>=0.18",
         "rouge-score>=0.1.2",
+        "scipy>=1.15",
         "torch>=2.8",  # torch.mm(out_dtype=...)
         "transformers>=5.19,<6",  # 5.19: Trainer.loss_is_scaled_for_ga
         "trl>=1.14,<2",  # 1.14 is the last for Python 3.10
     ],
     extras_require=EXTRAS,
+    entry_points={"lm_eval.models": ["mdlm = mdu_trainer.evaluation.harness:MaskedDiffusionLM"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

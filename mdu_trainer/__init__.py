@@ -24,6 +24,12 @@ _ROOMS = {
     "DiffusionGenerationConfig": "generation",
     "generate": "generation",
     "response_likelihood": "likelihood",
+    "Results": "evaluation.report",
+    "UnlearningEvalCallback": "evaluation.callback",
+    "evaluate_rwku": "evaluation.rwku",
+    "evaluate_tofu": "evaluation.tofu",
+    "load_rwku": "evaluation.rwku",
+    "load_tofu": "evaluation.tofu",
 }
 
 __all__ = [*_ROOMS, "models", "__version__"]

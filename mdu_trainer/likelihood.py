@@ -29,9 +29,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .divergence import cross_entropy
-from .generation import CHUNK_ELEMENTS, evaluation_mode
-from .models import Backbone, row_logits
+from .divergence import TokenNLL
+from .generation import evaluation_mode
+from .models import Backbone, row_figures
 
 DRAWS_A_REPLICATE = 64  # larger ones are better balanced, but there are fewer of them to measure the error
 MAX_REPLICATES = 8
@@ -245,11 +245,10 @@ def _masked_log_likelihood(model: nn.Module, batch: list[_Pass], backbone: Backb
         masked[i, start:stop] = torch.from_numpy(one.masked)
     ids, attention_mask, masked = ids.to(device), attention_mask.to(device), masked.to(device)
     noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
-    logits = row_logits(model, noisy_ids, attention_mask, masked, logit_shift=backbone.logit_shift)
-    rows_a_chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
-    chunks = zip(logits.split(rows_a_chunk), ids[masked].to(logits.device).split(rows_a_chunk), strict=True)
-    nll = torch.cat([cross_entropy(part, targets) for part, targets in chunks]).cpu().double().numpy()
-    return np.split(-nll, masked.sum(dim=1).cumsum(dim=0)[:-1].tolist())
+    measure, shift = TokenNLL(ids[masked]), backbone.logit_shift
+    figures = row_figures(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift)
+    log_p = -figures.value.cpu().double().numpy()
+    return np.split(log_p, masked.sum(dim=1).cumsum(dim=0)[:-1].tolist())
 
 
 def _check(

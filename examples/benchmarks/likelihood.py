@@ -5,14 +5,16 @@
 
 Both sides are measured in one run: independent draws of (l, S) as LLaDA publishes them (arXiv 2502.09992, appendix
 B), whose error falls with the square root of their number, and the spread of `response_likelihood` over seeds. Answers
-are those of the embedded default that the model has learned, and wrong ones. Without a model's name, a tiny one learns
-them first.
+are what TOFU's truth ratio and probability score on the embedded default: those that the model has learned by heart,
+the same in other words, and wrong ones. Errors are the root of the mean square over answers, in nats. Without a
+model's name, a tiny one learns the answers first.
 """
 
 import argparse
 import math
 import tempfile
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -80,17 +82,27 @@ def learn(rows: Dataset, epochs: int, output_dir: str) -> tuple[nn.Module, PreTr
     return trainer.model, tokenizer
 
 
+class Spread(NamedTuple):
+    """Of each answer: variance of the estimate over seeds, mean square of the claimed standard error, and how far its
+    mean lies from that of the i.i.d. draws, with the variance of that difference. All `[rows]`."""
+
+    variance: np.ndarray
+    claimed: np.ndarray
+    difference: np.ndarray
+    difference_variance: np.ndarray
+
+
 def measure(
     model: nn.Module, rows: TokenizedRows, backbone: Backbone, num_seeds: int, num_draws: int
-) -> tuple[float, dict[int, tuple[float, float, float]]]:
-    """Variance of one i.i.d. draw, and for each number of passes: variance over seeds, mean square of the claimed
-    standard error, and distance of the two estimators' means in standard errors. All are means over rows."""
+) -> tuple[np.ndarray, dict[int, Spread]]:
+    """Variance of one i.i.d. draw of each answer, `[rows]`, and the spread of ours by the number of passes."""
     draws = np.stack(
         [
             published_draws(model, prompt, response, backbone, num_draws, seed)
             for seed, (prompt, response) in enumerate(zip(rows.prompts, rows.responses, strict=True))
         ]
     )
+    single = draws.var(axis=1, ddof=1)
     ours = {}
     for passes in PASSES:
         scores = [
@@ -101,12 +113,28 @@ def measure(
         ]
         values = np.stack([score.log_likelihood for score in scores])
         variance = values.var(axis=0, ddof=1)
-        claimed = np.mean([score.standard_error**2 for score in scores])
-        distance = (values.mean(axis=0) - draws.mean(axis=1)).mean() / math.sqrt(
-            (variance / num_seeds + draws.var(axis=1, ddof=1) / num_draws).sum() / len(variance) ** 2
+        claimed = np.mean([score.standard_error**2 for score in scores], axis=0)
+        difference = values.mean(axis=0) - draws.mean(axis=1)
+        ours[passes] = Spread(variance, claimed, difference, variance / num_seeds + single / num_draws)
+    return single, ours
+
+
+def pooled(kinds: list[tuple[np.ndarray, dict[int, Spread]]]) -> tuple[np.ndarray, dict[int, Spread]]:
+    """The answers of all kinds as one."""
+    singles, ours = zip(*kinds, strict=True)
+    joined = {p: Spread(*(np.concatenate(x) for x in zip(*(one[p] for one in ours), strict=True))) for p in PASSES}
+    return np.concatenate(singles), joined
+
+
+def report(name: str, single: np.ndarray, ours: dict[int, Spread]) -> None:
+    for passes, spread in ours.items():
+        variance = spread.variance.mean()
+        equal = single.mean() / variance  # i.i.d. passes with the same standard error
+        distance = spread.difference.sum() / math.sqrt(spread.difference_variance.sum())
+        print(
+            f"{name:12} {passes:6} {math.sqrt(variance):16.3f} {math.sqrt(single.mean() / passes):14.3f} "
+            f"{equal:15.0f} {equal / passes:7.1f} {math.sqrt(spread.claimed.mean()):9.3f} {distance:12.1f} se"
         )
-        ours[passes] = (variance.mean(), claimed, distance)
-    return draws.var(axis=1, ddof=1).mean(), ours
 
 
 def main() -> None:
@@ -128,22 +156,21 @@ def main() -> None:
     model.eval()
     backbone = resolve_backbone(model, tokenizer)
     print(f"model ready after {time.perf_counter() - start:.0f} s\n")
-    print(
-        "answers  tokens   passes   standard error   i.i.d. error   i.i.d. passes   ratio   claimed   means differ by"
-    )
+    print("answers      passes   standard error   i.i.d. error   i.i.d. passes   ratio   claimed   means differ by")
     some = authors.select(range(0, len(authors), len(authors) // args.num_rows)).select(range(args.num_rows))
-    wrong = some.remove_columns("answer").add_column("answer", [answers[0] for answers in some["perturbed_answer"]])
-    for name, dataset in (("learned", some), ("wrong", wrong)):
+    answers = {
+        "learned": some["answer"],
+        "paraphrased": some["paraphrased_answer"],
+        "wrong": [wrong[0] for wrong in some["perturbed_answer"]],
+    }
+    kinds = []
+    for name, texts in answers.items():
+        dataset = Dataset.from_dict({"question": some["question"], "answer": texts})
         dataset = question_answer_rows(dataset, conversational=bool(tokenizer.chat_template))
         rows = tokenize_rows(dataset, tokenizer, backbone, name=name)
-        single, ours = measure(model, rows, backbone, args.num_seeds, args.num_draws)
-        tokens = sum(map(len, rows.responses)) / len(rows)
-        for passes, (variance, claimed, distance) in ours.items():
-            equal = single / variance  # i.i.d. passes with the same standard error
-            print(
-                f"{name:8} {tokens:6.1f} {passes:8} {math.sqrt(variance):16.3f} {math.sqrt(single / passes):14.3f} "
-                f"{equal:15.0f} {equal / passes:7.1f} {math.sqrt(claimed):9.3f} {distance:12.1f} se"
-            )
+        kinds.append(measure(model, rows, backbone, args.num_seeds, args.num_draws))
+        report(name, *kinds[-1])
+    report("all", *pooled(kinds))
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 
