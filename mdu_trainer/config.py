@@ -133,6 +133,12 @@ class MDUConfig(MDLMConfig):
             `"nelbo"` is the masked-diffusion bound a token; `"kl"` the divergence from the model at the start.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             lambda. 0 to unlearn without a retain set.
+
+        > Parameters that control the model card
+
+        forget_description (`str`, *optional*):
+            One line on what is to be forgotten, in your own words. It is published: name nobody, quote nothing. If
+            not set, the card names the data set's split.
     """
 
     loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": list(OBJECTIVES)})
@@ -150,6 +156,9 @@ class MDUConfig(MDLMConfig):
     alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
     retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
+    forget_description: str | None = field(
+        default=None, metadata={"help": "One line for the model card on what is to be forgotten; it is published."}
+    )
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     per_device_train_batch_size: int = field(
