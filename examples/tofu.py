@@ -10,45 +10,31 @@ LLaDA on TOFU, already fine-tuned on it, with LoRA:
         --dataset_name locuslab/TOFU --forget_split forget10 --retain_split retain90 \\
         --loss_type mdu npo --tau 0 0.25 --num_train_epochs 9 --output_dir outputs/llada-tofu
 
+What was begun and killed, `--resume` finishes. `--retain_model train` also fine-tunes a model on the rows to keep
+alone, or names one; its truth ratios give the others their forget quality.
+
 Every option of MDUConfig and TRL's ModelConfig is an option here; `--config FILE.yaml` holds them, too.
 """
 
 import dataclasses
 import gc
-import shutil
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from datasets import Dataset, concatenate_datasets, load_dataset
+from common import Progress, claim, is_trained, load, log_history, settings, train_seconds, unlearn
+from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from transformers import TrainerCallback
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config
 
-from mdu_trainer import (
-    DiffusionGenerationConfig,
-    MDLMConfig,
-    MDLMTrainer,
-    MDUConfig,
-    MDUTrainer,
-    load_model,
-    load_tokenizer,
-)
+from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, MDUConfig, question_answer_rows
 from mdu_trainer.analysis.plots import plot_losses, plot_tradeoff
-from mdu_trainer.data import question_answer_rows
-from mdu_trainer.evaluation.report import Results, Run
-from mdu_trainer.evaluation.tofu import score_answers
-from mdu_trainer.testing import (
-    REFUSALS,
-    dataset_texts,
-    fictional_authors,
-    forget_retain_split,
-    tiny_mdlm,
-    train_tokenizer,
-)
+from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.sources import load_config, spread
+from mdu_trainer.evaluation.tofu import TOFU_METRICS, TofuResult, TruthRatios, evaluate_tofu, load_tofu, longest_answer
+from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -75,6 +61,12 @@ class TofuArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens; the longest answer if unset."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     likelihood_draws: int = field(default=8, metadata={"help": "Passes a row for the probability."})
+    eval_rows_a_batch: int = field(default=32, metadata={"help": "Rows decoded at a time when scoring."})
+    metrics: list[str] = field(default_factory=lambda: list(TOFU_METRICS), metadata={"help": "What is measured."})
+    retain_model: str | None = field(
+        default=None, metadata={"help": "A model of the rows to keep alone, or 'train'; adds the forget quality."}
+    )
+    resume: bool = field(default=False, metadata={"help": "Finish what was begun in output_dir."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
 
 
@@ -105,53 +97,60 @@ class TofuConfig(MDUConfig):
         return Path(self.output_dir or "outputs/tofu")
 
 
-class Progress(TrainerCallback):
-    """One line when a run starts, so that a log of many runs can be read."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        PartialState().print(f"\n{self.name}: {state.max_steps} steps")
-
-
-def load_rows(args: TofuArguments) -> tuple[Dataset, Dataset]:
-    """The rows to forget and those to keep, with columns `question` and `answer`."""
+def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
+    """The rows to forget and those to keep, and the sets to evaluate on."""
     if args.dataset_name is None:
-        return forget_retain_split(fictional_authors())
-    forget = load_dataset(args.dataset_name, args.forget_split, split="train")
-    retain = load_dataset(args.dataset_name, args.retain_split, split="train")
-    return forget, retain.select(range(min(len(retain), args.max_retain_rows or len(retain))))
+        forget, retain = forget_retain_split(fictional_authors())
+        return (
+            forget,
+            retain,
+            {name: spread(rows, args.max_eval_rows) for name, rows in (("forget", forget), ("retain", retain))},
+        )
+    forget = load_config(args.dataset_name, args.forget_split)
+    retain = load_config(args.dataset_name, args.retain_split)
+    retain = retain.select(range(min(len(retain), args.max_retain_rows or len(retain))))
+    sets = load_tofu(
+        args.dataset_name,
+        args.forget_split,
+        args.retain_split,
+        max_rows=args.max_eval_rows,
+        max_retain_rows=args.max_retain_rows,
+    )
+    if from_scratch:  # which has learned nothing but the rows
+        sets = {name: sets[name] for name in ("forget", "retain")}
+    return forget, retain, sets
 
 
-def prepare_base(args: TofuArguments, config: TofuConfig, model_args: ModelConfig, rows: Dataset) -> str:
-    """Path of the model that is to forget, fine-tuned first if asked."""
+def finetune(
+    folder: Path, args: TofuArguments, config: TofuConfig, model_args: ModelConfig, rows: Dataset, vocabulary: Dataset
+) -> str:
+    """Teach the rows to the model that the command line names, or to one from scratch, and save it in a folder."""
     name = model_args.model_name_or_path
-    if name is not None and not args.finetune_epochs:
-        return name
+    if is_trained(folder):
+        return str(folder)
     if name is None:
-        tokenizer = train_tokenizer(dataset_texts(rows.select_columns(["question", "answer"])), args.vocab_size)
+        tokenizer = train_tokenizer(dataset_texts(vocabulary.select_columns(["question", "answer"])), args.vocab_size)
         model = tiny_mdlm(tokenizer, args.hidden_size, args.num_layers, seed=config.seed)
     else:
         model, tokenizer = load(name, model_args, config.trust_remote_code)
     trainer = MDLMTrainer(
         model,
-        finetune_config(args, config, from_scratch=name is None),
+        finetune_config(folder, args, config, from_scratch=name is None),
         train_dataset=question_answer_rows(rows, conversational=bool(tokenizer.chat_template)),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=[Progress("fine-tuning")],
+        callbacks=[Progress(f"fine-tuning {folder.name}")],
     )
     trainer.train()
     if isinstance(trainer.model, PeftModel):
         trainer.model = trainer.model.merge_and_unload()
-    path = config.folder / "base"
-    trainer.save_model(str(path))
+    trainer.save_model()
+    trainer.save_state()
     trainer.accelerator.wait_for_everyone()
-    return str(path)
+    return str(folder)
 
 
-def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool) -> MDLMConfig:
+def finetune_config(folder: Path, args: TofuArguments, config: TofuConfig, from_scratch: bool) -> MDLMConfig:
     """The fine-tuning's configuration: the unlearning's where it is not set here."""
     shared = (
         "seed",
@@ -165,7 +164,7 @@ def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool)
         "disable_tqdm",
     )
     return MDLMConfig(
-        output_dir=str(config.folder / "base"),
+        output_dir=str(folder),
         num_train_epochs=args.finetune_epochs,
         learning_rate=args.finetune_learning_rate,
         per_device_train_batch_size=args.finetune_batch_size,
@@ -180,133 +179,99 @@ def finetune_config(args: TofuArguments, config: TofuConfig, from_scratch: bool)
     )
 
 
-def load(path: str, model_args: ModelConfig, trust_remote_code: bool):
-    """Model and tokenizer, as the command line asks for them."""
-    shared = {"trust_remote_code": trust_remote_code, "revision": model_args.model_revision}
-    quantization = get_quantization_config(model_args)
-    model = load_model(
-        path,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=quantization,
-        **shared,
-    )
-    if quantization is None:
-        model.to(PartialState().device)
-    return model, load_tokenizer(path, **shared)
+class Scorer:
+    """Scores one model after the other on the same sets, and keeps finished rows in the model's own folder."""
 
+    def __init__(self, sets: dict[str, Dataset], args: TofuArguments, folder: Path):
+        self.sets, self.args, self.folder = sets, args, folder
+        self.retain_log: TruthRatios | None = None
 
-def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> Dataset:
-    """Prompt-completion rows, for DPO with a refusal as the preferred response."""
-    if refusals and "refusal" not in rows.column_names:
-        rows = rows.add_column("refusal", [REFUSALS[i % len(REFUSALS)] for i in range(len(rows))])
-    return question_answer_rows(rows, conversational, preferred="refusal" if refusals else None)
-
-
-def score(
-    name: str, tau: float | None, model, tokenizer, sets: dict[str, Dataset], args: TofuArguments, seconds=0.0
-) -> Run:
-    """Score a model on the rows to forget and those to keep."""
-    start = time.perf_counter()
-    longest = max(len(tokenizer(text)["input_ids"]) for rows in sets.values() for text in rows["answer"]) + 1
-    decoding = DiffusionGenerationConfig(max_new_tokens=args.max_new_tokens or longest, steps=args.decoding_steps)
-    scores = {
-        part: score_answers(
+    def __call__(self, model, tokenizer, folder: str, method: str, tau: float | None = None) -> TofuResult:
+        decoding = DiffusionGenerationConfig(
+            max_new_tokens=self.args.max_new_tokens or longest_answer(self.sets, tokenizer),
+            steps=self.args.decoding_steps,
+            batch_size=self.args.eval_rows_a_batch,
+        )
+        result = evaluate_tofu(
             model,
             tokenizer,
-            rows,
+            self.sets,
             decoding,
-            num_draws=args.likelihood_draws,
-            show_progress=PartialState().is_main_process,
+            metrics=self.args.metrics,
+            retain_log=self.retain_log,
+            method=method,
+            num_draws=self.args.likelihood_draws,
+            progress_path=self.folder / folder / "rows.jsonl",
+            show_progress=True,
         )
-        for part, rows in sets.items()
-    }
-    rows = {part: len(rows) for part, rows in sets.items()}
-    return Run(name, tau, scores, rows, {}, seconds, time.perf_counter() - start)
+        seconds = train_seconds(self.folder / folder) if is_trained(self.folder / folder) else 0.0
+        return replace(result, run=replace(result.run, tau=tau, train_seconds=seconds))
 
 
-def unlearn(config: MDUConfig, path: str, model_args: ModelConfig, forget: Dataset, retain: Dataset) -> MDUTrainer:
-    """Train a fresh copy of the base to forget, and save it in the run's folder."""
-    model, tokenizer = load(path, model_args, config.trust_remote_code)
-    chats = bool(tokenizer.chat_template)
-    trainer = MDUTrainer(
-        model,
-        config,
-        train_dataset=answer_rows(forget, chats, refusals=config.loss_type == "dpo"),
-        retain_dataset=answer_rows(retain, chats) if config.retain_weight else None,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        callbacks=[Progress(Path(config.output_dir).name)],
-    )
-    trainer.train()
-    trainer.save_model()
-    return trainer
+def prepare(
+    args: TofuArguments, config: TofuConfig, model_args: ModelConfig, runs: list[MDUConfig], chosen: dict
+) -> None:
+    """Make the output folder ready: empty, or with what the same command began."""
+    written = config.folder / "config.yaml"
+    if args.resume and written.is_file():
+        if yaml.safe_load(written.read_text()) != yaml.safe_load(yaml.safe_dump(chosen)):
+            raise SystemExit(
+                f"{written} is not of this command, so there is nothing to resume: give the same options."
+            )
+        return
+    models = [config.folder / "base", config.folder / "retain", *(Path(run.output_dir) for run in runs)]
+    claim(config.folder, models, model_args.model_name_or_path, args.overwrite_output_dir)
+    written.write_text(yaml.safe_dump(chosen))
 
 
-def settings(*arguments) -> dict:
-    """What differs from the defaults, without secrets; as YAML it repeats the run."""
-    changed = {}
-    for values in arguments:
-        for f in dataclasses.fields(values):
-            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            if f.init and not f.name.endswith("token") and getattr(values, f.name) != default:
-                changed[f.name] = getattr(values, f.name)
-    return changed
-
-
-def claim(folder: Path, models: list[Path], base: str | None, overwrite: bool) -> None:
-    """Refuse a folder that holds something, or clear what this run is going to write."""
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise SystemExit(f"{folder} is not empty. Choose another --output_dir, or pass --overwrite_output_dir.")
-    if base is not None and Path(base).resolve() in [path.resolve() for path in models]:
-        raise SystemExit(
-            f"The model to load, {base}, is one that this run would overwrite. Choose another --output_dir."
-        )
-    for path in models:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in ("results.json", "tradeoff.png", "losses.png", "config.yaml"):
-        (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+def check(args: TofuArguments, model_args: ModelConfig) -> None:
+    """Refuse options that contradict each other before anything is loaded."""
+    if args.retain_model == "train" and not args.finetune_epochs:
+        raise SystemExit("--retain_model train needs --finetune_epochs: the epochs that the base was fine-tuned for.")
 
 
 def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> None:
-    state = PartialState()
+    check(args, model_args)
+    state, folder, name = PartialState(), config.folder, model_args.model_name_or_path
     runs = config.runs()
     chosen = settings(args, config, model_args)
-    forget, retain = load_rows(args)
+    chosen = {key: value for key, value in chosen.items() if key not in ("resume", "overwrite_output_dir")}
+    forget, retain, sets = load_rows(args, from_scratch=name is None)
     if state.is_main_process:
-        models = [config.folder / "base", *(Path(run.output_dir) for run in runs)]
-        claim(config.folder, models, model_args.model_name_or_path, args.overwrite_output_dir)
-        (config.folder / "config.yaml").write_text(yaml.safe_dump(chosen))
+        prepare(args, config, model_args, runs, chosen)
     state.wait_for_everyone()
-    sets = {name: spread(rows, args.max_eval_rows) for name, rows in (("forget", forget), ("retain", retain))}
-    path = prepare_base(args, config, model_args, concatenate_datasets([forget, retain]))
-    histories = {}
+    rows = concatenate_datasets([part.select_columns(["question", "answer"]) for part in (forget, retain)])
+    base = (
+        finetune(folder / "base", args, config, model_args, rows, rows)
+        if args.finetune_epochs or name is None
+        else name
+    )
+    score = Scorer(sets, args, folder)
     data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)"
-    results = Results(model_args.model_name_or_path or "from scratch", data, chosen)
-    model, tokenizer = load(path, model_args, config.trust_remote_code)
-    results.runs.append(score("base", None, model, tokenizer, sets, args))
-    del model
+    results = Results(name or "from scratch", data, chosen)
+    if args.retain_model is not None:
+        never = args.retain_model
+        if never == "train":
+            never = finetune(folder / "retain", args, config, model_args, retain, rows)
+        result = score(*load(never, model_args, config.trust_remote_code), "retain", "retain model")
+        score.retain_log = result.truth_ratios
+        results.runs.append(result.run)
+    results.runs.insert(0, score(*load(base, model_args, config.trust_remote_code), "base", "base").run)
     for run in runs:
-        gc.collect()
-        trainer = unlearn(run, path, model_args, forget, retain)
+        gc.collect()  # the model before, with its optimiser
+        model, tokenizer = unlearn(run, base, model_args, forget, retain)
         tau = run.tau if run.loss_type == "mdu" else None
-        seconds = next(log["train_runtime"] for log in trainer.state.log_history if "train_runtime" in log)
-        results.runs.append(score(run.loss_type, tau, trainer.model, tokenizer, sets, args, seconds))
-        histories[results.runs[-1].name] = trainer.state.log_history
-        del trainer
+        results.runs.append(score(model, tokenizer, Path(run.output_dir).name, run.loss_type, tau).run)
+        del model
         if state.is_main_process:
-            results.save(config.folder / "results.json")
+            results.save(folder / "results.json")
     if state.is_main_process:
-        plot_tradeoff(results.runs, config.folder / "tradeoff.png")
-        plot_losses(histories, config.folder / "losses.png")
-        print(f"\n{results.table()}\n\nWritten to {config.folder}")
-
-
-def spread(rows: Dataset, limit: int | None) -> Dataset:
-    """At most `limit` rows, evenly spaced."""
-    count = min(len(rows), limit or len(rows))
-    return rows.select([i * len(rows) // count for i in range(count)])
+        histories = {
+            run.name: log_history(Path(c.output_dir)) for run, c in zip(results.runs[-len(runs) :], runs, strict=True)
+        }
+        plot_tradeoff(results.runs, folder / "tradeoff.png")
+        plot_losses(histories, folder / "losses.png")
+        print(f"\n{results.table()}\n\nWritten to {folder}")
 
 
 if __name__ == "__main__":

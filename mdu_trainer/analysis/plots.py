@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008): tells apart for colour-blind readers; markers tell apart in grey print
 COLOURS = {"base": "#000000", "mdu": "#0072B2", "ga": "#D55E00", "npo": "#009E73"}
-COLOURS |= {"simnpo": "#CC79A7", "wga": "#E69F00", "dpo": "#56B4E9"}
+COLOURS |= {"simnpo": "#CC79A7", "wga": "#E69F00", "dpo": "#56B4E9", "retain model": "#999999"}
 MARKERS = {"base": "*", "mdu": "o", "ga": "v", "npo": "s", "simnpo": "D", "wga": "^", "dpo": "P"}
+MARKERS |= {"retain model": "X"}
 
 
 def plot_tradeoff(runs: Sequence["Run"], path: str | Path) -> None:

@@ -19,7 +19,13 @@ COLUMNS = {  # of `Results.table`, where any run has the figure: (set, metric), 
     "forget quality": (None, "forget_quality"),
 }
 SUMMARISED = ("forget", "retain", "real_authors", "world_facts")  # sets that COLUMNS cover; others get their own
-HEADLINES = {"accuracy": "acc.", "rougeL_recall": "rL", "loss": "loss", "entropy": "entropy"}  # one a further set
+HEADLINES = {  # the one of a further set that the table shows
+    "accuracy": "acc.",
+    "rougeL_recall": "rL",
+    "exact_match": "match",
+    "entropy": "entropy",
+    "loss": "loss",
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,22 @@ class Run:
         """The figure of a set, or of the summary if `name` is None; None if it was not measured."""
         return (self.summary if name is None else self.scores.get(name, {})).get(metric)
 
+    def places(self) -> list[tuple[str | None, str]]:
+        """Where the run has a figure: (set, metric), the set None for the summary."""
+        return [(name, metric) for name, scores in self.scores.items() for metric in scores] + [
+            (None, metric) for metric in self.summary
+        ]
+
+    def change(self, baseline: "Run") -> str:
+        """A Markdown table of the figures that both runs have, and how far this one has moved from the other."""
+        rows = [["set", "metric", baseline.name, self.name, "change"]]
+        for name, metric in self.places():
+            before, after = baseline.figure(name, metric), self.figure(name, metric)
+            if before is not None:
+                values = [_figure(before.value), _figure(after.value), f"{after.value - before.value:+.3f}"]
+                rows.append([name or "model", metric, *values])
+        return markdown_table(rows, text_columns=2)
+
 
 @dataclass
 class Results:
@@ -127,10 +149,9 @@ class Results:
 
     def details(self) -> str:
         """Every figure with its interval as a Markdown table, one a row; the runs are the columns."""
-        places = {(name, metric): None for run in self.runs for name in run.scores for metric in run.scores[name]}
-        places |= {(None, metric): None for run in self.runs for metric in run.summary}
+        places = dict.fromkeys(place for run in self.runs for place in run.places())
         rows = [["set", "metric", "rows", *(run.name for run in self.runs)]]
-        for name, metric in places:
+        for name, metric in sorted(places, key=lambda place: place[0] is None):  # the summary last
             counts = sorted({run.rows[name] for run in self.runs if name in run.rows})
             found = [run.figure(name, metric) for run in self.runs]
             figures = ["" if figure is None else str(figure) for figure in found]

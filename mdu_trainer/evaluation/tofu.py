@@ -1,15 +1,218 @@
-"""What a model still knows of question-answer pairs, as TOFU asks it (Maini et al., 2024, arXiv 2401.06121)."""
+"""TOFU: what a model still knows of question-answer pairs (Maini et al., 2024, arXiv 2401.06121).
+
+    sets = load_tofu("locuslab/TOFU", forget="forget10", retain="retain90")
+    result = evaluate_tofu(model, tokenizer, sets)
+    print(Results("my model", "TOFU forget10", {}, [result.run]).table())
+
+Of each set (forget, retain, real authors, world facts): ROUGE-L of the decoded answer, the probability of the true
+one, and the truth ratio, which asks whether the model prefers it to wrong ones. Of the whole: model utility, the
+harmonic mean of these three on all sets but forget, and forget quality, the p-value of the hypothesis that the truth
+ratios of the forget rows are those of a model that never saw them.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data import question_answer_rows, tokenize_rows
-from ..generation import DiffusionGenerationConfig, generate_ids
-from ..likelihood import response_likelihood
+from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
-from .metrics import RougeL
-from .report import Estimate, Scores
+from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
+from .report import Estimate, Run, Scores
+from .runner import score_questions
+from .scoring import Figures, QuestionSet, choose_metrics, digest, encode_questions, estimates
+from .sources import check_texts, config_names, load_config, spread
+
+SETS = ("forget", "retain", "real_authors", "world_facts")
+TOFU_METRICS = ("rougeL", "probability", "truth_ratio", "degeneracy")
+KNOWN_FACTS = ("real_authors", "world_facts")  # whose probability is that of the true one among all answers
+UTILITY = ("rougeL_recall", "probability", "truth_ratio")
+
+
+@dataclass(frozen=True)
+class TruthRatios:
+    """The truth ratios of a model that never saw the forget rows: what forget quality compares with.
+
+    Attributes:
+        questions: hash of the forget set's questions, in order.
+        values: a truth ratio a row.
+    """
+
+    questions: str
+    values: list[float]
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all."""
+        path = Path(path)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self)) + "\n")
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path, forget: Dataset) -> "TruthRatios":
+        """Read what `save` wrote, for these forget rows.
+
+        Raises:
+            ValueError: for another kind of file, or a log of other questions.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            log = cls(content["questions"], content["values"])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a log of truth ratios, as TruthRatios.save writes it.") from error
+        log.check(forget, str(path))
+        return log
+
+    def check(self, forget: Dataset, name: str = "The log") -> None:
+        """Refuse forget rows whose questions are not those of the log."""
+        if self.questions != question_digest(forget) or len(self.values) != len(forget):
+            raise ValueError(
+                f"{name} has the truth ratios of {len(self.values)} other questions than the {len(forget)} of the "
+                "forget set. Evaluate the retain model on the same forget rows, in the same order."
+            )
+
+
+@dataclass(frozen=True)
+class TofuResult:
+    """What `evaluate_tofu` returns.
+
+    Attributes:
+        run: every figure with its interval; part of `Results`, which prints, saves and feeds model cards.
+        figures: set -> name of a figure -> a value a row. Truth ratios are as defined, before TOFU's aggregation.
+        truth_ratios: of the forget rows; saved for a retain model, they give others their forget quality. None if the
+            forget set has no perturbed answers, or the metric was not asked for.
+    """
+
+    run: Run
+    figures: dict[str, Figures]
+    truth_ratios: TruthRatios | None
+
+
+def load_tofu(
+    source: str | Path,
+    forget: str = "forget10",
+    retain: str = "retain90",
+    *,
+    max_rows: int | None = None,
+    max_retain_rows: int | None = None,
+) -> dict[str, Dataset]:
+    """The sets to evaluate on.
+
+    Perturbed and paraphrased answers come from the configs that hold them (`forget10_perturbed`, `retain_perturbed`),
+    where the data has them. Real authors and world facts are left out where it has not.
+
+    Args:
+        source: a Hub name or a local folder.
+        forget, retain: names of configs.
+        max_rows: use so many evenly spaced rows of each set.
+        max_retain_rows: take the rows to keep from so many first ones, where a model learned no more.
+
+    Raises:
+        ValueError: for an unknown config or rows that cannot be scored.
+    """
+    names = config_names(source)
+    sets = {}
+    for name, config in (("forget", forget), ("retain", retain)):
+        rows = load_config(source, config)
+        if name == "retain" and max_retain_rows is not None:
+            rows = rows.select(range(min(len(rows), max_retain_rows)))
+        perturbed = next((c for c in (f"{config}_perturbed", f"{name}_perturbed") if c in names), None)
+        sets[name] = rows if perturbed is None else with_wrong_answers(rows, load_config(source, perturbed))
+    for name in KNOWN_FACTS:
+        if f"{name}_perturbed" in names:
+            sets[name] = load_config(source, f"{name}_perturbed")
+    sets = {name: spread(rows, max_rows) for name, rows in sets.items()}
+    check_sets(sets)
+    return sets
+
+
+def with_wrong_answers(rows: Dataset, perturbed: Dataset) -> Dataset:
+    """The rows of `perturbed` whose questions are in `rows`, or `rows` if there are none."""
+    if "perturbed_answer" in rows.column_names or "question" not in perturbed.column_names:
+        return rows
+    asked = set(rows["question"]) if "question" in rows.column_names else set()
+    shared = [i for i, question in enumerate(perturbed["question"]) if question in asked]
+    return perturbed.select(shared) if shared else rows
+
+
+def check_sets(sets: Mapping[str, Dataset]) -> None:
+    """Refuse rows that cannot be scored, before any model is loaded.
+
+    Raises:
+        ValueError: for a set of unknown name, an empty one, missing columns, blank answers, or perturbed answers whose
+            number differs from row to row.
+    """
+    unknown = [name for name in sets if name not in SETS]
+    if unknown or "forget" not in sets:
+        raise ValueError(f"sets must be 'forget' and any of {', '.join(SETS[1:])}, got {', '.join(sets) or 'none'}.")
+    for name, rows in sets.items():
+        kinds = {"paraphrased_answer": str, "perturbed_answer": list}
+        columns = {"question": str, "answer": str} | {c: kinds[c] for c in kinds if c in rows.column_names}
+        check_texts(rows, name, columns)
+        if "perturbed_answer" in columns:
+            counts = [len(answers) for answers in rows["perturbed_answer"]]
+            other = next((row for row, count in enumerate(counts) if count != counts[0]), None)
+            if other is not None:
+                raise ValueError(
+                    f"Row {other} of the {name} set has {counts[other]} perturbed answers, row 0 has {counts[0]}. "
+                    "Truth ratios compare rows with equally many: complete or remove the row."
+                )
+
+
+def evaluate_tofu(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Dataset],
+    generation_config: DiffusionGenerationConfig | None = None,
+    *,
+    metrics: Sequence[str] = TOFU_METRICS,
+    retain_log: TruthRatios | None = None,
+    method: str = "model",
+    backbone: Backbone | None = None,
+    num_draws: int = 8,
+    progress_path: str | Path | None = None,
+    show_progress: bool = False,
+) -> TofuResult:
+    """Score a model on TOFU's sets. Every process of an accelerate launch must call this.
+
+    Args:
+        model: a masked diffusion language model.
+        tokenizer: the model's; questions become chat turns if it has a chat template.
+        sets: from `load_tofu`, or rows of your own with columns `question` and `answer`, and for the truth ratio
+            `perturbed_answer` (a list) and, if there is one, `paraphrased_answer`.
+        generation_config: how answers are decoded; unless given, greedily, a token a step, to the length of the
+            longest true answer. Its batch size and seed serve the likelihood too.
+        metrics: names in `mdu_trainer.evaluation.scoring.METRICS`. The truth ratio is left out where a set has no
+            perturbed answers.
+        retain_log: truth ratios of a model that never saw the forget rows, for the forget quality.
+        method: what the run is called.
+        backbone: of the model; resolved if not given.
+        num_draws: forward passes for the likelihood of each answer.
+        progress_path: file that keeps finished rows, to continue a killed run.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: as `check_sets` and `TruthRatios.check`, and for metrics or a progress file that do not fit.
+    """
+    check_sets(sets)
+    if retain_log is not None:
+        retain_log.check(sets["forget"])
+    backbone = backbone or resolve_backbone(model, tokenizer)
+    questions = tofu_questions(sets, tokenizer, backbone, generation_config, metrics, num_draws)
+    scored = score_questions(
+        model, tokenizer, questions, backbone=backbone, progress_path=progress_path, show_progress=show_progress
+    )
+    ratios = scored.figures["forget"].get("truth_ratio")
+    truth_ratios = None if ratios is None else TruthRatios(question_digest(sets["forget"]), ratios)
+    scores = {name: estimates(figures) for name, figures in _aggregated(scored.figures).items()}
+    rows = {name: len(sets[name]) for name in scores}
+    summary = _summary(scores, truth_ratios, retain_log)
+    return TofuResult(Run(method, None, scores, rows, summary, 0.0, scored.seconds), scored.figures, truth_ratios)
 
 
 def score_answers(
@@ -18,42 +221,82 @@ def score_answers(
     dataset: Dataset,
     generation_config: DiffusionGenerationConfig | None = None,
     *,
+    metrics: Sequence[str] = ("rougeL", "probability"),
     backbone: Backbone | None = None,
     num_draws: int = 8,
     show_progress: bool = False,
 ) -> Scores:
-    """Decode an answer to each question and estimate the likelihood of the true one.
-
-    Args:
-        model: a masked diffusion language model.
-        tokenizer: the model's; questions become chat turns if it has a chat template.
-        dataset: columns `question` and `answer`.
-        generation_config: of the decoding; its batch size and seed serve the likelihood too.
-        backbone: of the model; resolved if not given.
-        num_draws: passes a row for the likelihood.
-        show_progress: show progress bars.
-
-    Returns:
-        Means over rows of ROUGE-L recall and F1 (stemmed) and of the probability a token.
-    """
-    config = generation_config or DiffusionGenerationConfig()
-    backbone = backbone or resolve_backbone(model, tokenizer)
-    rows = tokenize_rows(
-        question_answer_rows(dataset, conversational=bool(tokenizer.chat_template)), tokenizer, backbone, name="eval"
-    )
-    answers = generate_ids(model, rows.prompts, config, backbone, show_progress=show_progress)
-    rouge = RougeL().compute(
-        predictions=tokenizer.batch_decode(answers, skip_special_tokens=True), references=dataset["answer"]
-    )
-    likelihood = response_likelihood(
+    """The figures of one set of questions; arguments and errors as in `evaluate_tofu`."""
+    result = evaluate_tofu(
         model,
-        rows.prompts,
-        rows.responses,
-        backbone,
+        tokenizer,
+        {"forget": dataset},
+        generation_config,
+        metrics=metrics,
+        backbone=backbone,
         num_draws=num_draws,
-        batch_size=config.batch_size,
-        seed=config.seed,
         show_progress=show_progress,
     )
-    figures = rouge | {"probability": float(likelihood.probability.mean())}
-    return {name: Estimate(value) for name, value in figures.items()}
+    return result.run.scores["forget"]
+
+
+def tofu_questions(
+    sets: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
+    generation_config: DiffusionGenerationConfig | None = None,
+    metrics: Sequence[str] = TOFU_METRICS,
+    num_draws: int = 8,
+) -> list[QuestionSet]:
+    """TOFU's sets as questions, and what is measured of each; arguments as in `evaluate_tofu`."""
+    encoded, chosen = {}, {}
+    for name, rows in sets.items():
+        columns = {role: f"{role}_answer" for role in ("paraphrased", "perturbed")}
+        answers = {"answer": [[text] for text in rows["answer"]]}
+        for role, column in columns.items():
+            if column in rows.column_names:
+                answers[role] = [[value] if isinstance(value, str) else value for value in rows[column]]
+        references = answers["answer"]
+        encoded[name] = encode_questions(name, rows["question"], references, answers, tokenizer, backbone)
+        wanted = [metric for metric in metrics if metric != "truth_ratio" or "perturbed" in answers]
+        if name in KNOWN_FACTS and "perturbed" in answers:
+            wanted = ["choice_probability" if metric == "probability" else metric for metric in wanted]
+        chosen[name] = choose_metrics(wanted)
+    generation_config = generation_config or DiffusionGenerationConfig(max_new_tokens=longest_answer(sets, tokenizer))
+    return [QuestionSet(name, encoded[name], chosen[name], generation_config, num_draws) for name in sets]
+
+
+def longest_answer(sets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest true answer, its end token included."""
+    texts = [text for rows in sets.values() for text in rows["answer"]]
+    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
+
+
+def question_digest(rows: Dataset) -> str:
+    """A short hash of the questions of a set, in order."""
+    return digest(list(rows["question"]))
+
+
+def _aggregated(figures: dict[str, Figures]) -> dict[str, Figures]:
+    """The figures whose means TOFU reports: truth ratios as it aggregates them."""
+    aggregated = {}
+    for name, columns in figures.items():
+        aggregated[name] = dict(columns)
+        if "truth_ratio" in columns:
+            kind = "forget" if name == "forget" else "retain"
+            aggregated[name]["truth_ratio"] = aggregate_truth_ratios(columns["truth_ratio"], kind)
+    return aggregated
+
+
+def _summary(scores: Mapping[str, Scores], truth_ratios: TruthRatios | None, retain_log: TruthRatios | None) -> Scores:
+    figures = [
+        scores[name][metric].value
+        for name in SETS[1:]
+        for metric in UTILITY
+        if name in scores and metric in scores[name]
+    ]
+    summary = ModelUtility().compute(figures=figures) if figures else {}
+    if truth_ratios is not None and retain_log is not None:
+        quality = ForgetQuality().compute(predictions=truth_ratios.values, references=retain_log.values)
+        summary["forget_quality"] = quality["forget_quality"]
+    return {name: Estimate(value) for name, value in summary.items()}

@@ -1,0 +1,128 @@
+"""What the scripts share: loading, unlearning, and folders that are not overwritten by accident."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import TrainerCallback
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer
+from mdu_trainer.data import question_answer_rows
+from mdu_trainer.testing import REFUSALS
+
+TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
+PRIVATE = ("subjects", "intros")  # whom to forget
+
+
+class Progress(TrainerCallback):
+    """One line when a run starts, so that a log of many runs can be read."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        PartialState().print(f"\n{self.name}: {state.max_steps} steps")
+
+
+def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
+    """Model and tokenizer, as the command line asks for them. A folder with an adapter loads with its base."""
+    shared = {"trust_remote_code": trust_remote_code, "revision": model_args.model_revision}
+    quantization = get_quantization_config(model_args)
+    adapter = (Path(path) / "adapter_config.json").is_file()
+    name = PeftConfig.from_pretrained(path).base_model_name_or_path if adapter else path
+    model = load_model(
+        name,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=quantization,
+        **shared,
+    )
+    if adapter:
+        model = PeftModel.from_pretrained(model, path)
+    if quantization is None:
+        model.to(PartialState().device)
+    return model, load_tokenizer(name, **shared)
+
+
+def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> Dataset:
+    """Prompt-completion rows, for DPO with a refusal as the preferred response."""
+    if refusals and "refusal" not in rows.column_names:
+        rows = rows.add_column("refusal", [REFUSALS[i % len(REFUSALS)] for i in range(len(rows))])
+    return question_answer_rows(rows, conversational, preferred="refusal" if refusals else None)
+
+
+def unlearn(config: MDUConfig, path: str, model_args: ModelConfig, forget: Dataset, retain: Dataset | None):
+    """Train a fresh copy of the base to forget and save it in the run's folder, or load it if that is done already.
+
+    Returns:
+        The model and its tokenizer.
+    """
+    if is_trained(Path(config.output_dir)):
+        return load(config.output_dir, model_args, config.trust_remote_code)
+    model, tokenizer = load(path, model_args, config.trust_remote_code)
+    chats = bool(tokenizer.chat_template)
+    trainer = MDUTrainer(
+        model,
+        config,
+        train_dataset=answer_rows(forget, chats, refusals=config.loss_type == "dpo"),
+        retain_dataset=answer_rows(retain, chats) if config.retain_weight else None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        callbacks=[Progress(Path(config.output_dir).name)],
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+    return trainer.model, tokenizer
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether a folder holds a model whose training was finished."""
+    try:
+        return bool(log_history(folder))
+    except (OSError, ValueError):  # not there, or cut short
+        return False
+
+
+def log_history(folder: Path) -> list[dict]:
+    """The logs of a finished training."""
+    return json.loads((folder / TRAINED).read_text())["log_history"]
+
+
+def train_seconds(folder: Path) -> float:
+    """How long a finished training took."""
+    return next(log["train_runtime"] for log in log_history(folder) if "train_runtime" in log)
+
+
+def settings(*arguments) -> dict:
+    """What differs from the defaults, without secrets or names of people; as YAML it repeats the run."""
+    changed = {}
+    for values in arguments:
+        for f in dataclasses.fields(values):
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+            if f.init and not (f.name in PRIVATE or f.name.endswith("token")) and getattr(values, f.name) != default:
+                changed[f.name] = getattr(values, f.name)
+    return changed
+
+
+def claim(folder: Path, models: list[Path], base: str | None, overwrite: bool) -> None:
+    """Refuse a folder that holds something, or clear what this run is going to write."""
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise SystemExit(
+            f"{folder} is not empty. Choose another --output_dir, or pass --resume to finish what was begun there, or "
+            "--overwrite_output_dir."
+        )
+    if base is not None and Path(base).resolve() in [path.resolve() for path in models]:
+        raise SystemExit(
+            f"The model to load, {base}, is one that this run would overwrite. Choose another --output_dir."
+        )
+    for path in models:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in ("results.json", "tradeoff.png", "losses.png", "config.yaml"):
+        (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,115 @@
+"""Score a checkpoint: TOFU, RWKU or the embedded fictional authors.
+
+    python examples/evaluate.py --model_name_or_path outputs/demo/mdu-tau0 --benchmark fictional \\
+        --baseline outputs/demo/results.json
+    accelerate launch examples/evaluate.py --model_name_or_path PATH --dtype bfloat16 --benchmark tofu \\
+        --dataset_name locuslab/TOFU --forget_split forget10 --retain_split retain90
+    accelerate launch examples/evaluate.py --model_name_or_path PATH --dtype bfloat16 --benchmark rwku \\
+        --dataset_name jinzhuoran/RWKU --subjects "Stephen King"
+
+PATH is a model or a folder with an adapter. Finished rows are kept in the output folder as figures, so a killed run
+continues where it stopped when the same command is given again. Processes share the rows; the figures are those of
+one.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+from common import load, settings
+from datasets import Dataset
+from trl import ModelConfig, TrlParser
+
+from mdu_trainer import DiffusionGenerationConfig
+from mdu_trainer.evaluation.report import Results, Run
+from mdu_trainer.evaluation.rwku import evaluate_rwku, load_rwku
+from mdu_trainer.evaluation.sources import spread
+from mdu_trainer.evaluation.tofu import TOFU_METRICS, TruthRatios, evaluate_tofu, load_tofu, longest_answer
+from mdu_trainer.testing import fictional_authors, forget_retain_split
+
+
+@dataclass
+class EvaluationArguments:
+    """What to score a model on, and how."""
+
+    benchmark: str = field(
+        default="fictional", metadata={"help": "Questions to ask.", "choices": ["tofu", "rwku", "fictional"]}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of TOFU or RWKU."})
+    forget_split: str = field(default="forget10", metadata={"help": "TOFU: config name of the rows to forget."})
+    retain_split: str = field(default="retain90", metadata={"help": "TOFU: config name of the rows to keep."})
+    subjects: list[str] | None = field(default=None, metadata={"help": "RWKU: whom to forget; everybody if unset."})
+    configs: list[str] | None = field(default=None, metadata={"help": "RWKU: names of configs; all if unset."})
+    metrics: list[str] = field(
+        default_factory=lambda: list(TOFU_METRICS), metadata={"help": "TOFU: what is measured."}
+    )
+    max_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each set."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "TOFU: decoded tokens; the longest answer."})
+    decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    likelihood_draws: int = field(default=8, metadata={"help": "Passes an answer for its likelihood."})
+    seed: int = field(default=0, metadata={"help": "Of the draws."})
+    retain_log: str | None = field(
+        default=None, metadata={"help": "truth_ratios.json of a model of the rows to keep; adds the forget quality."}
+    )
+    baseline: str | None = field(default=None, metadata={"help": "results.json to print the change from."})
+    output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of results and progress."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model may run code of its own."})
+
+
+def load_sets(args: EvaluationArguments) -> dict[str, Dataset]:
+    """The rows of the benchmark, checked."""
+    if args.benchmark == "fictional":
+        forget, retain = forget_retain_split(fictional_authors())
+        return {"forget": spread(forget, args.max_rows), "retain": spread(retain, args.max_rows)}
+    if args.dataset_name is None:
+        name = {"tofu": "locuslab/TOFU", "rwku": "jinzhuoran/RWKU"}[args.benchmark]
+        raise SystemExit(f"--benchmark {args.benchmark} needs --dataset_name: {name}, or a folder with a copy.")
+    if args.benchmark == "rwku":
+        return load_rwku(args.dataset_name, args.configs, args.subjects, args.max_rows)
+    return load_tofu(args.dataset_name, args.forget_split, args.retain_split, max_rows=args.max_rows)
+
+
+def evaluate(
+    args: EvaluationArguments, model_args: ModelConfig, sets: dict[str, Dataset], retain_log: TruthRatios | None
+) -> Run:
+    """Load the model and score it; a TOFU run's truth ratios are saved for others."""
+    folder = Path(args.output_dir)
+    model, tokenizer = load(model_args.model_name_or_path, model_args, args.trust_remote_code)
+    decoding = {"steps": args.decoding_steps, "batch_size": args.batch_size, "seed": args.seed}
+    shared = {
+        "num_draws": args.likelihood_draws,
+        "progress_path": folder / "rows.jsonl",
+        "method": Path(model_args.model_name_or_path).name,
+        "show_progress": True,
+    }
+    if args.benchmark == "rwku":
+        return evaluate_rwku(model, tokenizer, sets, DiffusionGenerationConfig(**decoding), **shared)
+    length = args.max_new_tokens or longest_answer(sets, tokenizer)
+    decoding = DiffusionGenerationConfig(max_new_tokens=length, **decoding)
+    result = evaluate_tofu(model, tokenizer, sets, decoding, metrics=args.metrics, retain_log=retain_log, **shared)
+    if result.truth_ratios is not None and PartialState().is_main_process:
+        result.truth_ratios.save(folder / "truth_ratios.json")
+    return result.run
+
+
+def main(args: EvaluationArguments, model_args: ModelConfig) -> None:
+    if model_args.model_name_or_path is None:
+        raise SystemExit("Which model? Pass --model_name_or_path.")
+    sets = load_sets(args)
+    baseline = Results.load(args.baseline) if args.baseline else None
+    retain_log = TruthRatios.load(args.retain_log, sets["forget"]) if args.retain_log else None
+    run = evaluate(args, model_args, sets, retain_log)
+    if not PartialState().is_main_process:
+        return
+    data = args.benchmark if args.benchmark == "fictional" else f"{args.dataset_name} {args.forget_split}"
+    results = Results(model_args.model_name_or_path, data, settings(args), [run])
+    results.save(Path(args.output_dir) / "results.json")
+    print(f"\n{results.details()}")
+    if baseline is not None:
+        print(f"\nChange from {baseline.runs[0].name} of {args.baseline}:\n\n{run.change(baseline.runs[0])}")
+    print(f"\nWritten to {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((EvaluationArguments, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,30 @@
+"""Metrics of what a model still says, as `evaluate.Metric` classes that download nothing, and intervals for them."""
+
+from .base import RowMetric
+from .intervals import bootstrap_interval
+from .memorization import ExactMemorization, ExtractionStrength, greedy_completions, shortest_prefixes
+from .privacy import MembershipInference, PrivacyLeakage, loss_score, min_k_score, zlib_score
+from .text import Degeneracy, RougeL
+from .truth import ChoiceProbability, ForgetQuality, ModelUtility, Probability, TruthRatio, aggregate_truth_ratios
+
+__all__ = [
+    "ChoiceProbability",
+    "Degeneracy",
+    "ExactMemorization",
+    "ExtractionStrength",
+    "ForgetQuality",
+    "MembershipInference",
+    "ModelUtility",
+    "PrivacyLeakage",
+    "Probability",
+    "RougeL",
+    "RowMetric",
+    "TruthRatio",
+    "aggregate_truth_ratios",
+    "bootstrap_interval",
+    "greedy_completions",
+    "loss_score",
+    "min_k_score",
+    "shortest_prefixes",
+    "zlib_score",
+]

@@ -1,0 +1,146 @@
+"""What the metrics share: columns that are checked without being quoted, kept in memory, averaged over rows."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from statistics import fmean
+from typing import Any, ClassVar, NamedTuple
+
+import datasets
+import evaluate
+
+Rows = dict[str, list[float]]  # name of a figure -> a value a row
+
+
+class Kind(NamedTuple):
+    """What a column of a metric holds."""
+
+    item: str  # a value of it, in words
+    items: str  # several
+    fits: Callable[[Any], bool]
+    feature: Any
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
+
+
+def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    return not isinstance(value, str) and hasattr(value, "__len__") and all(fits(item) for item in value)
+
+
+_NUMBER, _TEXT, _ID = datasets.Value("float64"), datasets.Value("string"), datasets.Value("int64")
+
+KINDS = {
+    "text": Kind("a text", "texts", lambda value: isinstance(value, str), _TEXT),
+    "number": Kind("a finite number", "finite numbers", _is_number, _NUMBER),
+    "count": Kind("a count", "counts", lambda value: isinstance(value, Integral) and value >= 0, _ID),
+    "flag": Kind("0 or 1", "0 or 1", lambda value: isinstance(value, Integral) and value in (0, 1), _ID),
+    "numbers": Kind(
+        "a list of finite numbers",
+        "non-empty lists of finite numbers",
+        lambda value: _is_list(value, _is_number) and len(value) > 0,
+        datasets.List(_NUMBER),
+    ),
+    "ids": Kind(
+        "a list of token ids",
+        "lists of token ids",
+        lambda value: _is_list(value, lambda item: isinstance(item, Integral)),
+        datasets.List(_ID),
+    ),
+}
+
+
+class RowMetric(evaluate.Metric):
+    """A metric of columns with a value a row, which downloads nothing and writes nothing.
+
+    Values stay in memory, where `evaluate` would write them to its cache, and no error message quotes texts or ids. A
+    subclass names its columns and implements `_rows`, the figures of each row, or `_compute` if its figure is no mean
+    over rows.
+
+    Attributes:
+        inputs: name of a column -> name of what it holds, in `KINDS`.
+        source: the paper that defines the metric.
+        url: of the paper.
+
+    Args:
+        kwargs: those of `evaluate.Metric`.
+    """
+
+    inputs: ClassVar[dict[str, str]]
+    source: ClassVar[str]
+    url: ClassVar[str]
+
+    def __init__(self, **kwargs: Any):
+        kwargs.setdefault("keep_in_memory", kwargs.get("num_process", 1) == 1)
+        super().__init__(**kwargs)
+
+    def _info(self) -> evaluate.MetricInfo:
+        owner = self._rows if "_rows" in vars(type(self)) else self._compute
+        return evaluate.MetricInfo(
+            description=inspect.getdoc(type(self)),
+            citation=self.source,
+            inputs_description="\n\n" + inspect.getdoc(owner),
+            features=datasets.Features({name: KINDS[kind].feature for name, kind in self.inputs.items()}),
+            reference_urls=[self.url],
+        )
+
+    def compute(self, **kwargs: Any) -> dict[str, Any] | None:
+        """Score these rows, and those added before."""
+        columns = {name: kwargs.pop(name, None) for name in self.inputs}
+        if all(column is None for column in columns.values()) and len(self) == 0:
+            raise ValueError(f"There is nothing to score: no {' or '.join(self.inputs)} were given or added.")
+        return super().compute(**columns, **kwargs)
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **columns: Any) -> None:
+        """Add one row to score later."""
+        row = {"predictions": prediction, "references": reference} | columns
+        self.add_batch(**{name: [value] for name, value in row.items() if name in self.inputs or value is not None})
+
+    def add_batch(self, **columns: Any) -> None:
+        """Add rows to score later."""
+        columns = {name: value for name, value in columns.items() if name in self.inputs or value is not None}
+        if columns.keys() != self.inputs.keys():
+            raise ValueError(
+                f"{type(self).__name__} takes the columns {', '.join(self.inputs)}, and got "
+                f"{', '.join(columns) or 'none'}."
+            )
+        for name, kind in self.inputs.items():
+            _check_column(name, columns[name], KINDS[kind])
+        lengths = {name: len(column) for name, column in columns.items()}
+        if len(set(lengths.values())) > 1:
+            counts = " and ".join(f"{length} {name}" for name, length in lengths.items())
+            raise ValueError(f"There must be one value of each column a row, got {counts}.")
+        if not any(lengths.values()):
+            raise ValueError(f"There is nothing to score: {' and '.join(columns)} are empty.")
+        super().add_batch(**{name: list(column) for name, column in columns.items()})
+
+    def _compute(self, use_aggregator: bool = True, **kwargs: Any) -> dict[str, float] | Rows:
+        rows = self._rows(**kwargs)
+        return {name: fmean(values) for name, values in rows.items()} if use_aggregator else rows
+
+    def _rows(self, **kwargs: Any) -> Rows:
+        raise NotImplementedError
+
+
+def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
+    """Refuse an option that is none of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _check_column(name: str, column: Any, kind: Kind) -> None:
+    """Raise before `evaluate` does, whose messages quote the values."""
+    if column is None or isinstance(column, str) or not hasattr(column, "__len__"):
+        raise ValueError(f"{name} must be a list of {kind.items}, got {type(column).__name__}.")
+    for row, value in enumerate(column):
+        if not kind.fits(value):
+            raise ValueError(f"{name} must be {kind.items}, but row {row} is {_describe(value)}.")
+
+
+def _describe(value: Any) -> str:
+    """The type of a value, and no more than that, unless it is a number."""
+    if isinstance(value, Real):
+        return str(value)
+    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__

@@ -1,0 +1,135 @@
+"""Can it be told that a row was trained on? Attacks that guess it, and how far unlearning brings them down.
+
+An attack gives each row a score, the higher the likelier it was trained on (a member). Three that need likelihoods
+alone, `loss_score`, `min_k_score` and `zlib_score`, are functions of `mdu_trainer.response_likelihood`'s result.
+"""
+
+import math
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import mannwhitneyu
+
+from .base import RowMetric
+
+
+class MembershipInference(RowMetric):
+    """How well a score tells members from other rows: area under the ROC curve.
+
+    The probability that a random member scores higher than a random other row, ties counting half: 1/2 is a guess, 1
+    a certain leak. Below 1/2 members are told apart by scoring low: the sign of over-unlearning.
+
+    Example:
+
+        scores = [*loss_score(forget.per_token), *loss_score(holdout.per_token)]
+        MembershipInference().compute(scores=scores, members=[1] * len(forget) + [0] * len(holdout))
+    """
+
+    inputs = {"scores": "number", "members": "flag"}
+    source = "Yeom et al. Privacy Risk in Machine Learning. CSF 2018, arXiv 1709.01604"
+    url = "https://arxiv.org/abs/1709.01604"
+
+    def _compute(self, scores: list[float], members: list[int]) -> dict[str, float]:
+        """
+        Args:
+            scores: list of float, a score a row, high for members.
+            members: list of 0 or 1, 1 for rows that the model before unlearning was trained on.
+
+        Returns:
+            mia_auc: float in [0, 1].
+
+        Raises:
+            ValueError: for empty input, columns of different lengths, or rows of one kind only.
+        """
+        return {"mia_auc": _auc(scores, members)}
+
+
+class PrivacyLeakage(RowMetric):
+    """MUSE's relative AUC (Shi et al., 2025): how the attack fares against the model, and against one never trained.
+
+        100 * (a - a_0) / a_0,  a = 1 - AUC on the unlearned model, a_0 = 1 - AUC on the retain model,
+
+    in percent. 0 is perfect; towards -100, members are still recognised (under-unlearning); above 0, they stick out by
+    being too unlikely (over-unlearning). MUSE's AUC is that of recognising non-members, hence the 1 - AUC.
+
+    Example:
+
+        PrivacyLeakage().compute(scores=scores, reference_scores=scores_of_retain_model, members=members)
+    """
+
+    inputs = {"scores": "number", "reference_scores": "number", "members": "flag"}
+    source = "Shi et al. MUSE: Machine Unlearning Six-Way Evaluation for Language Models. ICLR 2025, arXiv 2407.06460"
+    url = "https://arxiv.org/abs/2407.06460"
+
+    def _compute(self, scores: list[float], reference_scores: list[float], members: list[int]) -> dict[str, float]:
+        """
+        Args:
+            scores: list of float, the unlearned model's score of each row, high for members.
+            reference_scores: list of float, those of a model trained on the retain rows alone.
+            members: list of 0 or 1, 1 for forget rows, 0 for rows that no model was trained on.
+
+        Returns:
+            privacy_leakage: float, percent.
+
+        Raises:
+            ValueError: for empty input, columns of different lengths, rows of one kind only, or a retain model that
+                the attack is never wrong about, to which nothing can be relative.
+        """
+        reference = 1 - _auc(reference_scores, members)
+        if reference == 0:
+            raise ValueError(
+                "The attack tells all members from the others on the retain model, which was trained on neither: the "
+                "two kinds of rows differ by themselves. Choose others."
+            )
+        return {"privacy_leakage": 100 * (1 - _auc(scores, members) - reference) / reference}
+
+
+def loss_score(per_token: Sequence[float]) -> list[float]:
+    """The mean log-likelihood a token of each row, as it is (Yeom et al., 2018, arXiv 1709.01604)."""
+    return np.asarray(per_token, dtype=np.float64).tolist()
+
+
+def min_k_score(token_log_likelihoods: Sequence[Sequence[float]], k: float = 0.2) -> list[float]:
+    """Mean over the share `k` of each row's tokens that are least likely (Min-K% Prob; Shi et al., arXiv 2310.16789).
+
+    An autoregressive model gives each token's log p directly. Here it is the token's part in the log-likelihood of the
+    response: its mean log p over the orders of revealing (`Likelihood.tokens`).
+
+    Args:
+        token_log_likelihoods: of each row, log-likelihoods of its tokens, in nats.
+        k: in (0, 1]; at least one token counts.
+
+    Raises:
+        ValueError: for a row without tokens, or k out of range.
+    """
+    if not 0 < k <= 1:
+        raise ValueError(f"k must be above 0 and at most 1, got {k}.")
+    scores = []
+    for row, tokens in enumerate(token_log_likelihoods):
+        if not len(tokens):
+            raise ValueError(f"Row {row} has no tokens.")
+        scores.append(float(np.sort(tokens)[: max(1, math.floor(k * len(tokens)))].mean()))
+    return scores
+
+
+def zlib_score(per_token: Sequence[float], texts: Sequence[str]) -> list[float]:
+    """Mean log-likelihood a token over the bytes that zlib packs the text into (Carlini et al., arXiv 2012.07805).
+
+    So texts that are likely because they repeat themselves do not pass for members.
+
+    Raises:
+        ValueError: for different numbers of likelihoods and texts.
+    """
+    if len(per_token) != len(texts):
+        raise ValueError(f"There are {len(per_token)} likelihoods and {len(texts)} texts: pass one of each a row.")
+    return [float(value) / len(zlib.compress(text.encode())) for value, text in zip(per_token, texts, strict=True)]
+
+
+def _auc(scores: list[float], members: list[int]) -> float:
+    """Area under the ROC curve, which is Mann and Whitney's U over the number of pairs."""
+    scores, members = np.asarray(scores), np.asarray(members, dtype=bool)
+    if members.all() or not members.any():
+        raise ValueError(f"There must be members and others, but all {len(members)} rows are of one kind.")
+    inside, outside = scores[members], scores[~members]
+    return float(mannwhitneyu(inside, outside).statistic) / (len(inside) * len(outside))

@@ -1,0 +1,203 @@
+"""TOFU's figures from likelihoods (Maini et al., 2024, arXiv 2401.06121).
+
+All of them start from the mean log-likelihood a token of an answer, in nats: `Likelihood.per_token` of
+`mdu_trainer.response_likelihood`. Its exp is p(a | q)^(1/|a|), the probability a token.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from scipy.stats import hmean, ks_2samp
+
+from .base import RowMetric, Rows, one_of
+
+TOFU = "Maini et al. TOFU: A Task of Fictitious Unlearning for LLMs. COLM 2024, arXiv 2401.06121"
+TOFU_URL = "https://arxiv.org/abs/2401.06121"
+LARGEST_LOG_RATIO = 700.0  # exp of it is finite; broken models go beyond
+
+Aggregation = Literal["ratio", "forget", "retain"]
+
+
+class Probability(RowMetric):
+    """Probability of the true answer a token, p(a | q)^(1/|a|): what TOFU reports of forget and retain rows.
+
+    Example:
+
+        likelihood = response_likelihood(model, prompts, responses, backbone)
+        Probability().compute(per_token=likelihood.per_token)
+    """
+
+    inputs = {"per_token": "number"}
+    source, url = TOFU, TOFU_URL
+
+    def _rows(self, per_token: list[float]) -> Rows:
+        """
+        Args:
+            per_token: list of float, mean log-likelihood a token of the true answers, in nats.
+            use_aggregator: if False, a probability for each row instead of the mean over rows. Defaults to True.
+
+        Returns:
+            probability: float in [0, 1], or a list of them.
+
+        Raises:
+            ValueError: for empty input, or anything but finite numbers in it.
+        """
+        return {"probability": np.exp(per_token).tolist()}
+
+
+class ChoiceProbability(RowMetric):
+    """Probability of the true answer among given ones: what TOFU reports of real authors and world facts.
+
+        p(a | q)^(1/|a|) / sum over a' in {a, wrong answers} of p(a' | q)^(1/|a'|)
+
+    Example:
+
+        ChoiceProbability().compute(per_token=[-1.0], wrong_per_token=[[-2.0, -3.0]])
+    """
+
+    inputs = {"per_token": "number", "wrong_per_token": "numbers"}
+    source, url = TOFU, TOFU_URL
+
+    def _rows(self, per_token: list[float], wrong_per_token: list[list[float]]) -> Rows:
+        """
+        Args:
+            per_token: list of float, mean log-likelihood a token of the true answers, in nats.
+            wrong_per_token: list of lists of float, those of each row's wrong answers.
+            use_aggregator: if False, a probability for each row instead of the mean over rows. Defaults to True.
+
+        Returns:
+            probability: float in [0, 1], or a list of them.
+
+        Raises:
+            ValueError: for empty input, columns of different lengths, or anything but finite numbers in them.
+        """
+        pairs = zip(per_token, wrong_per_token, strict=True)
+        return {"probability": [float(np.exp(true - np.logaddexp.reduce([true, *wrong]))) for true, wrong in pairs]}
+
+
+class TruthRatio(RowMetric):
+    """Does the model prefer the truth? Wrong answers' probability over that of the true one, in other words.
+
+        R = mean over wrong answers a' of p(a' | q)^(1/|a'|)  /  p(a | q)^(1/|a|)
+
+    a is the paraphrased answer where the data has one, for a model may know its training data by heart, else the
+    answer itself; wrong ones are in the wording of a. The paper takes the arithmetic mean over wrong answers
+    (`variant="paper"`). The code released with it averages their losses, which is the geometric mean
+    (`variant="release"`); it is never larger. (That code works with 1/R; aggregates and forget quality are the same.)
+
+    How rows are summed up is TOFU's, too: `aggregation="forget"`, mean of min(R, 1/R), is 1 if the model cannot tell
+    truth from error; `"retain"`, mean of max(0, 1 - R), is 1 if it never errs; `"ratio"` is the mean of R.
+
+    Example:
+
+        TruthRatio().compute(per_token=paraphrased, wrong_per_token=perturbed, aggregation="forget")
+    """
+
+    inputs = {"per_token": "number", "wrong_per_token": "numbers"}
+    source, url = TOFU, TOFU_URL
+
+    def _rows(
+        self,
+        per_token: list[float],
+        wrong_per_token: list[list[float]],
+        variant: Literal["paper", "release"] = "paper",
+        aggregation: Aggregation = "ratio",
+    ) -> Rows:
+        """
+        Args:
+            per_token: list of float, mean log-likelihood a token of the true answers, in nats.
+            wrong_per_token: list of lists of float, those of each row's wrong answers.
+            variant: "paper" (arithmetic mean over wrong answers) or "release" (geometric mean).
+            aggregation: "ratio", "forget" or "retain".
+            use_aggregator: if False, a figure for each row, whose mean is the aggregate. Defaults to True.
+
+        Returns:
+            truth_ratio: float, or a list of them; in [0, 1] unless aggregation is "ratio".
+
+        Raises:
+            ValueError: for empty input, columns of different lengths, anything but finite numbers in them, or an
+                unknown option.
+        """
+        one_of("variant", variant, ("paper", "release"))
+        mean = np.mean if variant == "release" else _log_mean_exp
+        pairs = zip(per_token, wrong_per_token, strict=True)
+        log_ratios = np.array([mean(wrong) - true for true, wrong in pairs])
+        ratios = np.exp(log_ratios.clip(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO))
+        return {"truth_ratio": aggregate_truth_ratios(ratios, aggregation)}
+
+
+def aggregate_truth_ratios(ratios: Sequence[float], aggregation: Aggregation) -> list[float]:
+    """A row's part in TOFU's mean: R, min(R, 1/R) ("forget") or max(0, 1 - R) ("retain"), for each ratio R > 0."""
+    one_of("aggregation", aggregation, ("ratio", "forget", "retain"))
+    ratios = np.asarray(ratios, dtype=np.float64)
+    if aggregation == "forget":
+        ratios = np.minimum(ratios, 1 / ratios)
+    elif aggregation == "retain":
+        ratios = np.maximum(0, 1 - ratios)
+    return ratios.tolist()
+
+
+class ModelUtility(RowMetric):
+    """What is left of a model: the harmonic mean of nine figures, so that one that is near 0 pulls all down.
+
+    ROUGE-L recall, probability and truth ratio (`aggregation="retain"`) of the retain set, real authors and world
+    facts, where the probability of the latter two is that among choices. 0 if any of them is 0.
+
+    Example:
+
+        ModelUtility().compute(figures=[scores[name][metric] for name in sets for metric in metrics])
+    """
+
+    inputs = {"figures": "number"}
+    source, url = TOFU, TOFU_URL
+
+    def _compute(self, figures: list[float]) -> dict[str, float]:
+        """
+        Args:
+            figures: list of float of at least 0; the nine, or those that were measured.
+
+        Returns:
+            model_utility: float.
+
+        Raises:
+            ValueError: for no figures, a negative one, or one that is not finite.
+        """
+        if min(figures) < 0:
+            raise ValueError(f"figures must be at least 0, but figure {int(np.argmin(figures))} is {min(figures)}.")
+        return {"model_utility": float(hmean(figures))}
+
+
+class ForgetQuality(RowMetric):
+    """Can the model be told from one that never saw the forget rows, by its truth ratios on them?
+
+    p-value of the two-sample Kolmogorov-Smirnov test. Above 0.05 it cannot, which is as good as it gets; TOFU plots
+    the logarithm. It needs equally many draws for the likelihoods of both, and it falls with the number of rows.
+
+    Example:
+
+        ForgetQuality().compute(predictions=truth_ratios, references=truth_ratios_of_retain_model)
+    """
+
+    inputs = {"predictions": "number", "references": "number"}
+    source, url = TOFU, TOFU_URL
+
+    def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
+        """
+        Args:
+            predictions: list of float, truth ratios (`aggregation="ratio"`) of the unlearned model on the forget rows.
+            references: list of float, those of a model trained on the retain rows alone, on the same rows.
+
+        Returns:
+            forget_quality: float in [0, 1], the p-value.
+            ks_statistic: float in [0, 1], the largest distance of the two distribution functions.
+
+        Raises:
+            ValueError: for empty input, columns of different lengths, or anything but finite numbers in them.
+        """
+        test = ks_2samp(predictions, references)
+        return {"forget_quality": float(test.pvalue), "ks_statistic": float(test.statistic)}
+
+
+def _log_mean_exp(values: Sequence[float]) -> float:
+    return float(np.logaddexp.reduce(values)) - float(np.log(len(values)))

@@ -1,0 +1,233 @@
+"""Score sets of questions: in batches, over processes, and on from where a killed run stopped."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..models import Backbone, resolve_backbone
+from .scoring import Batch, Figures, QuestionSet
+
+SAMPLED_BYTES = 4096  # of each tensor, evenly spaced: enough to tell trained weights apart
+
+Key = tuple[str, int]  # set, row
+
+
+class Line(NamedTuple):
+    """A finished row."""
+
+    figures: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of every row.
+
+    Attributes:
+        figures: name of a set -> name of a figure -> a value a row, in the order of the rows.
+        seconds: wall-clock time of the scoring, that before a kill included.
+    """
+
+    figures: dict[str, Figures]
+    seconds: float
+
+
+def score_questions(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[QuestionSet],
+    *,
+    backbone: Backbone | None = None,
+    progress_path: str | Path | None = None,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Compute the metrics of each set.
+
+    Every process of an accelerate launch must call this; each scores its share, and all return the whole. The figures
+    are those of one process, since batches are put together without regard to who scores them.
+
+    Args:
+        model: a masked diffusion language model, the same on all processes.
+        tokenizer: the model's.
+        sets: the questions and what to measure.
+        backbone: of the model; resolved if not given.
+        progress_path: file that keeps finished rows, as figures only. Given again after a kill, it saves scoring them
+            anew.
+        show_progress: show a progress bar over rows, with rate and time left.
+
+    Raises:
+        ValueError: for two sets of one name, or a progress file of another model, other data or other settings.
+    """
+    names = [questions.name for questions in sets]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Each set needs a name of its own, got {names}.")
+    backbone = backbone or resolve_backbone(model, tokenizer)
+    state = PartialState()
+    with _Progress(progress_path if state.is_main_process else None) as progress:
+        if progress_path is not None:
+            header = {"model": model_fingerprint(model), "sets": {part.name: part.fingerprint() for part in sets}}
+            done = _from_main(lambda: progress.resume(header))
+        else:
+            done = {}
+        total = sum(map(len, sets))
+        bar = tqdm(total=total, initial=len(done), unit="row", disable=not (show_progress and state.is_main_process))
+        with bar:
+            for lines in _rounds(model, tokenizer, backbone, _unfinished(sets, done)):
+                new = {key: line for key, line in lines if key not in done}
+                progress.append(new)
+                done |= new
+                bar.update(len(new))
+    return Evaluation(
+        figures={part.name: _columns([done[part.name, row].figures for row in range(len(part))]) for part in sets},
+        seconds=sum(line.seconds for line in done.values()),
+    )
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A short hash of a model's weights, from a sample of each tensor."""
+    state = hashlib.blake2b(digest_size=8)
+    for name, tensor in model.state_dict().items():
+        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if not tensor.is_meta:
+            flat = tensor.detach().reshape(-1)
+            sample = flat[:: max(1, flat.numel() * flat.element_size() // SAMPLED_BYTES)].cpu().contiguous()
+            state.update(sample.view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _unfinished(sets: Sequence[QuestionSet], done: dict[Key, Line]) -> list[tuple[QuestionSet, list[int]]]:
+    """Batches with a row that is not done. They are scored whole, so that rounding is that of an undisturbed run."""
+    return [
+        (questions, rows)
+        for questions in sets
+        for rows in questions.chunks()
+        if any((questions.name, row) not in done for row in rows)
+    ]
+
+
+def _rounds(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
+    batches: Sequence[tuple[QuestionSet, list[int]]],
+) -> Iterator[list[tuple[Key, Line]]]:
+    """Score one batch a process at a time; yields what all processes have finished."""
+    state = PartialState()
+    for first in range(0, len(batches), state.num_processes):
+        lines = []
+        if first + state.process_index < len(batches):
+            questions, rows = batches[first + state.process_index]
+            start = time.perf_counter()
+            columns = Batch(model, tokenizer, backbone, questions, rows).figures()
+            seconds = (time.perf_counter() - start) / len(rows) / min(state.num_processes, len(batches) - first)
+            for i, row in enumerate(rows):
+                figures = {name: float(values[i]) for name, values in columns.items()}
+                lines.append(((questions.name, row), Line(figures, seconds)))
+        yield gather_object(lines) if state.num_processes > 1 else lines
+
+
+def _columns(rows: list[dict[str, float]]) -> Figures:
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def _from_main(action: Any) -> Any:
+    """The result of the main process's action on every process; its error, too, so that none waits for another."""
+    state = PartialState()
+    outcome = [None, None]
+    if state.is_main_process:
+        try:
+            outcome[0] = action()
+        except ValueError as error:
+            outcome[1] = error
+    if state.num_processes > 1:
+        outcome = broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+class _Progress:
+    """A file of finished rows: a header line that says of what, then a line a row, appended batch by batch.
+
+    Args:
+        path: of the file, or None to keep nothing.
+    """
+
+    def __init__(self, path: str | Path | None):
+        self.path = None if path is None else Path(path)
+        self._file = None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def resume(self, header: dict[str, Any]) -> dict[Key, Line]:
+        """Open the file for appending, and return what it holds."""
+        header = json.loads(json.dumps({"progress": 1} | header))  # as it is read back
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = self.path.read_bytes() if self.path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
+        first, *lines = whole.decode().splitlines() or [""]
+        if whole:
+            self._check(first, header)
+        done: dict[Key, Line] = {}
+        for number, text in enumerate(lines, start=2):
+            try:
+                line = json.loads(text)
+                key, row = (line["set"], line["row"]), Line(line["figures"], line["seconds"])
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from error
+            done.setdefault(key, row)
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        self._file = self.path.open("a")
+        if not whole:
+            self._write([header])
+        return done
+
+    def append(self, lines: dict[Key, Line]) -> None:
+        """Keep these rows."""
+        if self._file is not None:
+            self._write([{"set": name, "row": row, **line._asdict()} for (name, row), line in lines.items()])
+
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
+
+    def _check(self, line: str, header: dict[str, Any]) -> None:
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict) or found.get("progress") != header["progress"]:
+            raise ValueError(f"{self.path} is not the progress of an evaluation; choose another file.")
+        other = [name for name in _differences(found, header)]
+        if other:
+            raise ValueError(
+                f"{self.path} holds the progress of another evaluation ({', '.join(other)} differ). Choose another "
+                "file, or delete this one to start anew."
+            )
+
+
+def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of what differs between two JSON objects."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in {**found, **wanted}:
+            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
+    elif found != wanted:
+        yield name

@@ -1,0 +1,338 @@
+"""What is asked of a model, and the figures of each answer.
+
+A `QuestionSet` holds tokenised questions and the metrics to compute. A `Batch` of them decodes answers and
+estimates likelihoods once, when the first metric asks. Metrics are functions from a batch to figures a row.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data import question_answer_rows, tokenize_rows
+from ..generation import DiffusionGenerationConfig, generate_ids
+from ..likelihood import response_likelihood
+from ..models import Backbone
+from .metrics import (
+    ChoiceProbability,
+    Degeneracy,
+    ExactMemorization,
+    ExtractionStrength,
+    Probability,
+    RougeL,
+    TruthRatio,
+    bootstrap_interval,
+    greedy_completions,
+    shortest_prefixes,
+)
+from .report import Estimate, Scores
+
+Figures = dict[str, list[float]]  # name -> a value a row
+
+
+@dataclass(frozen=True, repr=False)
+class Question:
+    """One row, tokenised. Its texts appear in no message.
+
+    Attributes:
+        prompt: ids, generation prompt included.
+        references: true answers as texts, of which the best match counts.
+        answers: role -> ids of the answers in it, end token included. Roles are `"answer"`, `"paraphrased"` and
+            `"perturbed"`, or `"true"` and `"false"` for the choices of a question that has choices.
+    """
+
+    prompt: list[int]
+    references: tuple[str, ...]
+    answers: dict[str, list[list[int]]]
+
+
+@dataclass(frozen=True, repr=False)
+class QuestionSet:
+    """The questions of one set, and what is measured.
+
+    Attributes:
+        name: of the set: "forget", "retain", ...
+        questions: at least one.
+        metrics: by name, see `METRICS` and `choose_metrics`.
+        decoding: how answers are decoded; its batch size and seed serve the likelihood too.
+        num_draws: forward passes for the likelihood of each answer.
+    """
+
+    name: str
+    questions: list[Question]
+    metrics: Mapping[str, "Metric"]
+    decoding: DiffusionGenerationConfig
+    num_draws: int = 8
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    @property
+    def roles(self) -> list[str]:
+        """The answers whose likelihood the metrics need."""
+        return list(dict.fromkeys(role for metric in self.metrics.values() for role in metric.roles))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What the figures depend on, without a word of the texts. The batch size is left out: it changes nothing."""
+        decoding = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
+        content = [(question.prompt, question.references, question.answers) for question in self.questions]
+        return {
+            "rows": len(self),
+            "data": digest(content),
+            "metrics": list(self.metrics),
+            "decoding": decoding,
+            "num_draws": self.num_draws,
+        }
+
+    def chunks(self) -> list[list[int]]:
+        """Row numbers in groups of the batch size, rows of like length together."""
+        order = sorted(range(len(self)), key=lambda row: len(self.questions[row].prompt))
+        size = self.decoding.batch_size
+        return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+class AnswerLikelihood(NamedTuple):
+    """Of the K answers in one role: log-likelihoods in nats `[K]`, and numbers of tokens `[K]`."""
+
+    log_likelihood: np.ndarray
+    num_tokens: np.ndarray
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Mean log-likelihood a token, `[K]`."""
+        return self.log_likelihood / self.num_tokens
+
+
+class Batch:
+    """Rows of a set before a model.
+
+    Args:
+        model, tokenizer, backbone: what answers.
+        questions: the set.
+        rows: row numbers in it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        backbone: Backbone,
+        questions: QuestionSet,
+        rows: Sequence[int],
+    ):
+        self.model, self.tokenizer, self.backbone = model, tokenizer, backbone
+        self.set, self.rows = questions, list(rows)
+        self.questions = [questions.questions[row] for row in rows]
+
+    def figures(self) -> Figures:
+        """The figures of every metric of the set."""
+        figures: Figures = {}
+        for metric in self.set.metrics.values():
+            figures |= metric.compute(self)
+        return figures
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Ids of each prompt."""
+        return [question.prompt for question in self.questions]
+
+    @property
+    def to_complete(self) -> tuple[nn.Module, list[list[int]], list[list[int]], Backbone]:
+        """What the metrics of memorisation take: model, prompts, true answers, backbone."""
+        return self.model, self.prompts, [one.answers["answer"][0] for one in self.questions], self.backbone
+
+    @cached_property
+    def decoded(self) -> list[list[int]]:
+        """Ids of the answer to each question, without its end token."""
+        return generate_ids(self.model, self.prompts, self.set.decoding, self.backbone)
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """The answer to each question, without special tokens."""
+        return self.tokenizer.batch_decode(self.decoded, skip_special_tokens=True)
+
+    @cached_property
+    def likelihoods(self) -> list[dict[str, AnswerLikelihood]]:
+        """Of each question: role -> likelihoods of its answers."""
+        flat = [
+            (i, role, ids)
+            for i, question in enumerate(self.questions)
+            for role in self.set.roles
+            for ids in question.answers.get(role, ())
+        ]
+        estimate = response_likelihood(
+            self.model,
+            [self.questions[i].prompt for i, _, _ in flat],
+            [ids for _, _, ids in flat],
+            self.backbone,
+            num_draws=self.set.num_draws,
+            batch_size=self.set.decoding.batch_size,
+            seed=self.set.decoding.seed,
+        )
+        places: list[dict[str, list[int]]] = [{} for _ in self.questions]
+        for place, (i, role, _) in enumerate(flat):
+            places[i].setdefault(role, []).append(place)
+        return [
+            {
+                role: AnswerLikelihood(estimate.log_likelihood[at], estimate.num_tokens[at])
+                for role, at in roles.items()
+            }
+            for roles in places
+        ]
+
+    def per_token(self, role: str) -> list[list[float]]:
+        """Of each question: mean log-likelihoods a token of the answers in a role."""
+        return [roles[role].per_token.tolist() for roles in self.likelihoods]
+
+    def first(self, role: str) -> list[float]:
+        """Of each question: mean log-likelihood a token of the first answer in a role."""
+        return [answers[0] for answers in self.per_token(role)]
+
+
+def encode_questions(
+    name: str,
+    prompts: Sequence[str],
+    references: Sequence[Sequence[str]],
+    answers: Mapping[str, Sequence[Sequence[str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
+    *,
+    conversational: bool | None = None,
+) -> list[Question]:
+    """Tokenise questions and the answers to be weighed.
+
+    Args:
+        name: what messages call the set.
+        prompts: a text a row; a user's turn if the tokenizer has a chat template.
+        references: the true answers of each row, as texts.
+        answers: role -> the answers in it of each row.
+        tokenizer, backbone: of the model.
+        conversational: False for plain texts whatever the tokenizer has.
+
+    Raises:
+        ValueError: for no rows, an answer without tokens, or prompts longer than the model's context.
+    """
+    chats = bool(tokenizer.chat_template) if conversational is None else conversational
+    flat = [(row, None, "") for row in range(len(prompts))]  # a response of its end token alone: the prompt's ids
+    flat += [(row, role, text) for role in answers for row, texts in enumerate(answers[role]) for text in texts]
+    columns = {"question": [prompts[row] for row, _, _ in flat], "answer": [text for _, _, text in flat]}
+    encoded = tokenize_rows(
+        question_answer_rows(Dataset.from_dict(columns), conversational=chats), tokenizer, backbone, name=name
+    )
+    questions = [
+        Question(prompt, tuple(texts), {})
+        for prompt, texts in zip(encoded.prompts, references, strict=False)  # the first len(prompts) are these
+    ]
+    for (row, role, _), ids in zip(flat, encoded.responses, strict=True):
+        if role is None:
+            continue
+        if all(token in backbone.end_token_ids for token in ids):
+            raise ValueError(f"Row {row} of the {name} set: an answer ({role}) has no tokens, so nothing to score.")
+        questions[row].answers.setdefault(role, []).append(ids)
+    return questions
+
+
+def estimates(figures: Figures) -> Scores:
+    """The mean of each figure over rows, with its interval. Figures that are not finite in every row are left out."""
+    return {
+        name: Estimate(math.fsum(values) / len(values), *bootstrap_interval(values))
+        for name, values in figures.items()
+        if all(map(math.isfinite, values))
+    }
+
+
+def digest(content: Any) -> str:
+    """A short hash of anything that JSON can hold."""
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+class Metric(NamedTuple):
+    """What computes figures, and the roles of the answers whose likelihood it needs."""
+
+    compute: Callable[[Batch], Figures]
+    roles: tuple[str, ...] = ()
+
+
+def _rouge(batch: Batch) -> Figures:
+    pairs = [(i, text) for i, question in enumerate(batch.questions) for text in question.references]
+    scores = RougeL().compute(
+        predictions=[batch.texts[i] for i, _ in pairs], references=[text for _, text in pairs], use_aggregator=False
+    )
+    best = {name: [0.0] * len(batch.questions) for name in scores}
+    for name, values in scores.items():
+        for (i, _), value in zip(pairs, values, strict=True):
+            best[name][i] = max(best[name][i], value)
+    return best
+
+
+def _probability(batch: Batch) -> Figures:
+    return Probability().compute(per_token=batch.first("answer"), use_aggregator=False)
+
+
+def _choice_probability(batch: Batch) -> Figures:
+    return ChoiceProbability().compute(
+        per_token=batch.first("answer"), wrong_per_token=batch.per_token("perturbed"), use_aggregator=False
+    )
+
+
+def _truth_ratio(batch: Batch) -> Figures:
+    """Ratios before any aggregation, against the paraphrased answer where the data has one."""
+    true = "paraphrased" if "paraphrased" in batch.questions[0].answers else "answer"
+    return TruthRatio().compute(
+        per_token=batch.first(true), wrong_per_token=batch.per_token("perturbed"), use_aggregator=False
+    )
+
+
+def _accuracy(batch: Batch) -> Figures:
+    """Whether the best true choice is likelier than every false one, by the likelihood of the whole choice."""
+    rows = [roles["true"].log_likelihood.max() > roles["false"].log_likelihood.max() for roles in batch.likelihoods]
+    return {"accuracy": [float(right) for right in rows]}
+
+
+def _degeneracy(batch: Batch) -> Figures:
+    texts = batch.tokenizer.batch_decode(batch.decoded)
+    special = batch.tokenizer.all_special_tokens
+    rows = Degeneracy().compute(predictions=texts, special_tokens=special, use_aggregator=False)
+    return {"degeneracy": rows["degeneracy"]}
+
+
+def _exact_memorization(batch: Batch) -> Figures:
+    decoded, true = greedy_completions(*batch.to_complete, batch_size=batch.set.decoding.batch_size)
+    return ExactMemorization().compute(predictions=decoded, references=true, use_aggregator=False)
+
+
+def _extraction_strength(batch: Batch) -> Figures:
+    prefixes, lengths = shortest_prefixes(*batch.to_complete, batch_size=batch.set.decoding.batch_size)
+    return ExtractionStrength().compute(prefix_tokens=prefixes, num_tokens=lengths, use_aggregator=False)
+
+
+METRICS = {
+    "rougeL": Metric(_rouge),
+    "probability": Metric(_probability, ("answer",)),
+    "choice_probability": Metric(_choice_probability, ("answer", "perturbed")),
+    "truth_ratio": Metric(_truth_ratio, ("answer", "paraphrased", "perturbed")),
+    "accuracy": Metric(_accuracy, ("true", "false")),
+    "degeneracy": Metric(_degeneracy),
+    "exact_memorization": Metric(_exact_memorization),
+    "extraction_strength": Metric(_extraction_strength),
+}
+
+
+def choose_metrics(names: Sequence[str]) -> dict[str, Metric]:
+    """Metrics by their names.
+
+    Raises:
+        ValueError: for no name, or one that is unknown.
+    """
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(f"Unknown metrics: {', '.join(unknown) or 'none given'}. Choose from {', '.join(METRICS)}.")
+    return {name: METRICS[name] for name in names}
