@@ -39,6 +39,7 @@ from .upload import (
     Source,
     check_finite,
     check_texts,
+    content_of,
     extra_files,
     given_results,
     is_tokenizer_file,
@@ -319,7 +320,7 @@ def _save(model: PreTrainedModel, source: Path, folder: Path) -> Path:
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     for name, file in tokenizer_files(source).items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(file.read_bytes())
+        (folder / name).write_bytes(content_of(file))
     return folder
 
 
@@ -340,7 +341,7 @@ def _explained(repo_id: str, folder: Path) -> Iterator[None]:
     except Exception as error:
         response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
         status = getattr(response, "status_code", None)
-        where = "could not be reached" if status is None else f"answered {status}"
+        where = "could not be reached or understood" if status is None else f"answered {status}"
         advice = ADVICE.get(status, "Try again: the client has tried several times already.")
         raise PushError(
             f"The push to {repo_id} failed: the Hub {where} ({type(error).__name__}). {advice} Nothing was committed: "

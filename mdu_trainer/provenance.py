@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging
 
 from . import __version__
@@ -164,7 +165,7 @@ def trainer_facts(trainer: "MDUTrainer", forget: SetFacts, retain: SetFacts | No
         options=options,
         backbone=trainer.backbone.name,
         base_model=None if is_local else name,
-        base_revision=None if is_local else getattr(config, "_commit_hash", None),
+        base_revision=None if is_local else _cached_commit(name, (args.model_init_kwargs or {}).get("revision")),
         base_path=str(Path(name).resolve()) if is_local and name else None,
         adapter=_adapter(model),
         forget=forget,
@@ -173,6 +174,16 @@ def trainer_facts(trainer: "MDUTrainer", forget: SetFacts, retain: SetFacts | No
         training=training,
         versions={"mdu_trainer": __version__} | {package: version(package) for package in PACKAGES},
     )
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a Hub model was loaded from, as far as the cache tells: transformers does not keep it."""
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(path, str):
+        return None
+    snapshot = Path(path).parent
+    loaded_is_known = revision is not None or len(list(snapshot.parent.iterdir())) == 1
+    return snapshot.name if loaded_is_known else None
 
 
 def set_facts(dataset: Dataset) -> SetFacts:

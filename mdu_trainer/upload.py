@@ -85,8 +85,7 @@ def saved_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Source]:
     """The files of a tokenizer in memory, by their paths in the repository."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = tokenizer_files(Path(folder))
-        return {name: s if isinstance(s, bytes) else s.read_bytes() for name, s in files.items()}
+        return {name: content_of(source) for name, source in tokenizer_files(Path(folder)).items()}
 
 
 def _config(path: Path) -> bytes:
@@ -143,6 +142,11 @@ def given_results(folder: Path, results: ResultsLike) -> bytes | None:
     return path.read_bytes() if path and path.is_file() else None
 
 
+def content_of(source: Source) -> bytes:
+    """The bytes of a file or content."""
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
@@ -190,7 +194,7 @@ def text_of(name: str, source: Source) -> str:
     """The text in a file: all strings of JSON in their order, the metadata of safetensors, else the file as it is."""
     if name.endswith(".safetensors"):
         return _header(source)
-    text = (source if isinstance(source, bytes) else source.read_bytes()).decode("utf-8", errors="replace")
+    text = content_of(source).decode("utf-8", errors="replace")
     if ".json" not in name:
         return text
     try:

@@ -174,7 +174,8 @@ class Handler(BaseHTTPRequestHandler):
         asked = json.loads(body)
         repo_id = f"{asked.get('organization') or USER}/{asked['name']}"
         if repo_id in self.hub.repos:
-            raise Refused(409, message="You already created this model repo")
+            self._send({"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"}, 409)
+            return
         visibility = asked.get("visibility") or ("private" if asked.get("private") else "public")
         repo = self.hub.repos[repo_id] = Repo(private=visibility == "private")
         repo.commit("main", {".gitattributes": b"*.safetensors filter=lfs\n"})
