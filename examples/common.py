@@ -1,9 +1,16 @@
-"""What the scripts share: loading, unlearning, and folders that are not overwritten by accident."""
+"""What the scripts share: loading, unlearning, and folders that are not overwritten by accident.
+
+Scripts import it before any library that imports `evaluate`: their folder, the first place where Python looks, has a
+script of that name. It is taken off the path here.
+"""
 
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
+
+sys.path.remove(str(Path(__file__).parent))
 
 from accelerate import PartialState
 from datasets import Dataset

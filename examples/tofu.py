@@ -186,13 +186,13 @@ class Scorer:
         self.sets, self.args, self.folder = sets, args, folder
         self.retain_log: TruthRatios | None = None
 
-    def __call__(self, model, tokenizer, folder: str, method: str, tau: float | None = None) -> TofuResult:
+    def __call__(self, model, tokenizer, folder: str, method: str) -> TofuResult:
         decoding = DiffusionGenerationConfig(
             max_new_tokens=self.args.max_new_tokens or longest_answer(self.sets, tokenizer),
             steps=self.args.decoding_steps,
             batch_size=self.args.eval_rows_a_batch,
         )
-        result = evaluate_tofu(
+        return evaluate_tofu(
             model,
             tokenizer,
             self.sets,
@@ -204,8 +204,6 @@ class Scorer:
             progress_path=self.folder / folder / "rows.jsonl",
             show_progress=True,
         )
-        seconds = train_seconds(self.folder / folder) if is_trained(self.folder / folder) else 0.0
-        return replace(result, run=replace(result.run, tau=tau, train_seconds=seconds))
 
 
 def prepare(
@@ -260,8 +258,9 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
     for run in runs:
         gc.collect()  # the model before, with its optimiser
         model, tokenizer = unlearn(run, base, model_args, forget, retain)
-        tau = run.tau if run.loss_type == "mdu" else None
-        results.runs.append(score(model, tokenizer, Path(run.output_dir).name, run.loss_type, tau).run)
+        scored = score(model, tokenizer, Path(run.output_dir).name, run.loss_type).run
+        tau, seconds = run.tau if run.loss_type == "mdu" else None, train_seconds(Path(run.output_dir))
+        results.runs.append(replace(scored, tau=tau, train_seconds=seconds))
         del model
         if state.is_main_process:
             results.save(folder / "results.json")

@@ -20,11 +20,16 @@ QUICK = [
     *("--max_eval_rows", "2", "--likelihood_draws", "2", "--decoding_steps", "4", "--logging_steps", "1"),
     *("--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
 ]
+FIGURES = {"rougeL_recall", "rougeL_f1", "probability", "truth_ratio", "degeneracy"}
 
 
 def tofu(*arguments, expect=0):
+    return script("tofu.py", *arguments, expect=expect)
+
+
+def script(name, *arguments, expect=0):
     run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / "tofu.py"), *map(str, arguments)],
+        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -59,7 +64,8 @@ def test_output(compared):
     ]
     for run in results["runs"]:
         for name in ("forget", "retain"):
-            assert set(run["scores"][name]) == {"rougeL_recall", "rougeL_f1", "probability"} and run["rows"][name] == 2
+            assert set(run["scores"][name]) == FIGURES and run["rows"][name] == 2
+        assert set(run["summary"]) == {"model_utility"}
         assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] != "base")
     assert Results.load(folder / "results.json").table() in log
     written = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".md")]
