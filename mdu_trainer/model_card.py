@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import tempfile
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
 
-from .evaluation.report import Results, Run
+from .evaluation.report import Results, Run, Scores
 from .provenance import Facts
 
 logger = logging.get_logger(__name__)
@@ -47,7 +48,7 @@ METHODS = {
         "2605.18253",
         r"\mathcal L_\text{forget}=\mathbb E_t\Big[\tfrac1{|M_t|}\sum_{i\in M_t}\mathrm{KL}\big(p_\theta(\cdot\mid x,"
         r"y_t)_i\;\big\|\;\mathrm{softmax}(\tau\cdot\mathrm{logits}_{\theta_0}(m,y_t)_i)\big)\Big]",
-        "The prediction for a pair (x, y) to forget was pulled to what the model predicts when it cannot see the "
+        "The prediction for a pair (x, y) to forget was pulled towards what the model predicts when it cannot see the "
         "prompt, flattened by tau: 0 is the uniform distribution, 1 the plain prompt-masked prediction.",
     ),
     "ga": Method(
@@ -86,12 +87,17 @@ METHODS = {
         "A preferred answer y+ (a refusal, say) was put above the one to forget.",
     ),
 }
-BETTER = {
-    "forget": "lower",
-    "retain": "higher",
-    "real_authors": "higher",
-    "world_facts": "higher",
-}  # of ROUGE-L recall
+METRICS = {
+    "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher elsewhere)",
+    "probability": "probability of the true answer, a token, estimated over draws of masks",
+    "truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one",
+    "degeneracy": "share of answers that are empty, repetitive or made of special tokens",
+    "exact_memorization": "share of the answer's tokens that decoding at its true length gets right",
+    "extraction_strength": "share of the answer that need not be revealed for the model to complete it",
+    "model_utility": "harmonic mean of the figures of the sets to keep",
+    "forget_quality": "p-value of the hypothesis that the truth ratios are those of a model that never saw the rows",
+}
+NEVER_TRAINED = "retain model"  # the run of a model that never saw the rows to forget
 RETAIN_LOSSES = {"nelbo": "the masked-diffusion bound a token", "kl": "the divergence from the model at the start"}
 
 FULL_SNIPPET = """\
@@ -99,14 +105,16 @@ from mdu_trainer import generate, load_model, load_tokenizer
 
 model = load_model("{repo}"{where})
 tokenizer = load_tokenizer("{repo}"{where})
-print(generate(model, tokenizer, [{prompt}], max_new_tokens=32))"""
+prompt = {prompt}
+print(generate(model, tokenizer, [prompt], max_new_tokens=32)[0])"""
 ADAPTER_SNIPPET = """\
 from peft import PeftModel
 from mdu_trainer import generate, load_model, load_tokenizer
 
 model = PeftModel.from_pretrained(load_model("{base}"{base_where}), "{repo}"{where})
 tokenizer = load_tokenizer("{base}"{base_where})
-print(generate(model, tokenizer, [{prompt}], max_new_tokens=32))"""
+prompt = {prompt}
+print(generate(model, tokenizer, [prompt], max_new_tokens=32)[0])"""
 CHAT_PROMPT = '[{"role": "user", "content": "What can you tell me about the sea?"}]'
 TEXT_PROMPT = '"The sea is"'
 
@@ -148,6 +156,7 @@ def unlearned_model_card(
     Raises:
         ValueError: no run of `results` is this model's.
     """
+    results = results and only_finite(results)
     run = None if results is None else chosen_run(results, facts)
     base = base_model or facts.base_model
     title = model_name or (repo_id or "unlearned-model").split("/")[-1]
@@ -174,12 +183,12 @@ def unlearned_model_card(
         what=f"{base_words[0].upper()}{base_words[1:]} that was trained to forget a part of what it had learned"
         + (", as an adapter." if adapter else "."),
         facts=facts,
-        forget=description or facts.description or str(facts.forget),
+        forget=(description or facts.description or str(facts.forget)).strip().rstrip("."),
         method=METHODS[facts.method],
         options={name: value for name, value in facts.options.items() if not name.startswith("retain_")},
         retain_words=RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
-        table=None if run is None else Results("", "", {}, [*_base_run(results), run]).details(),
-        directions=_directions(run),
+        table=None if run is None else Results("", "", {}, _compared(results, run)).details(),
+        metrics={} if run is None else _metrics(run),
         dataset=None if run is None else data_name(results),
         picture=picture,
         adapter=adapter,
@@ -187,7 +196,7 @@ def unlearned_model_card(
             prompt=CHAT_PROMPT if chats else TEXT_PROMPT, **place
         ),
         training=_training(facts),
-        limits=_limits(facts, run, adapter),
+        limits=_limits(facts, results, run, adapter),
     )
 
 
@@ -268,9 +277,7 @@ def draw_picture(results: Results | None) -> bytes | None:
 
 
 def eval_results(run: Run, data: str) -> list[EvalResult]:
-    """Every finite figure of a run, for the card's model-index."""
-    places = [(name, metric) for name, figures in run.scores.items() for metric in figures]
-    places += [(None, metric) for metric in run.summary]
+    """Every figure of a run, for the card's model-index."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -281,9 +288,21 @@ def eval_results(run: Run, data: str) -> list[EvalResult]:
             metric_name=metric if name is None else f"{metric} ({name})",
             metric_value=round(run.figure(name, metric).value, 6),
         )
-        for name, metric in places
-        if math.isfinite(run.figure(name, metric).value)
+        for name, metric in run.places()
     ]
+
+
+def only_finite(results: Results) -> Results:
+    """The comparison without figures that are NaN or infinite: nothing was measured there."""
+
+    def finite(figures: Scores) -> Scores:
+        return {metric: figure for metric, figure in figures.items() if math.isfinite(figure.value)}
+
+    runs = [
+        replace(run, scores={name: finite(part) for name, part in run.scores.items()}, summary=finite(run.summary))
+        for run in results.runs
+    ]
+    return replace(results, runs=runs)
 
 
 def data_name(results: Results) -> str:
@@ -332,16 +351,15 @@ def template_path() -> Path:
     return installed if installed.is_file() else Path(__file__).parents[1] / "model_cards" / TEMPLATE
 
 
-def _base_run(results: Results) -> list[Run]:
-    return [run for run in results.runs if run.method == "base"]
+def _compared(results: Results, run: Run) -> list[Run]:
+    """The columns of the card's table: the base, this model, and one that never saw the rows."""
+    others = {name: [other for other in results.runs if other.method == name] for name in ("base", NEVER_TRAINED)}
+    return [*others["base"], run, *others[NEVER_TRAINED]]
 
 
-def _directions(run: Run | None) -> str:
-    scores = {} if run is None else run.scores
-    found = [f"{word} on `{name}`" for name, word in BETTER.items() if "rougeL_recall" in scores.get(name, {})]
-    return (
-        f"ROUGE-L recall compares decoded answers with the true ones; better is {', '.join(found)}." if found else ""
-    )
+def _metrics(run: Run) -> dict[str, str]:
+    """What the run's figures mean."""
+    return {name: METRICS[name] for name in dict.fromkeys(metric for _, metric in run.places()) if name in METRICS}
 
 
 def _training(facts: Facts) -> dict[str, Any]:
@@ -352,7 +370,7 @@ def _training(facts: Facts) -> dict[str, Any]:
     return base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
 
 
-def _limits(facts: Facts, run: Run | None, adapter: bool) -> list[str]:
+def _limits(facts: Facts, results: Results | None, run: Run | None, adapter: bool) -> list[str]:
     limits = [
         "Unlearning is approximate. That decoded answers no longer hold a fact does not show that the weights do not: "
         "other questions, revealed parts of an answer, guided or sampled decoding, quantisation, or fine-tuning on "
@@ -363,6 +381,11 @@ def _limits(facts: Facts, run: Run | None, adapter: bool) -> list[str]:
         "the forgotten topic: an unusual answer tells, too, that something was removed.",
         "The figures belong to one training run and one way of decoding.",
     ]
+    if results is not None and not any(other.method == NEVER_TRAINED for other in results.runs):
+        limits.append(
+            "No model that never saw the rows was measured beside this one, so it is not known which part of what is "
+            "left is ordinary wording, and whether this model can be told from one that never knew."
+        )
     if adapter:
         limits.append(
             "This is an adapter. The base's weights are unchanged: whoever loads the base without the adapter has "

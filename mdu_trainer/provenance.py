@@ -84,7 +84,7 @@ class SetFacts:
 
     def __str__(self) -> str:
         """What a reader calls the set: "tofu, forget10, train"."""
-        return ", ".join(part for part in (self.name, self.config, self.split) if part) or "rows made in memory"
+        return ", ".join(part for part in (self.name, self.config, self.split) if part) or "an unnamed data set"
 
 
 @dataclass(frozen=True)

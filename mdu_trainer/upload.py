@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from .evaluation.report import Results
-from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, data_name
+from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, data_name, only_finite
 from .provenance import Facts, ForgetHashes
 
 Source = Path | bytes
@@ -127,7 +127,7 @@ def extra_files(
         files[PICTURE] = picture
     if results is not None:
         # The settings of a run can hold paths and names of the machine: only figures are published
-        public = replace(results, model=base_model or LOCAL_BASE, dataset=data_name(results), settings={})
+        public = replace(only_finite(results), model=base_model or LOCAL_BASE, dataset=data_name(results), settings={})
         with tempfile.TemporaryDirectory() as folder:
             public.save(Path(folder) / RESULTS)
             files[RESULTS] = (Path(folder) / RESULTS).read_bytes()

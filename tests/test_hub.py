@@ -454,7 +454,7 @@ def test_create_model_card_of_the_trainer(rows, tokenizer, tmp_path):
     trainer.create_model_card(license="mit", tags="demo", base_model="org/base")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.license == "mit" and "demo" in card.data.tags and card.data.base_model == "org/base"
-    assert "two fictional authors (16 rows), while keeping: rows made in memory (80 rows)" in card.text
+    assert "two fictional authors (16 rows), while keeping: an unnamed data set (80 rows)" in card.text
 
 
 def test_command_line(checkpoint, results, tmp_path):
