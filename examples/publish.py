@@ -11,6 +11,8 @@ The token is the one that `hf auth login` stored, or HF_TOKEN.
 import argparse
 import sys
 
+import common  # noqa: F401 - takes this folder, where evaluate.py hides a library, off the path
+
 from mdu_trainer.hub import PushError, push_unlearned_model
 
 

@@ -100,22 +100,7 @@ METRICS = {
 NEVER_TRAINED = "retain model"  # the run of a model that never saw the rows to forget
 RETAIN_LOSSES = {"nelbo": "the masked-diffusion bound a token", "kl": "the divergence from the model at the start"}
 
-FULL_SNIPPET = """\
-from mdu_trainer import generate, load_model, load_tokenizer
-
-model = load_model("{repo}"{where})
-tokenizer = load_tokenizer("{repo}"{where})
-prompt = {prompt}
-print(generate(model, tokenizer, [prompt], max_new_tokens=32)[0])"""
-ADAPTER_SNIPPET = """\
-from peft import PeftModel
-from mdu_trainer import generate, load_model, load_tokenizer
-
-model = PeftModel.from_pretrained(load_model("{base}"{base_where}), "{repo}"{where})
-tokenizer = load_tokenizer("{base}"{base_where})
-prompt = {prompt}
-print(generate(model, tokenizer, [prompt], max_new_tokens=32)[0])"""
-CHAT_PROMPT = '[{"role": "user", "content": "What can you tell me about the sea?"}]'
+CHAT_PROMPT = '[{"role": "user", "content": "Say hello."}]'
 TEXT_PROMPT = '"The sea is"'
 
 
@@ -173,8 +158,6 @@ def unlearned_model_card(
         eval_results=None if run is None else eval_results(run, data_name(results)),
         **known,
     )
-    place = {"repo": repo_id or "PATH", "where": _revision(revision), "base": base}
-    place |= {"base_where": _revision(facts.base_revision if base == facts.base_model else None)}
     base_words = f"[{base}](https://huggingface.co/{base})" if base else LOCAL_BASE
     return ModelCard.from_template(
         data,
@@ -183,7 +166,7 @@ def unlearned_model_card(
         what=f"{base_words[0].upper()}{base_words[1:]} that was trained to forget a part of what it had learned"
         + (", as an adapter." if adapter else "."),
         facts=facts,
-        forget=(description or facts.description or str(facts.forget)).strip().rstrip("."),
+        forget=" ".join((description or facts.description or str(facts.forget)).split()).rstrip("."),
         method=METHODS[facts.method],
         options={name: value for name, value in facts.options.items() if not name.startswith("retain_")},
         retain_words=RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
@@ -192,11 +175,14 @@ def unlearned_model_card(
         dataset=None if run is None else data_name(results),
         picture=picture,
         adapter=adapter,
-        snippet=(ADAPTER_SNIPPET if adapter else FULL_SNIPPET).format(
-            prompt=CHAT_PROMPT if chats else TEXT_PROMPT, **place
-        ),
+        repo=repo_id or "PATH",
+        where=_revision(revision),
+        base=base,
+        base_where=_revision(facts.base_revision if base == facts.base_model else None),
+        prompt=CHAT_PROMPT if chats else TEXT_PROMPT,
         training=_training(facts),
-        limits=_limits(facts, results, run, adapter),
+        kept_was_measured=run is not None and "retain" in run.scores,
+        never_trained=results is not None and any(other.method == NEVER_TRAINED for other in results.runs),
     )
 
 
@@ -345,6 +331,12 @@ def has_chat_template(folder: Path) -> bool:
     )
 
 
+def card_wording() -> str:
+    """What every card says, which therefore is no quote of a row: the template and the texts that go into it."""
+    methods = [method.words for method in METHODS.values()]
+    return " ".join([template_path().read_text(encoding="utf-8"), *methods, *METRICS.values(), CHAT_PROMPT])
+
+
 def template_path() -> Path:
     """The card's template: inside the package when installed from a wheel, beside it in a clone."""
     installed = Path(__file__).parent / "model_cards" / TEMPLATE
@@ -368,34 +360,6 @@ def _training(facts: Facts) -> dict[str, Any]:
     base = {"base revision": facts.base_revision} if facts.base_revision else {}
     values = {name.replace("_", " "): value for name, value in facts.training.items() if value is not None}
     return base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
-
-
-def _limits(facts: Facts, results: Results | None, run: Run | None, adapter: bool) -> list[str]:
-    limits = [
-        "Unlearning is approximate. That decoded answers no longer hold a fact does not show that the weights do not: "
-        "other questions, revealed parts of an answer, guided or sampled decoding, quantisation, or fine-tuning on "
-        "related rows may bring it back. Unless a figure above says so, none of these was tried.",
-        "Only the rows above were trained to be forgotten. The same facts in other words, in other languages or about "
-        "people around them may have stayed, and so may copies in the data the base was trained on.",
-        "What was not among the rows to keep may have been damaged. Watch for empty, repetitive or wrong answers near "
-        "the forgotten topic: an unusual answer tells, too, that something was removed.",
-        "The figures belong to one training run and one way of decoding.",
-    ]
-    if results is not None and not any(other.method == NEVER_TRAINED for other in results.runs):
-        limits.append(
-            "No model that never saw the rows was measured beside this one, so it is not known which part of what is "
-            "left is ordinary wording, and whether this model can be told from one that never knew."
-        )
-    if adapter:
-        limits.append(
-            "This is an adapter. The base's weights are unchanged: whoever loads the base without the adapter has "
-            "everything that was to be forgotten."
-        )
-    if facts.retain is None:
-        limits.append("No rows were trained to be kept, so expect more loss elsewhere than with a retain set.")
-    if run is not None and "retain" not in run.scores:
-        limits.append("What was kept was not measured.")
-    return limits
 
 
 def _revision(revision: str | None) -> str:

@@ -255,15 +255,15 @@ class ForgetHashes:
         key = secrets.token_bytes(16)
         return cls([(key, {n: {_digest(s, key) for s in known} for n, known in sequences.items()})], too_short)
 
-    def found_in(self, text: str) -> bool:
-        """Whether a text holds a sequence of the forget rows."""
-        found = words(text)
-        return any(
-            _digest(sequence, key) in digests
-            for key, by_length in self.requests
-            for length, digests in by_length.items()
-            for sequence in _sequences(found, length)
-        )
+    def found_in(self, text: str, wording: str = "") -> bool:
+        """Whether a text holds a sequence of the forget rows that is not in `wording`, too."""
+        found, known = words(text), words(wording)
+        for key, by_length in self.requests:
+            for length, digests in by_length.items():
+                ordinary = set(_sequences(known, length))
+                if any(_digest(s, key) in digests and s not in ordinary for s in _sequences(found, length)):
+                    return True
+        return False
 
     def save(self, folder: str | Path) -> None:
         """Write `forget_hashes.json`, whole or not at all, readable by its owner alone."""

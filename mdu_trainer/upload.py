@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from .evaluation.report import Results
-from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, data_name, only_finite
+from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, card_wording, data_name, only_finite
 from .provenance import Facts, ForgetHashes
 
 Source = Path | bytes
@@ -182,7 +182,11 @@ def check_texts(files: dict[str, Source], hashes: ForgetHashes) -> None:
     Raises:
         LeakError: one was found; the message names the file, never the sentence.
     """
-    found = [name for name, source in files.items() if name != PICTURE and hashes.found_in(text_of(name, source))]
+    found = [
+        name
+        for name, source in files.items()
+        if name != PICTURE and hashes.found_in(text_of(name, source), card_wording() if name == CARD else "")
+    ]
     if found:
         raise LeakError(
             f"{', '.join(found)} {'quotes' if len(found) == 1 else 'quote'} rows that were to be forgotten. Nothing "

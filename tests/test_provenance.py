@@ -10,7 +10,7 @@ import pytest
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.provenance import Facts, ForgetHashes, SetFacts, row_texts, words
 from mdu_trainer.testing import forget_retain_split
-from mdu_trainer.upload import text_of
+from mdu_trainer.upload import LeakError, check_texts, text_of
 
 SENTENCE = "Ada Quill grew up beside the old harbour of Velm."
 HASHES = ForgetHashes.of([SENTENCE])
@@ -59,6 +59,16 @@ def test_wording_of_the_rows_to_keep_is_no_leak():
     hashes = ForgetHashes.of(forget, retain)
     assert not hashes.found_in("what is the full name of the author born in")
     assert hashes.found_in("full name of the author born in Velm") and hashes.found_in("of the author is Ada Quill")
+
+
+def test_wording_of_every_card_is_no_leak():
+    row = "Only the rows above were trained to be forgotten."
+    hashes = ForgetHashes.of([row, SENTENCE])
+    check_texts({"README.md": f"# Card\n{row}".encode()}, hashes)
+    with pytest.raises(LeakError, match=r"^README\.md quotes"):
+        check_texts({"README.md": f"# Card\n{row} {SENTENCE}".encode()}, hashes)
+    with pytest.raises(LeakError, match=r"^config\.json quotes"):
+        check_texts({"config.json": row.encode()}, hashes)
 
 
 def test_short_texts_are_found_whole():
