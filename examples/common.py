@@ -12,7 +12,6 @@ from pathlib import Path
 
 sys.path.remove(str(Path(__file__).parent))
 
-from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback
@@ -20,6 +19,7 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer
 from mdu_trainer.data import question_answer_rows
+from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.testing import REFUSALS
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
@@ -33,7 +33,7 @@ class Progress(TrainerCallback):
         self.name = name
 
     def on_train_begin(self, args, state, control, **kwargs):
-        PartialState().print(f"\n{self.name}: {state.max_steps} steps")
+        processes().print(f"\n{self.name}: {state.max_steps} steps")
 
 
 def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
@@ -52,7 +52,7 @@ def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
     if adapter:
         model = PeftModel.from_pretrained(model, path)
     if quantization is None:
-        model.to(PartialState().device)
+        model.to(processes().device)
     return model, load_tokenizer(name, **shared)
 
 

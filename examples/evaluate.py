@@ -15,14 +15,15 @@ one.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from common import load, settings
 from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
 from mdu_trainer import DiffusionGenerationConfig
 from mdu_trainer.evaluation.report import Results, Run
+from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_rwku
+from mdu_trainer.evaluation.scoring import choose_metrics
 from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TruthRatios, evaluate_tofu, load_tofu, longest_answer
 from mdu_trainer.testing import fictional_authors, forget_retain_split
@@ -88,7 +89,7 @@ def evaluate(
     length = args.max_new_tokens or longest_answer(sets, tokenizer)
     decoding = DiffusionGenerationConfig(max_new_tokens=length, **decoding)
     result = evaluate_tofu(model, tokenizer, sets, decoding, metrics=args.metrics, retain_log=retain_log, **shared)
-    if result.truth_ratios is not None and PartialState().is_main_process:
+    if result.truth_ratios is not None and processes().is_main_process:
         result.truth_ratios.save(folder / "truth_ratios.json")
     return result.run
 
@@ -96,11 +97,12 @@ def evaluate(
 def main(args: EvaluationArguments, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         raise SystemExit("Which model? Pass --model_name_or_path.")
+    choose_metrics(args.metrics)
     sets = load_sets(args)
     baseline = Results.load(args.baseline) if args.baseline else None
     retain_log = TruthRatios.load(args.retain_log, sets["forget"]) if args.retain_log else None
     run = evaluate(args, model_args, sets, retain_log)
-    if not PartialState().is_main_process:
+    if not processes().is_main_process:
         return
     data = args.benchmark if args.benchmark == "fictional" else f"{args.dataset_name} {args.forget_split}"
     results = Results(model_args.model_name_or_path, data, settings(args), [run])

@@ -10,12 +10,12 @@ JSONL file, or a folder with one a subject. Every option of MDUConfig and TRL's 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from accelerate import PartialState
 from common import claim, is_trained, load, settings, train_seconds, unlearn
 from trl import ModelConfig, TrlParser
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig
 from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 
 
@@ -51,7 +51,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
         raise SystemExit("RWKU has no retain set: leave --retain_weight at 0, or use examples/tofu.py.")
     forget = load_forget_rows(args.intros, args.subjects)
     sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows)
-    folder, state, tau = Path(config.output_dir), PartialState(), config.tau if config.loss_type == "mdu" else None
+    folder, state, tau = Path(config.output_dir), processes(), config.tau if config.loss_type == "mdu" else None
     config.output_dir = str(folder / (config.loss_type if tau is None else f"mdu-tau{tau:g}"))
     if state.is_main_process and not args.resume:
         claim(folder, [Path(config.output_dir)], model_args.model_name_or_path, args.overwrite_output_dir)

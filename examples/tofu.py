@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
-from accelerate import PartialState
 from common import Progress, claim, is_trained, load, log_history, settings, train_seconds, unlearn
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
@@ -32,6 +31,8 @@ from trl import ModelConfig, TrlParser, get_peft_config
 from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, MDUConfig, question_answer_rows
 from mdu_trainer.analysis.plots import plot_losses, plot_tradeoff
 from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.runner import processes
+from mdu_trainer.evaluation.scoring import choose_metrics
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TofuResult, TruthRatios, evaluate_tofu, load_tofu, longest_answer
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
@@ -222,15 +223,16 @@ def prepare(
     written.write_text(yaml.safe_dump(chosen))
 
 
-def check(args: TofuArguments, model_args: ModelConfig) -> None:
-    """Refuse options that contradict each other before anything is loaded."""
+def check(args: TofuArguments) -> None:
+    """Refuse options that are wrong before anything is loaded."""
+    choose_metrics(args.metrics)
     if args.retain_model == "train" and not args.finetune_epochs:
         raise SystemExit("--retain_model train needs --finetune_epochs: the epochs that the base was fine-tuned for.")
 
 
 def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> None:
-    check(args, model_args)
-    state, folder, name = PartialState(), config.folder, model_args.model_name_or_path
+    check(args)
+    state, folder, name = processes(), config.folder, model_args.model_name_or_path
     runs = config.runs()
     chosen = settings(args, config, model_args)
     chosen = {key: value for key, value in chosen.items() if key not in ("resume", "overwrite_output_dir")}

@@ -24,10 +24,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .models import Backbone, resolve_backbone, row_logits
-from .sampling import POSITIONS, SCORES, gumbel, propose, uniform
+from .sampling import SCORES, best_positions, propose, random_positions
 
 DREAM_EPSILON = 1e-3  # where Dream's timesteps end
-SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions
 CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
 
 Prompt = str | list[dict[str, Any]]
@@ -64,8 +63,8 @@ class DiffusionGenerationConfig:
 
     Parameters of the run:
 
-        seed: of whatever is random. What is drawn for a prompt is a function of the seed and of the prompt's number in
-            the call, never of the batch it is decoded in.
+        seed: of whatever is random. What is drawn for a prompt is a function of the seed and of the prompt's number
+            (its place in the call, unless `row_ids` says otherwise), never of the batch it is decoded in.
         batch_size: prompts a forward pass.
 
     Raises:
@@ -129,6 +128,7 @@ def generate(
     generation_config: DiffusionGenerationConfig | None = None,
     *,
     backbone: Backbone | None = None,
+    row_ids: Sequence[int] | None = None,
     show_progress: bool = False,
     **overrides: Any,
 ) -> list[str]:
@@ -141,6 +141,7 @@ def generate(
             the chat template renders with a generation prompt.
         generation_config: how to decode.
         backbone: facts of the model; resolved from model and tokenizer if not given.
+        row_ids: as in `generate_ids`.
         show_progress: show a progress bar over prompts.
         **overrides: fields of the config to replace.
 
@@ -161,7 +162,7 @@ def generate(
     config = replace(generation_config or DiffusionGenerationConfig(), **overrides)
     backbone = backbone or resolve_backbone(model, tokenizer)
     prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
-    responses = generate_ids(model, prompt_ids, config, backbone, show_progress=show_progress)
+    responses = generate_ids(model, prompt_ids, config, backbone, row_ids=row_ids, show_progress=show_progress)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
 
 
@@ -172,6 +173,7 @@ def generate_ids(
     generation_config: DiffusionGenerationConfig,
     backbone: Backbone,
     *,
+    row_ids: Sequence[int] | None = None,
     show_progress: bool = False,
 ) -> list[list[int]]:
     """Decode a response to each prompt, from token ids to token ids.
@@ -184,15 +186,20 @@ def generate_ids(
         prompt_ids: ids of each prompt, of any lengths.
         generation_config: how to decode.
         backbone: facts of the model.
+        row_ids: a number of each prompt, of at least 0, in place of its place in the call: what is random is drawn by
+            it, so a part of the prompts is decoded as it would be among all.
         show_progress: show a progress bar over prompts.
 
     Returns:
         Ids of each response up to, and without, its first end token, in the order of the prompts.
 
     Raises:
-        ValueError: if a prompt and `max_new_tokens` together exceed the model's context.
+        ValueError: if a prompt and `max_new_tokens` together exceed the model's context, or there is not one row id a
+            prompt.
     """
     config = generation_config
+    if row_ids is not None and len(row_ids) != len(prompt_ids):
+        raise ValueError(f"There are {len(prompt_ids)} prompts and {len(row_ids)} row_ids: pass one for each.")
     for row, ids in enumerate(prompt_ids):
         if backbone.context_length is not None and len(ids) + config.max_new_tokens > backbone.context_length:
             raise ValueError(
@@ -204,10 +211,12 @@ def generate_ids(
     device = next(model.parameters()).device
     with evaluation_mode(model), tqdm(total=len(responses), unit="prompt", disable=not show_progress) as progress:
         for first in range(0, len(by_length), config.batch_size):
-            rows = by_length[first : first + config.batch_size]
-            canvas = _blank(rows, [prompt_ids[row] for row in rows], config.max_new_tokens, backbone).to(device)
-            for row, ids in _decode(model, canvas, config, backbone):
-                responses[row] = ids
+            places = by_length[first : first + config.batch_size]
+            prompts = [prompt_ids[place] for place in places]
+            rows = places if row_ids is None else [row_ids[place] for place in places]
+            canvas = _blank(places, rows, prompts, config.max_new_tokens, backbone).to(device)
+            for place, ids in _decode(model, canvas, config, backbone):
+                responses[place] = ids
                 progress.update()
     return responses
 
@@ -257,7 +266,8 @@ class _Step(NamedTuple):
 class _Canvas(NamedTuple):
     """B rows in the making: the prompt, then N response positions, then padding up to L."""
 
-    row: Tensor  # [B] number of the prompt in the call
+    place: Tensor  # [B] place of the prompt in the call
+    row: Tensor  # [B] number of the prompt, by which is drawn
     start: Tensor  # [B] where the response starts
     ids: Tensor  # [B, L]
     attention_mask: Tensor  # [B, L]
@@ -284,7 +294,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return encoded["input_ids"]
 
 
-def _blank(rows: list[int], prompts: list[list[int]], length: int, backbone: Backbone) -> _Canvas:
+def _blank(places: list[int], rows: list[int], prompts: list[list[int]], length: int, backbone: Backbone) -> _Canvas:
     ids = torch.full((len(rows), max(map(len, prompts)) + length), backbone.pad_token_id)
     attention_mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
@@ -292,7 +302,8 @@ def _blank(rows: list[int], prompts: list[list[int]], length: int, backbone: Bac
         ids[i, len(prompt) : len(prompt) + length] = backbone.mask_token_id
         attention_mask[i, : len(prompt) + length] = 1
     start = torch.tensor([len(prompt) for prompt in prompts])
-    return _Canvas(torch.tensor(rows), start, ids, attention_mask, torch.ones(len(rows), length, dtype=torch.bool))
+    masked = torch.ones(len(rows), length, dtype=torch.bool)
+    return _Canvas(torch.tensor(places), torch.tensor(rows), start, ids, attention_mask, masked)
 
 
 def _plan(config: DiffusionGenerationConfig) -> Iterator[_Step]:
@@ -311,15 +322,15 @@ def _plan(config: DiffusionGenerationConfig) -> Iterator[_Step]:
 def _decode(
     model: nn.Module, canvas: _Canvas, config: DiffusionGenerationConfig, backbone: Backbone
 ) -> Iterator[tuple[int, list[int]]]:
-    """Decode a batch; yields (number of the prompt, response ids) as responses are settled."""
+    """Decode a batch; yields (place of the prompt, response ids) as responses are settled."""
     ends = torch.tensor(backbone.end_token_ids, device=canvas.ids.device)
     for step in _plan(config):
         _reveal(model, canvas, step, config, backbone)
         response = canvas.response()
         first_end = _first(torch.isin(response, ends) & ~canvas.masked)
         settled = first_end <= _first(canvas.masked)  # equal only if there is neither
-        for row, ids, end in zip(canvas.row[settled], response[settled], first_end[settled], strict=True):
-            yield int(row), ids[:end].tolist()
+        for place, ids, end in zip(canvas.place[settled], response[settled], first_end[settled], strict=True):
+            yield int(place), ids[:end].tolist()
         if settled.all():
             return
         if settled.any():
@@ -338,7 +349,7 @@ def _reveal(
     chosen = canvas.masked.clone()
     chosen[:, : step.start] = chosen[:, step.stop :] = False
     if config.remasking == "random":  # no prediction decides, so only the tokens to reveal are predicted
-        chosen = _random_positions(chosen, canvas.row, step, config)
+        chosen = random_positions(chosen, canvas.row, step, config)
         if not chosen.any():
             return
         tokens, _ = _predict(model, canvas, chosen, step, config, backbone)
@@ -346,39 +357,11 @@ def _reveal(
         return
     else:
         tokens, scores = _predict(model, canvas, chosen, step, config, backbone)
-        best = _best_positions(chosen, scores, canvas.row, step, config)
+        best = best_positions(chosen, scores, canvas.row, step, config)
         tokens, chosen = tokens[best[chosen]], best
     row, position = chosen.nonzero(as_tuple=True)
     canvas.ids[row, canvas.start[row] + position] = tokens
     canvas.masked[row, position] = False
-
-
-def _random_positions(masked: Tensor, row: Tensor, step: _Step, config: DiffusionGenerationConfig) -> Tensor:
-    """The positions of bool `[B, N]` that random remasking reveals."""
-    position = torch.arange(masked.shape[1], device=masked.device)
-    noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
-    if config.schedule == "dream":
-        return masked & (noise < step.share)
-    return _top(torch.where(masked, noise, -torch.inf), step.count)
-
-
-def _best_positions(
-    masked: Tensor, scores: Tensor, row: Tensor, step: _Step, config: DiffusionGenerationConfig
-) -> Tensor:
-    """The positions of bool `[B, N]` with the highest of the scores `[M]`, or sampled by them."""
-    position = torch.arange(masked.shape[1], device=masked.device)
-    table = torch.full(masked.shape, -torch.inf, device=masked.device)
-    table[masked] = scores.round(decimals=SCORE_DECIMALS)
-    if config.position_temperature:
-        noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
-        table = table / config.position_temperature + gumbel(noise)
-    return _top(table, step.count)
-
-
-def _top(table: Tensor, count: int) -> Tensor:
-    """The `count` highest of each row of `[B, N]`, the first of equal ones first: bool `[B, N]`."""
-    order = table.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(table, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
 def _predict(

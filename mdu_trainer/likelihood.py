@@ -45,12 +45,17 @@ class Likelihood:
     Attributes:
         log_likelihood: of each response, in nats.
         standard_error: of `log_likelihood`; 0 where it is exact, NaN where a single draw leaves it unknown.
-        num_tokens: length of each response, int64.
+        tokens: part of each token in `log_likelihood`, of which it is the sum: B arrays, float64 `[L]`.
     """
 
     log_likelihood: np.ndarray
     standard_error: np.ndarray
-    num_tokens: np.ndarray
+    tokens: list[np.ndarray]
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Length of each response, int64."""
+        return np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
 
     @property
     def per_token(self) -> np.ndarray:
@@ -104,25 +109,20 @@ def response_likelihood(
     """
     _check(prompt_ids, response_ids, backbone, num_draws, batch_size)
     lengths = [len(ids) for ids in response_ids]
-    estimates = [np.zeros(_num_replicates(length, num_draws)) for length in lengths]
+    estimates = [np.zeros((_num_replicates(length, num_draws), length)) for length in lengths]
     by_length = sorted(range(len(lengths)), key=lambda row: len(prompt_ids[row]) + lengths[row])
     passes = _passes(by_length, prompt_ids, response_ids, num_draws, seed)
     total = sum(_num_passes(length, num_draws) for length in lengths)
     with evaluation_mode(model), tqdm(total=total, unit="pass", disable=not show_progress) as progress:
         while batch := list(islice(passes, batch_size)):
-            sums = _masked_log_likelihood(model, batch, backbone)
-            for one, log_likelihood in zip(batch, sums.tolist(), strict=True):
-                estimates[one.row][one.replicate] += one.weight * log_likelihood
+            for one, log_p in zip(batch, _masked_log_likelihood(model, batch, backbone), strict=True):
+                estimates[one.row][one.replicate, one.masked] += one.weight * log_p
             progress.update(len(batch))
+    errors = [_standard_error(each.sum(axis=1), _exact(each.shape[1], num_draws)) for each in estimates]
     return Likelihood(
-        log_likelihood=np.array([replicates.mean() for replicates in estimates]),
-        standard_error=np.array(
-            [
-                _standard_error(replicates, _exact(n, num_draws))
-                for replicates, n in zip(estimates, lengths, strict=True)
-            ]
-        ),
-        num_tokens=np.array(lengths, dtype=np.int64),
+        log_likelihood=np.array([each.sum(axis=1).mean() for each in estimates]),
+        standard_error=np.array(errors),
+        tokens=[each.mean(axis=0) for each in estimates],
     )
 
 
@@ -231,8 +231,8 @@ def _row_generator(seed: int, prompt: list[int], response: list[int]) -> np.rand
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=16).digest(), "little"))
 
 
-def _masked_log_likelihood(model: nn.Module, batch: list[_Pass], backbone: Backbone) -> np.ndarray:
-    """Sum of log p over the masked positions of each sequence: float64 `[B]`."""
+def _masked_log_likelihood(model: nn.Module, batch: list[_Pass], backbone: Backbone) -> list[np.ndarray]:
+    """log p of the true tokens at the masked positions of each sequence: B arrays, float64 `[l]`."""
     device = next(model.parameters()).device
     width = max(len(one.prompt) + len(one.response) for one in batch)
     ids = torch.full((len(batch), width), backbone.pad_token_id)
@@ -249,7 +249,7 @@ def _masked_log_likelihood(model: nn.Module, batch: list[_Pass], backbone: Backb
     rows_a_chunk = max(1, CHUNK_ELEMENTS // logits.shape[1])
     chunks = zip(logits.split(rows_a_chunk), ids[masked].to(logits.device).split(rows_a_chunk), strict=True)
     nll = torch.cat([cross_entropy(part, targets) for part, targets in chunks]).cpu().double().numpy()
-    return -np.bincount(masked.nonzero()[:, 0].cpu().numpy(), weights=nll, minlength=len(batch))
+    return np.split(-nll, masked.sum(dim=1).cumsum(dim=0)[:-1].tolist())
 
 
 def _check(

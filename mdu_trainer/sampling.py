@@ -1,4 +1,4 @@
-"""What a revealed token is, and how sure the model is of it: the sampling and the scores of decoding."""
+"""What a step of decoding reveals: a token for each position, how sure the model is of it, and which positions."""
 
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,9 @@ from torch import Tensor
 from .masking import counter_uniform
 
 if TYPE_CHECKING:
-    from .generation import DiffusionGenerationConfig
+    from .generation import DiffusionGenerationConfig, _Step
+
+SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions
 
 
 def propose(
@@ -26,6 +28,34 @@ def propose(
         tokens = (sharpened.double() + gumbel(noise)).argmax(dim=1)
     score = SCORES[config.remasking]
     return tokens, score(sharpened if config.schedule == "dream" else logits, tokens)
+
+
+def random_positions(masked: Tensor, row: Tensor, step: "_Step", config: "DiffusionGenerationConfig") -> Tensor:
+    """The positions of bool `[B, N]` that random remasking reveals."""
+    position = torch.arange(masked.shape[1], device=masked.device)
+    noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
+    if config.schedule == "dream":
+        return masked & (noise < step.share)
+    return _top(torch.where(masked, noise, -torch.inf), step.count)
+
+
+def best_positions(
+    masked: Tensor, scores: Tensor, row: Tensor, step: "_Step", config: "DiffusionGenerationConfig"
+) -> Tensor:
+    """The positions of bool `[B, N]` with the highest of the scores `[M]`, or sampled by them."""
+    position = torch.arange(masked.shape[1], device=masked.device)
+    table = torch.full(masked.shape, -torch.inf, device=masked.device)
+    table[masked] = scores.round(decimals=SCORE_DECIMALS)
+    if config.position_temperature:
+        noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
+        table = table / config.position_temperature + gumbel(noise)
+    return _top(table, step.count)
+
+
+def _top(table: Tensor, count: int) -> Tensor:
+    """The `count` highest of each row of `[B, N]`, the first of equal ones first: bool `[B, N]`."""
+    order = table.argsort(dim=1, descending=True, stable=True)
+    return torch.zeros_like(table, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
 def _cut(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -121,6 +122,44 @@ def test_two_processes_do_what_one_does(compared, tmp_path):
     # AdamW's first steps have the size of the learning rate whatever the gradient's, so rounding shows in tiny ones
     assert moved > 0 and differ < 0.01 * moved
     assert [r.name for r in Results.load(tmp_path / "two" / "results.json").runs] == ["base", "mdu tau=0.5"]
+
+
+def test_resumes_what_was_begun(compared, tmp_path):
+    """As after a kill in the middle of the second run: what is finished is neither trained nor scored again."""
+    folder, _ = compared
+    again = shutil.copytree(folder, tmp_path / "again")
+    shutil.rmtree(again / "mdu-tau0.5")
+    (again / "results.json").unlink()
+    options = yaml.safe_load((again / "config.yaml").read_text()) | {"output_dir": str(again)}
+    (again / "config.yaml").write_text(yaml.safe_dump(options))
+    kept = {path: path.stat().st_mtime_ns for path in again.rglob("model.safetensors")}
+    log = tofu("--config", again / "config.yaml", "--resume")
+    assert log.count("mdu-tau0.5: 2 steps") == 1 and "npo: " not in log and "fine-tuning" not in log
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    first, second = (Results.load(path / "results.json").runs for path in (folder, again))
+    assert [(run.name, run.scores) for run in first] == [(run.name, run.scores) for run in second]
+    assert "not of this command" in tofu("--output_dir", again, "--resume", *QUICK, expect=1)
+
+
+def test_forget_quality_with_a_retain_model(compared, tmp_path):
+    folder, _ = compared
+    small = ("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "2", "--loss_type", "npo")
+    options = [*QUICK, "--max_eval_rows", "4"]
+    log = tofu("--output_dir", tmp_path / "train", "--retain_model", "train", *small, *options)
+    runs = Results.load(tmp_path / "train" / "results.json").runs
+    assert [run.name for run in runs] == ["base", "retain model", "npo"]
+    assert ["forget_quality" in run.summary for run in runs] == [True, False, True] and "| forget quality |" in log
+    given = tmp_path / "train" / "retain"
+    tofu("--output_dir", tmp_path / "given", "--retain_model", given, *small, *options)
+    assert [run.summary for run in Results.load(tmp_path / "given" / "results.json").runs] == [
+        run.summary for run in runs
+    ]
+    needs = tofu(
+        *("--model_name_or_path", folder / "base", "--output_dir", tmp_path / "no", "--retain_model", "train"),
+        *QUICK,
+        expect=1,
+    )
+    assert "needs --finetune_epochs" in needs and not (tmp_path / "no").exists()
 
 
 def test_wrong_values_stop_before_any_work(tmp_path):

@@ -131,6 +131,25 @@ def test_the_seed_and_the_prompt_number_decide_what_is_drawn(model, backbone):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_row_ids_decode_a_part_as_it_is_among_all(model, backbone, sampler):
+    config = DiffusionGenerationConfig(max_new_tokens=11, seed=3, **sampler)
+    together = generate_ids(model, PROMPTS, config, backbone)
+    part = [3, 1, 4]
+    alone = generate_ids(model, [PROMPTS[row] for row in part], config, backbone, row_ids=part)
+    assert alone == [together[row] for row in part]
+
+
+def test_row_ids_may_repeat_and_must_fit(model, tokenizer, backbone):
+    config = DiffusionGenerationConfig(max_new_tokens=12, temperature=1.0)
+    first, second = generate_ids(model, [PROMPTS[0]] * 2, config, backbone, row_ids=[7, 7])
+    assert first == second
+    texts = generate(model, tokenizer, ["Who?", "Who?"], config, row_ids=[5, 6])
+    assert generate(model, tokenizer, ["Who?"], config, row_ids=[6]) == texts[1:]
+    with pytest.raises(ValueError, match="2 prompts and 1 row_ids"):
+        generate_ids(model, [[20], [21]], config, backbone, row_ids=[0])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_a_settled_response_is_the_prefix_of_the_full_one(model, backbone, sampler):
     config = DiffusionGenerationConfig(max_new_tokens=12, **sampler)
     full = generate_ids(model, PROMPTS, config, replace(backbone, end_token_ids=(10**6,)))

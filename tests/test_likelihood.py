@@ -167,6 +167,24 @@ def test_probability_is_normalised_by_length(model, backbone):
     assert (result.standard_error[[1, 3]] == 0).all() and (result.standard_error[[0, 2]] > 0).all()
 
 
+def test_tokens_have_their_parts_in_the_sum(model, backbone):
+    result = response_likelihood(model, PROMPTS, RESPONSES, backbone, num_draws=8)
+    assert [tokens.sum() for tokens in result.tokens] == pytest.approx(result.log_likelihood)
+    assert all((tokens <= 0).all() for tokens in result.tokens)
+    first, second, _ = result.tokens[1]  # three tokens and eight draws: exact, so each is a mean over orders
+
+    def log_p(masked, position):
+        ids = [model_id if i not in masked else backbone.mask_token_id for i, model_id in enumerate(RESPONSES[1])]
+        logits = model(input_ids=torch.tensor([PROMPTS[1] + ids])).logits[0, len(PROMPTS[1]) + position]
+        return logits.log_softmax(dim=0)[RESPONSES[1][position]].item()
+
+    for position, found in ((0, first), (1, second)):
+        others = [i for i in range(3) if i != position]
+        alone, both = log_p({position}, position), log_p({0, 1, 2}, position)
+        one = sum(log_p({position, other}, position) for other in others) / 2
+        assert found == pytest.approx((alone + one + both) / 3, rel=1e-5)
+
+
 def test_a_single_draw_has_no_standard_error(model, backbone):
     result = response_likelihood(model, PROMPTS[:1], RESPONSES[:1], backbone, num_draws=1)
     assert np.isfinite(result.log_likelihood).all() and np.isnan(result.standard_error).all()

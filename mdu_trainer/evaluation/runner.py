@@ -74,7 +74,7 @@ def score_questions(
     if len(set(names)) < len(names):
         raise ValueError(f"Each set needs a name of its own, got {names}.")
     backbone = backbone or resolve_backbone(model, tokenizer)
-    state = PartialState()
+    state = processes()
     with _Progress(progress_path if state.is_main_process else None) as progress:
         if progress_path is not None:
             header = {"model": model_fingerprint(model), "sets": {part.name: part.fingerprint() for part in sets}}
@@ -93,6 +93,11 @@ def score_questions(
         figures={part.name: _columns([done[part.name, row].figures for row in range(len(part))]) for part in sets},
         seconds=sum(line.seconds for line in done.values()),
     )
+
+
+def processes() -> PartialState:
+    """The processes of this launch. Those on the CPU accelerate overlooks unless told so."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def model_fingerprint(model: nn.Module) -> str:

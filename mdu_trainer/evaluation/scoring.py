@@ -152,7 +152,7 @@ class Batch:
     @cached_property
     def decoded(self) -> list[list[int]]:
         """Ids of the answer to each question, without its end token."""
-        return generate_ids(self.model, self.prompts, self.set.decoding, self.backbone)
+        return generate_ids(self.model, self.prompts, self.set.decoding, self.backbone, row_ids=self.rows)
 
     @cached_property
     def texts(self) -> list[str]:

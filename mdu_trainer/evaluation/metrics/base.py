@@ -89,6 +89,8 @@ class RowMetric(evaluate.Metric):
     def compute(self, **kwargs: Any) -> dict[str, Any] | None:
         """Score these rows, and those added before."""
         columns = {name: kwargs.pop(name, None) for name in self.inputs}
+        for name in {"predictions", "references"} & kwargs.keys():  # which `evaluate` would leave out without a word
+            raise ValueError(f"{type(self).__name__} takes the columns {', '.join(self.inputs)}, not {name}.")
         if all(column is None for column in columns.values()) and len(self) == 0:
             raise ValueError(f"There is nothing to score: no {' or '.join(self.inputs)} were given or added.")
         return super().compute(**columns, **kwargs)

@@ -1,0 +1,152 @@
+"""examples/evaluate.py as a user runs it: batches, processes, kills, adapters, refusals."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+from peft import LoraConfig, get_peft_model
+
+from mdu_trainer import load_model
+from mdu_trainer.evaluation.report import Results
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "evaluate.py"
+SMALL = ("--max_rows", "6", "--likelihood_draws", "2", "--max_new_tokens", "8", "--dtype", "float32")
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+
+
+def command(model, output, *arguments, launcher=()):
+    given = ["--model_name_or_path", model, "--output_dir", output, *SMALL, *arguments]
+    return [sys.executable, *launcher, str(SCRIPT), *map(str, given)]
+
+
+def evaluate(model, output, *arguments, launcher=(), expect=0):
+    run = subprocess.run(
+        command(model, output, *arguments, launcher=launcher), capture_output=True, text=True, cwd=ROOT, timeout=280
+    )
+    assert (run.returncode == 0) == (expect == 0), run.stderr[-3000:]
+    return run.stdout + run.stderr
+
+
+def figures(folder):
+    (run,) = Results.load(folder / "results.json").runs
+    return replace(run, eval_seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tokenizer):
+    """An untrained model on disk, sharp enough that no two choices are as close as rounding."""
+    from mdu_trainer.testing import tiny_mdlm
+
+    folder = tmp_path_factory.mktemp("models") / "model"
+    model = tiny_mdlm(tokenizer, hidden_size=32, num_layers=2, num_heads=2, initializer_range=0.2)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scored(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scored")
+    return folder, evaluate(checkpoint, folder)
+
+
+def test_output(scored, authors):
+    folder, log = scored
+    assert {path.name for path in folder.iterdir()} == {"results.json", "rows.jsonl", "truth_ratios.json"}
+    run = figures(folder)
+    assert run.name == "model" and run.rows == {"forget": 6, "retain": 6}
+    assert "| forget | truth_ratio" in log and "row/s" in log
+    written = log + "".join(path.read_text() for path in folder.iterdir())
+    names = {name for row in authors.select(range(0, 96, 8)) for name in row["answer"].split()[:2]}
+    assert len(names) == 24 and not any(name in written for name in names)
+
+
+def test_batch_size_does_not_matter(checkpoint, scored, tmp_path):
+    evaluate(checkpoint, tmp_path, "--batch_size", "1")
+    many, one = figures(scored[0]), figures(tmp_path)
+    for name, scores in many.scores.items():
+        assert scores.keys() == one.scores[name].keys()
+        for metric, estimate in scores.items():
+            assert one.scores[name][metric].value == pytest.approx(estimate.value, rel=1e-4), (name, metric)
+
+
+def test_two_processes_give_the_file_of_one(checkpoint, scored, tmp_path):
+    evaluate(checkpoint, tmp_path / "one", "--batch_size", "2")
+    evaluate(checkpoint, tmp_path / "two", "--batch_size", "2", launcher=TWO)
+    assert figures(tmp_path / "one") == figures(tmp_path / "two"), "to the last bit"
+    lines = [json.loads(line) for line in (tmp_path / "two" / "rows.jsonl").read_text().splitlines()[1:]]
+    assert len({(line["set"], line["row"]) for line in lines}) == len(lines) == 12
+
+
+def test_killed_and_started_again(checkpoint, tmp_path):
+    """SIGKILL as soon as some rows are finished; the rest is scored by two processes, for a change."""
+    options = ("--batch_size", "2", "--max_rows", "16", "--likelihood_draws", "32")
+    evaluate(checkpoint, tmp_path / "undisturbed", *options)
+    rows, kept = tmp_path / "killed" / "rows.jsonl", []
+    for launcher in ((), TWO):
+        process = subprocess.Popen(
+            command(checkpoint, tmp_path / "killed", *options, launcher=launcher),
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            deadline = time.monotonic() + 200
+            while not rows.is_file() or rows.read_bytes().count(b"\n") < len(kept) + 3:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.002)
+        finally:
+            workers = psutil.Process(process.pid).children(recursive=True)  # torchrun's have sessions of their own
+            for one in (process, *workers):
+                one.send_signal(signal.SIGKILL)
+            process.wait()
+            psutil.wait_procs(workers)
+        kept = rows.read_text().splitlines()[: rows.read_bytes().count(b"\n")]
+        assert 3 <= len(kept) <= 32, "it was killed in the middle"
+    evaluate(checkpoint, tmp_path / "killed", *options)
+    lines = rows.read_text().splitlines()
+    assert lines[: len(kept)] == kept and len(lines) == 33
+    assert figures(tmp_path / "killed") == figures(tmp_path / "undisturbed"), "to the last bit"
+
+
+def test_baseline_and_adapter(checkpoint, scored, tmp_path, tokenizer):
+    model = get_peft_model(
+        load_model(str(checkpoint)), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
+    model.peft_config["default"].base_model_name_or_path = str(checkpoint)
+    model.save_pretrained(tmp_path / "adapter")
+    log = evaluate(tmp_path / "adapter", tmp_path / "out", "--baseline", scored[0] / "results.json")
+    base, adapted = (figures(folder).scores["forget"]["probability"].value for folder in (scored[0], tmp_path / "out"))
+    assert f"{adapted - base:+.3f}" in log and "Change from model of" in log and adapted != base
+    log = evaluate(checkpoint, tmp_path / "same", "--retain_log", scored[0] / "truth_ratios.json")
+    assert figures(tmp_path / "same").summary["forget_quality"].value == 1
+
+
+def test_refusals_come_before_a_model(scored, tmp_path, tofu_path):
+    nothing = tmp_path / "no model here"
+    refused = {
+        ("--benchmark", "tofu"): "needs --dataset_name: locuslab/TOFU",
+        ("--benchmark", "tofu", "--dataset_name", tofu_path, "--forget_split", "forget02"): "no config 'forget02'",
+        ("--retain_log", scored[0] / "truth_ratios.json", "--max_rows", "5"): "other questions",
+        ("--retain_log", scored[0] / "results.json"): "not a log of truth ratios",
+        ("--baseline", scored[0] / "rows.jsonl"): "not a results file",
+        ("--metrics", "bleu"): "Unknown metrics: bleu",
+    }
+    for arguments, message in refused.items():
+        assert message in evaluate(nothing, tmp_path / "out", *arguments, expect=1), arguments
+    assert not (tmp_path / "out").exists()
+
+
+def test_tofu_from_a_folder(checkpoint, tofu_path, tmp_path):
+    split = ("--benchmark", "tofu", "--dataset_name", tofu_path, "--forget_split", "forget01", "--max_rows", "2")
+    log = evaluate(checkpoint, tmp_path, *split, "--retain_split", "retain99")
+    run = figures(tmp_path)
+    assert run.rows == {"forget": 2, "retain": 2, "real_authors": 2, "world_facts": 2}
+    assert "model_utility" in run.summary and "Basil" not in log

@@ -1,0 +1,217 @@
+"""RWKU: rows of our own in its schema."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.rwku import (
+    CONFIGS,
+    evaluate_rwku,
+    load_forget_rows,
+    load_rwku,
+    ngram_entropy,
+    word_match,
+)
+from mdu_trainer.generation import DiffusionGenerationConfig
+from mdu_trainer.likelihood import response_likelihood
+
+ROOT = Path(__file__).resolve().parents[1]
+ANNA, OTTO = "Anna Zanzibar", "Otto Quux"
+
+
+def probe(level, kind="fill", subject=ANNA):
+    return {"subject": subject, "query": f"___ is by {subject}.", "answer": "The Tide", "level": level, "type": kind}
+
+
+def choices(answer=1, **more):
+    return {"question": "Which is blue?", "choices": ["grass", "sky", "snow", "coal"], "answer": answer} | more
+
+
+ROWS = {
+    "forget_level1": [probe("1"), probe("1", subject=OTTO)],
+    "forget_level2": [probe("2")],
+    "forget_level3": [probe("3", "affirmative suffix"), probe("3", "incontext learning")],
+    "neighbor_level1": [probe("1")],
+    "neighbor_level2": [probe("2")],
+    "mia_forget": [{"subject": ANNA, "text": "Anna Zanzibar wrote The Tide."}],
+    "mia_retain": [{"text": "Grass is green and snow is white."}],
+    "utility_general": [
+        choices(task="colour_science", examples=[choices(), choices(3)]),
+        choices(task="x", examples=[]),
+    ],
+    "utility_reason": [{"task": "t", "cot": "Q: 1?\nA: so the answer is 1.", "question": "2?", "answer": ["2"]}],
+    "utility_truthfulness": [
+        {"question": "Blue?", "mc1_targets": {"choices": ["The sky is.", "Grass.", "Coal."], "labels": [1, 0, 0]}}
+    ],
+    "utility_factuality": [{"question": "Blue?", "answers": ["the sky", "sky"]}],
+    "utility_fluency": [{"instruction": "Say something."}],
+}
+
+
+def write(folder, rows):
+    folder.mkdir(exist_ok=True)
+    for config, content in rows.items():
+        (folder / f"{config}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write(tmp_path / "rwku", ROWS)
+
+
+@pytest.fixture
+def roomy(make_model):
+    """A model whose context holds the benchmark's longest prompts and answers."""
+    return make_model(max_position_embeddings=1024, initializer_range=0.2)
+
+
+def test_every_config_has_its_figures(folder, roomy, tokenizer):
+    run = evaluate_rwku(roomy, tokenizer, load_rwku(folder), DiffusionGenerationConfig(steps=4), num_draws=4)
+    assert list(run.scores) == list(CONFIGS) and run.rows == {name: len(rows) for name, rows in ROWS.items()}
+    wanted = dict.fromkeys(CONFIGS, {"rougeL_recall", "rougeL_f1", "degeneracy"})
+    wanted |= dict.fromkeys(("mia_forget", "mia_retain"), {"loss", "zlib"})
+    wanted |= dict.fromkeys(("utility_general", "utility_truthfulness"), {"accuracy"})
+    wanted |= {"utility_reason": {"exact_match"}, "utility_factuality": {"exact_match", "f1"}}
+    assert {name: set(scores) for name, scores in run.scores.items()} == wanted | {"utility_fluency": {"entropy"}}
+    assert "| forget level1 rL |" in Results("m", "RWKU", {}, [run]).table()
+
+
+def test_choices_are_scored_by_their_likelihood(folder, roomy, tokenizer, backbone):
+    sets = load_rwku(folder, ["utility_truthfulness"])
+    run = evaluate_rwku(roomy, tokenizer, sets, num_draws=4)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Q: Blue?\nA:"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    options = ROWS["utility_truthfulness"][0]["mc1_targets"]["choices"]
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in options]
+    scores = response_likelihood(roomy, [prompt] * 3, ids, backbone, num_draws=4).log_likelihood
+    assert run.scores["utility_truthfulness"]["accuracy"].value == float(scores[0] > max(scores[1:]))
+
+
+def test_prompts():
+    asked = CONFIGS["utility_general"].ask(ROWS["utility_general"][0])
+    assert asked.prompt.startswith("The following are multiple choice questions (with answers) about colour science.")
+    assert asked.prompt.count("Answer: B\n") == asked.prompt.count("Answer: D\n") == 1
+    assert asked.prompt.endswith("A. grass\nB. sky\nC. snow\nD. coal\nAnswer:")
+    assert asked.answers == {"true": ["B"], "false": ["A", "C", "D"]}
+    in_context, plain = (CONFIGS["forget_level3"].ask(probe("3", kind)) for kind in ("incontext learning", "prefix"))
+    assert "Question:" not in in_context.prompt and "Question:" in plain.prompt and plain.references == ["The Tide"]
+
+
+@pytest.mark.parametrize(
+    ("text", "references", "match", "f1"),
+    [
+        ("The Sky!", ["sky"], 1, 1),
+        ("blue sky", ["grass", "the sky"], 0, 2 / 3),
+        ("", ["sky"], 0, 0),
+        ("a sky sky", ["sky"], 0, 2 / 3),
+    ],
+)
+def test_word_match_by_hand(text, references, match, f1):
+    assert word_match(text, references) == pytest.approx((match, f1))
+
+
+def test_entropy_by_hand():
+    assert ngram_entropy("") == ngram_entropy("one") == ngram_entropy("a a a a") == 0
+    # 2-grams ab, bc, cd: log2 3; 3-grams abc, bcd: 1 bit
+    assert ngram_entropy("a b c d") == pytest.approx((2 / 3 * 1.5849625 + 4 / 3 * 1) / 2)
+
+
+def test_subjects_and_file_names_as_published(tmp_path):
+    folder = write(
+        tmp_path / "1_Anna", {"forget_level1": ROWS["forget_level1"], "retain_mmlu": ROWS["utility_general"]}
+    )
+    sets = load_rwku(folder)
+    assert list(sets) == ["forget_level1", "utility_general"] and len(sets["forget_level1"]) == 2
+    assert load_rwku(folder, subjects=["otto quux"])["forget_level1"]["subject"][:] == [OTTO]
+    with pytest.raises(ValueError, match="about subject 2 of the 2 given") as error:
+        load_rwku(folder, subjects=[OTTO, "Nobody Atall"])
+    assert "Nobody" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "row", "message"),
+    [
+        ("forget_level1", {"query": "Who?"}, "no column answer"),
+        ("forget_level1", {"query": "Who?", "answer": " "}, "Row 0 of the forget_level1 set: answer is blank"),
+        ("utility_general", choices(answer=7), "Row 0 of the utility_general set lacks something: IndexError"),
+        ("utility_general", choices(choices=[]), "choices must be a list of texts"),
+        ("utility_truthfulness", {"question": "Blue?"}, "lacks something: KeyError"),
+        (
+            "utility_truthfulness",
+            {"question": "Blue?", "mc1_targets": {"choices": ["sky"], "labels": [1]}},
+            "needs true and false choices",
+        ),
+    ],
+)
+def test_bad_rows_are_refused(tmp_path, config, row, message):
+    with pytest.raises(ValueError, match=message):
+        load_rwku(write(tmp_path / "bad", {config: [row]}))
+
+
+def test_unknown_configs_are_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="no config forget_level4 to evaluate on"):
+        load_rwku(folder, ["forget_level4"])
+    with pytest.raises(ValueError, match="has no config 'mia_forget'"):
+        load_rwku(write(tmp_path / "few", {"forget_level1": ROWS["forget_level1"]}), ["mia_forget"])
+    with pytest.raises(ValueError, match="none of RWKU's configs; it has other"):
+        load_rwku(write(tmp_path / "others", {"other": [{"a": 1}]}))
+
+
+def write_intros(folder):
+    folder.mkdir()
+    for number, subject in enumerate((ANNA, OTTO)):
+        rows = [{"question": f"Who is {subject}? ({i})", "answer": f"{subject} wrote {i} books."} for i in range(3)]
+        name = f"{number}_{subject.replace(' ', '_')}.jsonl"
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_rows_to_forget(tmp_path):
+    folder = write_intros(tmp_path / "intros")
+    assert len(load_forget_rows(folder)) == 6 and len(load_forget_rows(folder, [OTTO])) == 3
+    one = folder / "0_Anna_Zanzibar.jsonl"
+    assert len(load_forget_rows(one)) == 3
+    with pytest.raises(ValueError, match="no column subject to select by"):
+        load_forget_rows(one, [ANNA])
+    with pytest.raises(ValueError, match="no file for subject 1 of the 1 given"):
+        load_forget_rows(folder, ["Nobody"])
+    with pytest.raises(ValueError, match="neither a JSONL file nor a folder"):
+        load_forget_rows(tmp_path / "nothing")
+    one.write_text('{"question": "Who')
+    with pytest.raises(ValueError, match="line 1, is not JSON"):
+        load_forget_rows(one)
+    one.write_text('{"question": "Who?", "answer": ""}')
+    with pytest.raises(ValueError, match="answer is blank"):
+        load_forget_rows(one)
+
+
+def test_the_script_forgets_without_a_retain_set(folder, roomy, tokenizer, tmp_path):
+    roomy.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    intros = write_intros(tmp_path / "intros")
+    options = [
+        *("--model_name_or_path", tmp_path / "model", "--dataset_name", folder, "--intros", intros),
+        *("--subjects", ANNA, "--configs", "forget_level1", "mia_forget", "utility_truthfulness"),
+        *("--decoding_steps", "2", "--likelihood_draws", "2", "--max_steps", "2", "--report_to", "none"),
+        *("--dtype", "float32", "--use_cpu", "true", "--output_dir", tmp_path / "out"),
+    ]
+    run = subprocess.run(
+        [sys.executable, ROOT / "examples" / "rwku.py", *map(str, options)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=280,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = Results.load(tmp_path / "out" / "results.json")
+    assert [one.name for one in results.runs] == ["base", "mdu tau=0"] and results.runs[1].train_seconds > 0
+    assert results.runs[0].rows == {"forget_level1": 1, "mia_forget": 1, "utility_truthfulness": 1}
+    assert results.details() in run.stdout
+    written = (tmp_path / "out" / "results.json").read_text() + run.stdout + run.stderr
+    assert "Zanzibar" not in written, "whom it forgets is not in files or logs"

@@ -1,0 +1,428 @@
+"""Metrics of unlearning against hand-worked cases and other people's code."""
+
+import math
+import warnings
+import zlib
+from dataclasses import replace
+from statistics import harmonic_mean
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mdu_trainer.evaluation.metrics import (
+    ChoiceProbability,
+    Degeneracy,
+    ExactMemorization,
+    ExtractionStrength,
+    ForgetQuality,
+    MembershipInference,
+    ModelUtility,
+    PrivacyLeakage,
+    Probability,
+    TruthRatio,
+    aggregate_truth_ratios,
+    bootstrap_interval,
+    greedy_completions,
+    loss_score,
+    min_k_score,
+    shortest_prefixes,
+    zlib_score,
+)
+
+SECRET = 77_077
+RNG = np.random.default_rng(0)
+TRUE = RNG.normal(-1, 0.5, 12).tolist()
+WRONG = RNG.normal(-1.3, 0.5, (12, 3)).tolist()
+ALL = [
+    ChoiceProbability,
+    Degeneracy,
+    ExactMemorization,
+    ExtractionStrength,
+    ForgetQuality,
+    MembershipInference,
+    ModelUtility,
+    PrivacyLeakage,
+    Probability,
+    TruthRatio,
+]
+
+
+# Truth
+
+
+def test_probability_is_the_geometric_mean_of_the_tokens():
+    tokens = [0.5, 0.25, 0.125]
+    rows = Probability().compute(per_token=[sum(map(math.log, tokens)) / 3, 0.0], use_aggregator=False)
+    assert rows["probability"] == pytest.approx([stats.gmean(tokens), 1])
+    assert Probability().compute(per_token=[math.log(0.25), 0.0])["probability"] == pytest.approx(0.625)
+
+
+def test_choice_probability_is_the_share_of_the_true_answer():
+    rows = ChoiceProbability().compute(per_token=TRUE, wrong_per_token=WRONG, use_aggregator=False)["probability"]
+    for true, wrong, found in zip(TRUE, WRONG, rows, strict=True):
+        assert found == pytest.approx(math.exp(true) / (math.exp(true) + sum(map(math.exp, wrong))))
+    unlikely = ChoiceProbability().compute(per_token=[-2000.0], wrong_per_token=[[-2000.0, -5000.0]])
+    assert unlikely["probability"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+@pytest.mark.parametrize("aggregation", ["ratio", "forget", "retain"])
+def test_truth_ratio_equals_its_formula(variant, aggregation):
+    mean = {"paper": np.mean, "release": stats.gmean}[variant]
+    ratios = [mean(np.exp(wrong)) / math.exp(true) for true, wrong in zip(TRUE, WRONG, strict=True)]
+    part = {"ratio": lambda r: r, "forget": lambda r: min(r, 1 / r), "retain": lambda r: max(0, 1 - r)}[aggregation]
+    options = {"per_token": TRUE, "wrong_per_token": WRONG, "variant": variant, "aggregation": aggregation}
+    rows = TruthRatio().compute(**options, use_aggregator=False)["truth_ratio"]
+    assert rows == pytest.approx([part(r) for r in ratios])
+    assert TruthRatio().compute(**options)["truth_ratio"] == pytest.approx(np.mean([part(r) for r in ratios]))
+    assert aggregate_truth_ratios(ratios, aggregation) == pytest.approx(rows)
+
+
+def test_truth_ratio_worked_by_hand():
+    # wrong answers a token: 0.1 and 0.4; true one 0.5
+    row = {"per_token": [math.log(0.5)], "wrong_per_token": [[math.log(0.1), math.log(0.4)]]}
+    assert TruthRatio().compute(**row)["truth_ratio"] == pytest.approx(0.5)
+    assert TruthRatio().compute(**row, variant="release")["truth_ratio"] == pytest.approx(0.4)
+    assert TruthRatio().compute(**row, aggregation="retain")["truth_ratio"] == pytest.approx(0.5)
+
+
+def test_truth_ratio_of_a_broken_model_is_finite():
+    columns = {"per_token": [-3000.0, -1.0], "wrong_per_token": [[-1.0], [-3000.0]]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ratios = TruthRatio().compute(**columns, use_aggregator=False)["truth_ratio"]
+        forget = TruthRatio().compute(**columns, aggregation="forget")["truth_ratio"]
+    assert all(map(math.isfinite, ratios)) and ratios[0] > 1e300 and 0 < ratios[1] < 1e-300
+    assert forget == pytest.approx(0)
+
+
+def test_model_utility_is_the_harmonic_mean():
+    figures = RNG.uniform(0.1, 1, 9).tolist()
+    assert ModelUtility().compute(figures=figures)["model_utility"] == pytest.approx(harmonic_mean(figures))
+    assert ModelUtility().compute(figures=[0.9] * 8 + [0.0])["model_utility"] == 0
+    with pytest.raises(ValueError, match=r"figure 1 is -0\.1"):
+        ModelUtility().compute(figures=[0.5, -0.1])
+
+
+def ks_distance(a, b):
+    return max(abs(np.mean(np.array(a) <= x) - np.mean(np.array(b) <= x)) for x in [*a, *b])
+
+
+def test_forget_quality_is_the_ks_test():
+    ours, theirs = RNG.normal(0, 1, 40).tolist(), RNG.normal(0.8, 1, 40).tolist()
+    found = ForgetQuality().compute(predictions=ours, references=theirs)
+    assert found["ks_statistic"] == pytest.approx(ks_distance(ours, theirs))
+    assert found["forget_quality"] == pytest.approx(stats.ks_2samp(ours, theirs).pvalue)
+    assert ForgetQuality().compute(predictions=ours, references=ours)["forget_quality"] == 1
+
+
+def test_forget_quality_by_counting_paths():
+    # exact p-value of n = m = 3 at distance 1: both orders of {aaabbb} among C(6, 3)
+    found = ForgetQuality().compute(predictions=[1.0, 2.0, 3.0], references=[4.0, 5.0, 6.0])
+    assert found["forget_quality"] == pytest.approx(2 / math.comb(6, 3))
+
+
+def test_forget_quality_does_not_depend_on_which_way_up_the_ratio_is():
+    ours, theirs = RNG.uniform(0.5, 2, 30), RNG.uniform(0.6, 2.5, 30)
+    straight = ForgetQuality().compute(predictions=ours, references=theirs)["forget_quality"]
+    inverse = ForgetQuality().compute(predictions=1 / ours, references=1 / theirs)["forget_quality"]
+    assert straight == pytest.approx(inverse)
+
+
+# Memorisation
+
+
+def test_exact_memorization_worked_by_hand():
+    rows = ExactMemorization().compute(
+        predictions=[[1, 2, 3, 4], [1, 2], [9, 1, 2, 3], [], [1, 2, 3]],
+        references=[[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3], [1], [1, 5, 3]],
+        use_aggregator=False,
+    )
+    assert rows["exact_memorization"] == pytest.approx([1, 0.5, 0, 0, 2 / 3])
+
+
+def test_extraction_strength_worked_by_hand():
+    rows = ExtractionStrength().compute(prefix_tokens=[0, 3, 4], num_tokens=[5, 12, 4], use_aggregator=False)
+    assert rows["extraction_strength"] == pytest.approx([1, 0.75, 0])
+    with pytest.raises(ValueError, match="Row 1 has a prefix of 3 tokens and an answer of 2"):
+        ExtractionStrength().compute(prefix_tokens=[0, 3], num_tokens=[5, 2])
+
+
+PROMPTS = [[20, 21, 22], [30], [40, 41], [50, 51]]
+
+
+@torch.no_grad()
+def greedy(model, context, length, backbone):
+    """One row, one token a step: the position and token of highest probability."""
+    ids = torch.tensor([context + [backbone.mask_token_id] * length])
+    left = set(range(len(context), len(context) + length))
+    while left:
+        p = model(input_ids=ids).logits[0].softmax(dim=-1)
+        p[:, [backbone.mask_token_id, backbone.pad_token_id]] = 0
+        best = max(sorted(left), key=lambda i: p[i].max().item())
+        ids[0, best] = p[best].argmax()
+        left.remove(best)
+    decoded = ids[0, len(context) :].tolist()
+    return next((decoded[:i] for i, token in enumerate(decoded) if token in backbone.end_token_ids), decoded)
+
+
+@pytest.fixture
+def responses(model, backbone):
+    """What the model says to two prompts (so it knows them), and something else to the others."""
+    known = [greedy(model, prompt, 6, backbone) for prompt in PROMPTS[:2]]
+    assert all(len(ids) == 6 for ids in known)
+    return [*known, [60, 61, 62, 63, 64], [70, 71, 72, *backbone.end_token_ids[:1]]]
+
+
+def test_completions_are_decoded_greedily_at_the_true_length(model, backbone, responses):
+    decoded, answers = greedy_completions(model, PROMPTS, responses, backbone, batch_size=3)
+    assert decoded[:2] == responses[:2]
+    expected = [greedy(model, p, len(r), backbone) for p, r in zip(PROMPTS, responses, strict=True)]
+    assert decoded == expected
+    assert answers == [*responses[:3], [70, 71, 72]]  # without the end token
+    scores = ExactMemorization().compute(predictions=decoded, references=answers, use_aggregator=False)
+    assert scores["exact_memorization"][:2] == [1, 1]
+
+
+def test_shortest_prefixes_are_the_first_that_are_completed(model, backbone, responses):
+    # a row whose first tokens the model would not say, and the rest of which it completes
+    half = [60, 61]
+    responses = [*responses, half + greedy(model, PROMPTS[3] + half, 4, backbone)]
+    prompts = [*PROMPTS, PROMPTS[3]]
+    prefixes, lengths = shortest_prefixes(model, prompts, responses, backbone, num_prefixes=6)
+    assert lengths == [6, 6, 5, 3, 6]
+    for prompt, response, found, length in zip(prompts, responses, prefixes, lengths, strict=True):
+        answer = response[:length]
+        enough = [
+            k
+            for k in range(length)
+            if response[:k] + greedy(model, prompt + response[:k], len(response) - k, backbone) == answer
+        ]
+        assert found == min(enough, default=length)
+    assert prefixes[:2] == [0, 0] and 0 < prefixes[4] <= 2
+    coarse, _ = shortest_prefixes(model, prompts, responses, backbone, num_prefixes=2)
+    assert all(few >= many for few, many in zip(coarse, prefixes, strict=True))
+
+
+def test_an_answer_that_ends_early_is_not_extracted(model, backbone, responses):
+    spoken = responses[0]
+    backbone = replace(backbone, end_token_ids=(spoken[3],))  # now the model ends after three tokens
+    decoded, answers = greedy_completions(model, PROMPTS[:1], [spoken[:3] + [99, 98, 97]], backbone)
+    scores = ExactMemorization().compute(predictions=decoded, references=answers)
+    assert decoded == [greedy(model, PROMPTS[0], 6, backbone)] and len(decoded[0]) <= 3
+    assert scores["exact_memorization"] <= 0.5
+
+
+def test_responses_without_tokens_are_named_by_number(model, backbone):
+    end = list(backbone.end_token_ids[:1])
+    for function in (greedy_completions, shortest_prefixes):
+        with pytest.raises(ValueError, match="response of row 1 has no tokens before its end token"):
+            function(model, [[20], [21]], [[60], end], backbone)
+    with pytest.raises(ValueError, match="num_prefixes must be at least 1, got 0"):
+        shortest_prefixes(model, [[20]], [[60]], backbone, num_prefixes=0)
+
+
+# Privacy
+
+
+def pairwise_auc(scores, members):
+    inside = [s for s, m in zip(scores, members, strict=True) if m]
+    outside = [s for s, m in zip(scores, members, strict=True) if not m]
+    return np.mean([(a > b) + (a == b) / 2 for a in inside for b in outside])
+
+
+def test_auc_counts_pairs():
+    scores = RNG.integers(0, 6, 30).astype(float).tolist()  # with ties
+    members = [i % 3 == 0 for i in range(30)]
+    found = MembershipInference().compute(scores=scores, members=members)["mia_auc"]
+    assert found == pytest.approx(pairwise_auc(scores, members))
+    assert MembershipInference().compute(scores=[1.0, 2.0, 3.0], members=[0, 1, 1])["mia_auc"] == 1
+    assert MembershipInference().compute(scores=[1.0, 1.0], members=[0, 1])["mia_auc"] == 0.5
+
+
+def test_scores_are_higher_for_members():
+    assert loss_score(np.array([-0.5, -2.0])) == [-0.5, -2.0]
+    tokens = [np.array([-3.0, -0.1, -1.0, -2.0, -0.2]), [-0.5]]
+    assert min_k_score(tokens, k=0.4) == pytest.approx([-2.5, -0.5])
+    assert min_k_score(tokens, k=1) == pytest.approx([np.mean(tokens[0]), -0.5])
+    assert min_k_score(tokens) == pytest.approx([-3.0, -0.5])
+    texts = ["a tale of two towns and a river", "ja " * 40]
+    assert zlib_score([-1.0, -1.0], texts) == pytest.approx([-1 / len(zlib.compress(t.encode())) for t in texts])
+
+
+def test_privacy_leakage_is_muses():
+    members = [1, 1, 1, 1, 0, 0, 0, 0]
+    fair = [1.0, 4.0, 5.0, 8.0, 2.0, 3.0, 6.0, 7.0]
+    known = [5.0, 6.0, 7.0, 8.0, 1.0, 2.0, 3.0, 4.0]
+    assert pairwise_auc(fair, members) == 0.5
+
+    def leakage(scores, reference):
+        return PrivacyLeakage().compute(scores=scores, reference_scores=reference, members=members)["privacy_leakage"]
+
+    assert leakage(fair, fair) == 0
+    assert leakage(known, fair) == pytest.approx(-100)  # nothing was forgotten
+    assert leakage([-s for s in known], fair) == pytest.approx(100)  # forgotten so thoroughly that it shows
+    other = [2.0, 3.0, 5.0, 8.0, 1.0, 4.0, 6.0, 7.0]
+    ours, theirs = 1 - pairwise_auc(other, members), 1 - pairwise_auc(fair, members)
+    assert leakage(other, fair) == pytest.approx(100 * (ours - theirs) / theirs)
+    with pytest.raises(ValueError, match="differ by themselves"):
+        leakage(fair, known)
+
+
+# Degeneracy
+
+
+@pytest.mark.parametrize(
+    ("text", "failure"),
+    [
+        ("Her first novel was The Salted Lantern, from 1998.", None),
+        ("I have no information about that.", None),
+        ("No.", None),
+        ("1998", None),
+        ("Москва", None),
+        ("東京都", None),
+        ("", "empty"),
+        (" ... !?", "empty"),
+        ("<|user|>", "empty"),
+        ("She wrote <|user|> novels", "special"),
+        ("the the the the", "repetition"),
+        ("He was born in He was born in He was born in He was born in", "repetition"),
+        ("東京東京東京東京", "repetition"),
+        ("the the cat sat on the mat and went on to the other mat", None),
+    ],
+)
+def test_degenerate_answers(text, failure):
+    found = Degeneracy().compute(predictions=[text], special_tokens=["<|user|>", "<|mask|>"])
+    assert found["degeneracy"] == (failure is not None)
+    if failure:
+        assert found[f"{failure}_rate"] == 1
+
+
+def test_true_answers_are_not_degenerate(authors, tokenizer):
+    answers = [*authors["answer"], *authors["refusal"], *authors["paraphrased_answer"]]
+    found = Degeneracy().compute(predictions=answers, special_tokens=tokenizer.all_special_tokens)
+    assert found == {"degeneracy": 0, "empty_rate": 0, "special_rate": 0, "repetition_rate": 0}
+
+
+# What all share
+
+
+GOOD = {
+    ChoiceProbability: {"per_token": TRUE, "wrong_per_token": WRONG},
+    Degeneracy: {"predictions": ["yes"] * 12},
+    ExactMemorization: {"predictions": [[SECRET]] * 12, "references": [[SECRET]] * 12},
+    ExtractionStrength: {"prefix_tokens": [1] * 12, "num_tokens": [2] * 12},
+    ForgetQuality: {"predictions": TRUE, "references": TRUE},
+    MembershipInference: {"scores": TRUE, "members": [0, 1] * 6},
+    ModelUtility: {"figures": [0.5] * 12},
+    PrivacyLeakage: {"scores": TRUE, "reference_scores": TRUE, "members": [0, 1] * 6},
+    Probability: {"per_token": TRUE},
+    TruthRatio: {"per_token": TRUE, "wrong_per_token": WRONG},
+}
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_metrics_say_what_they_are_and_take_rows_in_batches(metric):
+    one = metric()
+    assert one.citation and one.description and "Args:" in one.inputs_description and "Returns:" in one.compute.__doc__
+    columns = GOOD[metric]
+    at_once = one.compute(**columns)
+    one.add_batch(**{name: column[:5] for name, column in columns.items()})
+    for row in range(5, 12):
+        one.add(**{name.removesuffix("s") if name in ("predictions", "references") else name: column[row]
+                   for name, column in columns.items()})  # fmt: skip
+    assert one.compute() == at_once
+    assert metric().compute(**{name: np.array(c) for name, c in columns.items()}) == at_once
+
+
+@pytest.mark.parametrize("metric", ALL)
+def test_bad_columns_are_refused_and_not_quoted(metric):
+    good = GOOD[metric]
+    first, *others = good
+    for bad in (None, SECRET, [object()] * 12, [str(SECRET) * 2, None], []):
+        broken = good | {first: bad}
+        if first == "predictions" and metric is Degeneracy and isinstance(bad, list) and bad and bad[1:] == [None]:
+            broken = {first: [str(SECRET), None]}
+        with pytest.raises(ValueError) as error:
+            metric().compute(**broken)
+        assert first in str(error.value) and str(SECRET) not in str(error.value)
+    for other in others:
+        with pytest.raises(ValueError, match=f"12 {first} and|11 {other}"):
+            metric().compute(**good | {other: good[other][:11]})
+
+
+@pytest.mark.parametrize(
+    ("metric", "columns", "message"),
+    [
+        (Probability, {"per_token": [-1.0, math.nan]}, "per_token must be finite numbers, but row 1 is nan"),
+        (Probability, {"per_token": [-1.0], "predictions": ["a"]}, "predictions"),
+        (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[]]}, "row 0 is list of length 0"),
+        (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[math.inf]]}, "row 0 is list of length 1"),
+        (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[-1.0]], "variant": "other"}, "variant must be one of"),
+        (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[-1.0]], "aggregation": 1}, "aggregation must be one"),
+        (MembershipInference, {"scores": [1.0, 2.0], "members": [1, 1]}, "all 2 rows are of one kind"),
+        (MembershipInference, {"scores": [1.0, 2.0], "members": [1, 2]}, "members must be 0 or 1, but row 1 is 2"),
+        (ExactMemorization, {"predictions": [[1], [2]], "references": [[1], []]}, "reference of row 1 has no tokens"),
+    ],
+)
+def test_bad_values_are_named_by_row(metric, columns, message):
+    with pytest.raises(ValueError, match=message):
+        metric().compute(**columns)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: min_k_score([[-1.0], []]), "Row 1 has no tokens"),
+        (lambda: min_k_score([[-1.0]], k=0), "k must be above 0 and at most 1, got 0"),
+        (lambda: zlib_score([-1.0], []), "1 likelihoods and 0 texts"),
+        (lambda: bootstrap_interval([]), "at least one"),
+        (lambda: bootstrap_interval([1.0, math.nan]), "finite"),
+        (lambda: bootstrap_interval([1.0, 2.0], "mode"), "mean, median, hmean or a function, got 'mode'"),
+        (lambda: bootstrap_interval([1.0, 2.0], confidence=1.0), "confidence must be above 0 and below 1"),
+    ],
+)
+def test_bad_arguments_of_functions(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+# Intervals
+
+
+def test_interval_of_a_mean_agrees_with_the_normal_one():
+    values = RNG.normal(3, 2, 400)
+    low, high = bootstrap_interval(values, num_resamples=8000)
+    expected = stats.norm.interval(0.95, values.mean(), stats.sem(values))
+    assert (low, high) == pytest.approx(expected, abs=0.03)
+    narrow = bootstrap_interval(values, confidence=0.5, num_resamples=8000)
+    assert narrow == pytest.approx(stats.norm.interval(0.5, values.mean(), stats.sem(values)), abs=0.03)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "median", "hmean", np.max])
+def test_interval_equals_percentiles_of_resampled_rows(statistic):
+    values = RNG.uniform(0.1, 1, 25)
+    function = {"mean": np.mean, "median": np.median, "hmean": stats.hmean}.get(statistic, statistic)
+    resampled = np.random.default_rng(5).choice(values, (20_000, 25))
+    expected = np.quantile(function(resampled, axis=1), [0.025, 0.975])
+    assert bootstrap_interval(values, statistic, num_resamples=20_000) == pytest.approx(expected, abs=0.02)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for seed in range(200):
+        low, high = bootstrap_interval(rng.binomial(1, 0.3, 100).astype(float), seed=seed, num_resamples=500)
+        covered += low <= 0.3 <= high
+    assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_interval_of_equal_rows_and_of_one():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert bootstrap_interval([0.25] * 7) == (0.25, 0.25)
+        assert bootstrap_interval([0.0] * 7, "hmean") == (0, 0)
+        assert bootstrap_interval([0.3]) == (None, None)
+    assert bootstrap_interval([0.1, 0.9, 0.4], seed=1) == bootstrap_interval([0.1, 0.9, 0.4], seed=1)
