@@ -200,12 +200,7 @@ def push_unlearned_model(
             or a public repository where a private one was asked for. Nothing was sent.
         FileNotFoundError: weights, or the files of `MDUTrainer`, are missing.
     """
-    if adapter not in ("keep", "merge"):
-        raise ValueError(f"adapter must be 'keep' or 'merge', got {adapter!r}.")
-    if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id must be 'ORG/NAME', got {repo_id!r}.")
-    if create_pr and revision not in (None, "main"):
-        raise ValueError(f"A pull request goes to main: leave out revision={revision!r}, or create_pr.")
+    _check_arguments(repo_id, adapter, revision, create_pr)
     with tempfile.TemporaryDirectory() as stage:
         source = checkpoint_folder(model_or_path)
         folder = source
@@ -315,6 +310,15 @@ def checkpoint_folder(model_or_path: str | Path | PreTrainedModel | PeftModel) -
     return folder
 
 
+def _check_arguments(repo_id: str, adapter: str, revision: str | None, create_pr: bool) -> None:
+    if adapter not in ("keep", "merge"):
+        raise ValueError(f"adapter must be 'keep' or 'merge', got {adapter!r}.")
+    if repo_id.count("/") != 1:
+        raise ValueError(f"repo_id must be 'ORG/NAME', got {repo_id!r}.")
+    if create_pr and revision not in (None, "main"):
+        raise ValueError(f"A pull request goes to main: leave out revision={revision!r}, or create_pr.")
+
+
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> Path:
     """Save a model in memory, with the tokenizer of its checkpoint."""
     model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
@@ -344,7 +348,7 @@ def _explained(repo_id: str, folder: Path) -> Iterator[None]:
         where = "could not be reached or understood" if status is None else f"answered {status}"
         advice = ADVICE.get(status, "Try again: the client has tried several times already.")
         raise PushError(
-            f"The push to {repo_id} failed: the Hub {where} ({type(error).__name__}). {advice} Nothing was committed: "
-            f"{folder} and earlier revisions are as they were. The same call goes on where it stopped, for files that "
+            f"The push to {repo_id} failed: the Hub {where} ({type(error).__name__}). {advice} The commit was not "
+            f"made: {folder} and earlier revisions are as they were. The same call goes on where it stopped, for files that "
             "have arrived are not sent again."
         ) from error

@@ -167,12 +167,8 @@ def unlearned_model_card(
         + (", as an adapter." if adapter else "."),
         facts=facts,
         forget=" ".join((description or facts.description or str(facts.forget)).split()).rstrip("."),
-        method=METHODS[facts.method],
-        options={name: value for name, value in facts.options.items() if not name.startswith("retain_")},
-        retain_words=RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
-        table=None if run is None else Results("", "", {}, _compared(results, run)).details(),
-        metrics={} if run is None else _metrics(run),
-        dataset=None if run is None else data_name(results),
+        **_words(facts),
+        **_figures(results, run),
         picture=picture,
         adapter=adapter,
         repo=repo_id or "PATH",
@@ -180,9 +176,6 @@ def unlearned_model_card(
         base=base,
         base_where=_revision(facts.base_revision if base == facts.base_model else None),
         prompt=CHAT_PROMPT if chats else TEXT_PROMPT,
-        training=_training(facts),
-        kept_was_measured=run is not None and "retain" in run.scores,
-        never_trained=results is not None and any(other.method == NEVER_TRAINED for other in results.runs),
     )
 
 
@@ -308,7 +301,8 @@ def base_metadata(facts: Facts, base: str | None, token: str | None = None) -> d
     """License and language of the base, as its own card says; empty where it has none or cannot be read."""
     try:
         if base is not None:
-            path = hf_hub_download(base, CARD, revision=facts.base_revision, token=token)
+            revision = facts.base_revision if base == facts.base_model else None
+            path = hf_hub_download(base, CARD, revision=revision, token=token)
         elif facts.base_path and (Path(facts.base_path) / CARD).is_file():
             path = str(Path(facts.base_path) / CARD)
         else:
@@ -341,6 +335,29 @@ def template_path() -> Path:
     """The card's template: inside the package when installed from a wheel, beside it in a clone."""
     installed = Path(__file__).parent / "model_cards" / TEMPLATE
     return installed if installed.is_file() else Path(__file__).parents[1] / "model_cards" / TEMPLATE
+
+
+def _words(facts: Facts) -> dict[str, Any]:
+    """What the template says of the method and the training."""
+    return {
+        "method": METHODS[facts.method],
+        "options": {name: value for name, value in facts.options.items() if not name.startswith("retain_")},
+        "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
+        "training": _training(facts),
+    }
+
+
+def _figures(results: Results | None, run: Run | None) -> dict[str, Any]:
+    """What the template says of the figures; nothing where none were measured."""
+    if results is None or run is None:
+        return {}
+    return {
+        "table": Results("", "", {}, _compared(results, run)).details(),
+        "metrics": _metrics(run),
+        "dataset": data_name(results),
+        "kept_was_measured": "retain" in run.scores,
+        "never_trained": any(other.method == NEVER_TRAINED for other in results.runs),
+    }
 
 
 def _compared(results: Results, run: Run) -> list[Run]:
