@@ -11,6 +11,7 @@ EXTRAS = {
     "quantization": ["bitsandbytes>=0.46.1"],  # the oldest that transformers 5 takes
     "quality": ["ruff>=0.14"],
     "test": [
+        "bitsandbytes>=0.46.1",
         "hypothesis>=6.100",
         "matplotlib>=3.9",
         "pytest>=8",
@@ -41,7 +42,7 @@ setup(
         "huggingface-hub>=1.0",
         "peft>=0.18",
         "rouge-score>=0.1.2",
-        "torch>=2.6",
+        "torch>=2.8",  # torch.mm(out_dtype=...)
         "transformers>=5.19,<6",  # 5.19: Trainer.loss_is_scaled_for_ga
         "trl>=1.14,<2",  # 1.14 is the last for Python 3.10
     ],

@@ -120,6 +120,10 @@ class MDUConfig(MDLMConfig):
         anchor_source (`str`, *optional*, defaults to `"initial"`):
             MDU: whose prompt-masked prediction is the anchor. `"initial"` is the model at the start; `"current"` is
             the model in training, without gradient.
+        precompute_anchor (`bool`, *optional*, defaults to `False`):
+            MDU at tau > 0: compute all anchors before training, into `anchor_cache` in the output folder, and keep no
+            copy of the model. A resumed run reads what is there. The file is derived from forget data and is not for
+            sharing.
         beta (`float`, *optional*):
             Inverse temperature of NPO (0.2 if not set), SimNPO (2.5) and DPO (0.1).
         gamma (`float`, *optional*, defaults to `0.0`):
@@ -133,6 +137,13 @@ class MDUConfig(MDLMConfig):
             `"nelbo"` is the masked-diffusion bound a token; `"kl"` the divergence from the model at the start.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             lambda. 0 to unlearn without a retain set.
+
+        > Parameters that control the copy of the model at the start (losses that need one, models without adapters)
+
+        reference_precision (`str`, *optional*, defaults to `"full"`):
+            `"full"`, or `"8bit"` for the linear layers but the head (needs bitsandbytes).
+        reference_device (`str`, *optional*):
+            Where the copy is kept and run, e.g. `"cpu"`. The model's device if not set.
 
         > Parameters that control the model card
 
@@ -151,11 +162,21 @@ class MDUConfig(MDLMConfig):
         default="initial",
         metadata={"help": "MDU: the anchor is the model's at the start, or now.", "choices": ["initial", "current"]},
     )
+    precompute_anchor: bool = field(
+        default=False, metadata={"help": "MDU: compute all anchors before training and keep no copy of the model."}
+    )
     beta: float | None = field(default=None, metadata={"help": "Inverse temperature of NPO, SimNPO and DPO."})
     gamma: float = field(default=0.0, metadata={"help": "Margin of SimNPO."})
     alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
     retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
+
+    reference_precision: str = field(
+        default="full", metadata={"help": "Precision of the copy at the start.", "choices": ["full", "8bit"]}
+    )
+    reference_device: str | None = field(
+        default=None, metadata={"help": "Where the copy at the start is kept, e.g. cpu; the model's device if unset."}
+    )
     forget_description: str | None = field(
         default=None, metadata={"help": "One line for the model card on what is to be forgotten; it is published."}
     )
@@ -168,7 +189,7 @@ class MDUConfig(MDLMConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("loss_type", "kl_reduction", "anchor_source", "retain_loss_type"):
+        for name in ("loss_type", "kl_reduction", "anchor_source", "retain_loss_type", "reference_precision"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
@@ -178,8 +199,27 @@ class MDUConfig(MDLMConfig):
             raise ValueError(f"retain_weight must be finite and at least 0, got {self.retain_weight}.")
         if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
             raise ValueError(f"beta must be finite and larger than 0, got {self.beta}.")
+        if self.precompute_anchor:
+            self._check_precompute_anchor()
         if self.pad_with_end_tokens or self.prompt_mask_ratio or not self.time_weighting:
             raise ValueError(
                 "pad_with_end_tokens, prompt_mask_ratio and time_weighting=False are options of fine-tuning "
                 "(MDLMConfig); unlearning does not read them."
+            )
+
+    def _check_precompute_anchor(self) -> None:
+        if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":
+            raise ValueError(
+                "precompute_anchor is for loss_type='mdu' at tau > 0 with anchor_source='initial'; here no anchor is "
+                "read that could be computed before training. Leave it out."
+            )
+        if self.retain_weight and self.retain_loss_type == "kl":
+            raise ValueError(
+                "retain_loss_type='kl' asks the model at the start in every step, so precompute_anchor would not free "
+                "its copy. Use retain_loss_type='nelbo', or leave precompute_anchor out."
+            )
+        if self.reference_precision != "full" or self.reference_device is not None:
+            raise ValueError(
+                "reference_precision and reference_device are of a copy that precompute_anchor does without. Leave "
+                "them out."
             )

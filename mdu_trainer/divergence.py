@@ -1,9 +1,49 @@
-"""Per-token divergence between a prediction and the anchor."""
+"""Per-token divergences of a prediction: from logits, or fused with the LM head that would make them.
+
+With a vocabulary of 126,464 a single row of logits takes half a megabyte. `AnchorKL` and `TokenNLL` therefore take the
+head's input instead (a `Projection`), make the logits of a few rows at a time, and keep two figures a row and the
+gradient with respect to the head's input. That gradient is computed in the forward pass, while the logits are there,
+so that no `[N, V]` tensor outlives its chunk and none is made twice. Everything is accumulated in float32.
+
+Both also take logits, for models whose head cannot be fused; loss and gradients are the same.
+"""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_ELEMENTS = 1 << 23  # logits a chunk on a CPU: 32 MiB
+GPU_CHUNK_ELEMENTS = 1 << 26  # enough rows for a GPU's matrix product, and still small beside the model
+TILE_ROWS = 4096  # vocabulary rows of a half-precision head that are converted at a time on a CPU
+
+
+class Projection(NamedTuple):
+    """Logits that were not made yet: `hidden @ weight.T + bias`.
+
+    Attributes:
+        hidden: `[N, H]`, the head's input at the selected positions.
+        weight: `[V, H]`; None stands for the head of the prediction that this one is compared with.
+        bias: `[V]` or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+Prediction = Projection | Tensor  # head input, or logits [N, V]
+
+
+class TokenFigures(NamedTuple):
+    """What is known of each predicted token, in nats, float32: all `[N]`."""
+
+    value: Tensor  # the divergence, which carries the gradient
+    entropy: Tensor  # of the prediction, without gradient
 
 
 def anchor_kl(logits: Tensor, anchor_logits: Tensor | None, tau: float) -> Tensor:
@@ -21,12 +61,7 @@ def anchor_kl(logits: Tensor, anchor_logits: Tensor | None, tau: float) -> Tenso
 
     Source: MDU (arXiv 2605.18253), the forget loss.
     """
-    log_p = _log_softmax(logits)
-    if tau == 0:
-        return math.log(logits.shape[-1]) - _entropy(log_p)
-    if anchor_logits is None:
-        raise ValueError(f"tau = {tau:g} needs the anchor's logits; only tau = 0 (the uniform anchor) does without.")
-    return (log_p.exp() * (log_p - _log_softmax(tau * anchor_logits.to(log_p.dtype)))).sum(dim=-1)
+    return AnchorKL(tau, anchor_logits)(logits).value
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -36,7 +71,221 @@ def entropy(logits: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p of the true tokens: `[N, V]`, `[N]` -> `[N]` in nats, float32."""
-    return torch.nn.functional.cross_entropy(_at_least_float32(logits), targets, reduction="none")
+    return TokenNLL(targets)(logits).value
+
+
+@dataclass(frozen=True)
+class AnchorKL:
+    """KL(p || softmax(tau * anchor logits)) of each token, from logits or fused with the head; see `anchor_kl`.
+
+    Args:
+        tau: multiplies the anchor's logits.
+        anchor: theta_0's prediction of the same N tokens, without gradient; not read if tau is 0.
+        token_weight: `[N]`, the share of each token in the loss up to a common factor, if it is known beforehand. The
+            gradient of a head in training then needs no second pass over the chunks.
+    """
+
+    tau: float
+    anchor: Prediction | None = None
+    token_weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tau != 0 and self.anchor is None:
+            raise ValueError(
+                f"tau = {self.tau:g} needs the anchor's logits; only tau = 0 (the uniform anchor) does without."
+            )
+
+    def __call__(self, prediction: Prediction) -> TokenFigures:
+        """Figures of `[N]` tokens."""
+        if isinstance(prediction, Projection):
+            return _fused(prediction, self)
+        log_p = _log_softmax(prediction)
+        token_entropy = _entropy(log_p)
+        if self.tau == 0:
+            return TokenFigures(math.log(prediction.shape[-1]) - token_entropy, token_entropy.detach())
+        log_q = self._scaled_anchor(slice(None), None, log_p.dtype).log_softmax(dim=-1)
+        return TokenFigures((log_p.exp() * (log_p - log_q)).sum(dim=-1), token_entropy.detach())
+
+    def fused(self, logits: Tensor, rows: slice, head: Projection) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, entropies, and the values' gradient with respect to the logits `[C, V]`, which are overwritten."""
+        p = logits.softmax(dim=-1)
+        log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()
+        token_entropy = log_partition - torch.linalg.vecdot(p, logits)
+        if self.tau == 0:
+            kl = math.log(logits.shape[-1]) - token_entropy
+            mean = log_partition - token_entropy
+        else:
+            anchor = self._scaled_anchor(rows, head, logits.dtype)
+            mean = torch.linalg.vecdot(p, logits.sub_(anchor))
+            largest = anchor.amax(dim=-1)
+            kl = mean - log_partition + largest + anchor.sub_(largest[:, None]).exp_().sum(dim=-1).log()
+        return kl, token_entropy, logits.sub_(mean[:, None]).mul_(p)
+
+    def _scaled_anchor(self, rows: slice, head: Projection | None, dtype: torch.dtype) -> Tensor:
+        """tau * the anchor's logits, `[C, V]`."""
+        if not isinstance(self.anchor, Projection):
+            return self.tau * self.anchor[rows].to(dtype)
+        _, weight, bias = _autocast(self.anchor) if self.anchor.weight is not None else head
+        return _project(self.anchor.hidden[rows], weight, bias, scale=self.tau)
+
+
+@dataclass(frozen=True)
+class TokenNLL:
+    """-log p of each true token, from logits or fused with the head.
+
+    Args:
+        targets: `[N]`, the true tokens.
+        token_weight: as in `AnchorKL`.
+    """
+
+    targets: Tensor
+    token_weight: Tensor | None = None
+
+    def __call__(self, prediction: Prediction) -> TokenFigures:
+        """Figures of `[N]` tokens."""
+        if isinstance(prediction, Projection):
+            return _fused(prediction, self)
+        log_p = _log_softmax(prediction)
+        return TokenFigures(-log_p.gather(1, self.targets[:, None])[:, 0], _entropy(log_p.detach()))
+
+    def fused(self, logits: Tensor, rows: slice, head: Projection) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, entropies, and the values' gradient with respect to the logits `[C, V]`."""
+        targets = self.targets[rows, None]
+        p = logits.softmax(dim=-1)
+        log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()
+        nll = log_partition - logits.gather(1, targets)[:, 0]
+        token_entropy = log_partition - torch.linalg.vecdot(p, logits)
+        return nll, token_entropy, p.scatter_add_(1, targets, -torch.ones_like(targets, dtype=p.dtype))
+
+
+Measure = AnchorKL | TokenNLL
+
+
+def _fused(prediction: Projection, measure: Measure) -> TokenFigures:
+    prediction = _autocast(prediction)
+    with torch.autocast(prediction.hidden.device.type, enabled=False):
+        return TokenFigures(*_FusedHead.apply(*prediction, measure))
+
+
+def _autocast(head: Projection) -> Projection:
+    """The weights as mixed precision multiplies them; on a CPU float32 is as fast."""
+    device = head.hidden.device.type
+    if head.weight is None or device == "cpu" or not torch.is_autocast_enabled(device):
+        return head
+    return head._replace(weight=head.weight.to(torch.get_autocast_dtype(device)))
+
+
+class _FusedHead(torch.autograd.Function):
+    """Head and divergence in one: the chunks are visited once, forwards, with the gradient taken on the way."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, measure: Measure) -> tuple[Tensor, Tensor]:
+        wants_hidden, wants_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        head = Projection(hidden, weight, bias)
+        known = wants_head and measure.token_weight is not None
+        sums = _HeadGradient(head, measure.token_weight) if known else None
+        values = torch.zeros(len(hidden), dtype=_at_least(hidden.dtype), device=hidden.device)
+        entropies = torch.zeros_like(values)
+        grad_hidden = torch.zeros_like(hidden, dtype=values.dtype) if wants_hidden else None
+        for rows, logits in _chunks(head):
+            values[rows], entropies[rows], grad_logits = measure.fused(logits, rows, head)
+            if wants_hidden:
+                grad_hidden[rows] = _back_project(grad_logits, weight)
+            if sums is not None:
+                sums.add(rows, grad_logits)
+        ctx.measure, ctx.sums, ctx.wants_head = measure, sums, wants_head
+        ctx.save_for_backward(grad_hidden, *((hidden, weight, bias) if wants_head else (None, None, None)))
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.mark_non_differentiable(entropies)
+        return values, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        grad_hidden, *head = ctx.saved_tensors
+        hidden_dtype, weight_dtype = ctx.dtypes
+        if grad_hidden is not None:
+            grad_hidden = (grad_hidden * grad_values[:, None]).to(hidden_dtype)
+        if not ctx.wants_head:
+            return grad_hidden, None, None, None
+        factor = _common_factor(grad_values, ctx.measure.token_weight) if ctx.sums is not None else None
+        sums = ctx.sums
+        if factor is None:  # the loss is not a weighted sum of the values known beforehand: visit the chunks again
+            head, factor = Projection(*head), 1.0
+            sums = _HeadGradient(head, grad_values)
+            with torch.autocast(grad_values.device.type, enabled=False):
+                for rows, logits in _chunks(head):
+                    sums.add(rows, ctx.measure.fused(logits, rows, head)[2])
+        grad_bias = None if sums.bias is None else (sums.bias * factor).to(weight_dtype)
+        return grad_hidden, (sums.weight * factor).to(weight_dtype), grad_bias, None
+
+
+class _HeadGradient:
+    """Sums the gradient of the head's own weights, in float32.
+
+    Args:
+        head: the head and its input.
+        token_weight: `[N]`, the gradient of the loss with respect to each token's value.
+    """
+
+    def __init__(self, head: Projection, token_weight: Tensor):
+        self.head, self.token_weight = head, token_weight
+        dtype = _at_least(head.weight.dtype)
+        self.weight = torch.zeros_like(head.weight, dtype=dtype)
+        self.bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=dtype)
+
+    def add(self, rows: slice, grad_logits: Tensor) -> None:
+        grad_logits.mul_(self.token_weight[rows, None])
+        self.weight.addmm_(grad_logits.T, self.head.hidden[rows].to(grad_logits.dtype))
+        if self.bias is not None:
+            self.bias.add_(grad_logits.sum(dim=0))
+
+
+def _chunks(head: Projection) -> Iterator[tuple[slice, Tensor]]:
+    """The logits, a few rows at a time, in at least float32."""
+    limit = CHUNK_ELEMENTS if head.hidden.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    size = max(1, limit // head.weight.shape[0])
+    for start in range(0, len(head.hidden), size):
+        rows = slice(start, start + size)
+        yield rows, _project(head.hidden[rows], head.weight, head.bias)
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
+    """Logits `[C, V]`, times `scale`, in at least float32, also where hidden and weight have less."""
+    dtype = _at_least(weight.dtype)
+    if weight.dtype != dtype and weight.device.type == "cuda":
+        logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=dtype).mul_(scale)
+    elif weight.dtype != dtype:
+        hidden = hidden.to(dtype) * scale
+        logits = hidden.new_empty(len(hidden), len(weight))
+        for start in range(0, len(weight), TILE_ROWS):
+            tile = slice(start, start + TILE_ROWS)
+            logits[:, tile] = hidden @ weight[tile].to(dtype).T
+    else:
+        logits = (hidden.to(dtype) * scale) @ weight.T
+    return logits if bias is None else logits.add_(bias, alpha=scale)
+
+
+def _back_project(grad_logits: Tensor, weight: Tensor) -> Tensor:
+    """Gradient with respect to the head's input, `[C, H]`."""
+    if weight.dtype == grad_logits.dtype:
+        return grad_logits @ weight
+    if weight.device.type == "cuda":
+        return torch.mm(grad_logits.to(weight.dtype), weight, out_dtype=grad_logits.dtype)
+    total = grad_logits.new_zeros(len(grad_logits), weight.shape[1])
+    for start in range(0, len(weight), TILE_ROWS):
+        tile = slice(start, start + TILE_ROWS)
+        total.addmm_(grad_logits[:, tile], weight[tile].to(grad_logits.dtype))
+    return total
+
+
+def _common_factor(grad: Tensor, token_weight: Tensor) -> float | None:
+    """c with grad = c * token_weight, or None if there is none."""
+    if len(grad) == 0:
+        return 0.0
+    largest = token_weight.abs().argmax()
+    factor = (grad[largest] / token_weight[largest]).nan_to_num().item()
+    return factor if torch.allclose(grad, factor * token_weight.to(grad.dtype), rtol=1e-4, atol=0) else None
 
 
 def _entropy(log_p: Tensor) -> Tensor:
@@ -44,8 +293,8 @@ def _entropy(log_p: Tensor) -> Tensor:
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    return _at_least_float32(logits).log_softmax(dim=-1)
+    return logits.to(_at_least(logits.dtype)).log_softmax(dim=-1)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+def _at_least(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32

@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,9 +25,9 @@ from .data import (
     shuffled,
     tokenize_rows,
 )
-from .divergence import cross_entropy, entropy
+from .divergence import Measure, TokenFigures, TokenNLL
 from .masking import Corruption, MaskSchedule, corrupt
-from .models import load_model, load_tokenizer, resolve_backbone, row_logits
+from .models import load_model, load_tokenizer, resolve_backbone, row_figures
 from .objectives import diffusion_bound, row_sums
 
 logger = logging.get_logger(__name__)
@@ -58,6 +59,11 @@ class Noised(NamedTuple):
     num_masked: Tensor  # [B]
     num_response: Tensor  # [B]
     weight: Tensor  # [B] 1/t; 0 where the draw had masked nothing
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor]:
+        """Attention mask and the positions to predict, as the model's passes take them."""
+        return self.attention_mask, self.corruption.masked
 
     def per_row(self, values: Tensor) -> Tensor:
         """Mean of `values` `[N]` over the masked tokens of each row: `[B]`."""
@@ -131,6 +137,7 @@ class MDLMTrainer(Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        self._stage = "train"  # which rows are visited: these, or an eval set's
         self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
 
     @classmethod
@@ -152,10 +159,10 @@ class MDLMTrainer(Trainer):
 
     def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
         noised = self._noise("train", inputs["train"])
-        logits = self._predict(model, noised)
-        nll = cross_entropy(logits, noised.targets)
+        weight = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked
+        nll, entropy = self._measure(model, noised, TokenNLL(noised.targets, token_weight=weight[noised.row]))
         loss = noised.bound(nll) / noised.num_response if self.args.time_weighting else noised.per_row(nll)
-        return {"loss": each_row(loss), **self._prediction_figures(noised, logits)}
+        return {"loss": each_row(loss), **self._prediction_figures(noised, entropy)}
 
     def _mean(self, figures: Figures, name: str, sizes: dict[str, Tensor] | None) -> Tensor:
         """Mean of a figure over rows; `sizes` holds the mean weight of the micro-batches of the update."""
@@ -187,20 +194,17 @@ class MDLMTrainer(Trainer):
             weight=drew_any / t,
         )
 
-    def _predict(self, model: nn.Module, noised: Noised) -> Tensor:
-        """p_theta(. | x, y_t) at the masked positions, as logits `[N, V]`."""
-        return row_logits(
-            model,
-            noised.corruption.noisy_ids,
-            noised.attention_mask,
-            noised.corruption.masked,
-            logit_shift=self.backbone.logit_shift,
-        )
+    def _measure(self, model: nn.Module, noised: Noised, measure: Measure) -> TokenFigures:
+        """The conditional pass, p_theta(. | x, y_t), and `measure` of it at the masked positions: `[N]`."""
+        return row_figures(model, noised.corruption.noisy_ids, *noised.where, measure, **self._shift)
 
-    @torch.no_grad()
-    def _prediction_figures(self, noised: Noised, logits: Tensor) -> Figures:
+    @property
+    def _shift(self) -> dict[str, bool]:
+        return {"logit_shift": self.backbone.logit_shift}
+
+    def _prediction_figures(self, noised: Noised, entropy: Tensor) -> Figures:
         return {
-            "entropy": each_row(noised.per_row(entropy(logits))),
+            "entropy": each_row(noised.per_row(entropy)),
             "masked_fraction": each_row(noised.num_masked / noised.num_response),
         }
 
@@ -288,21 +292,37 @@ class MDLMTrainer(Trainer):
         """As in `Trainer`; also sets the masks of the set that is evaluated."""
         named = isinstance(eval_dataset, str)
         dataset = self.eval_dataset[eval_dataset] if named else eval_dataset or self.eval_dataset
-        parts = dataset.parts if dataset is not None else {}
-        self._eval_schedules = {name: self._schedule(f"eval-{name}", len(rows)) for name, rows in parts.items()}
+        self._eval_schedules = self._schedules_of(dataset) if dataset is not None else {}
+        self._eval_stage = next((name for name, known in self._eval_sets.items() if known is dataset), "eval")
         return super().get_eval_dataloader(eval_dataset)
+
+    @property
+    def _eval_sets(self) -> dict[str, RowPairs]:
+        """The eval sets given to the constructor, by the name of their stage."""
+        if isinstance(self.eval_dataset, dict):
+            return {f"eval-{name}": dataset for name, dataset in self.eval_dataset.items()}
+        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
+
+    def _schedules_of(self, dataset: RowPairs) -> dict[str, MaskSchedule]:
+        return {name: self._schedule(f"eval-{name}", len(rows)) for name, rows in dataset.parts.items()}
+
+    @contextmanager
+    def _visiting(self, stage: str, schedules: dict[str, MaskSchedule]) -> Iterator[None]:
+        before = self._stage, self._schedules
+        self._stage, self._schedules = stage, schedules
+        try:
+            yield
+        finally:
+            self._stage, self._schedules = before
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Batch], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
         """The K figures of a batch and their weights, `[B, K, 2]`; weighted means over all rows are the metrics."""
         inputs = self._prepare_inputs(inputs)
-        training, self._schedules = self._schedules, self._eval_schedules
-        try:
+        with self._visiting(self._eval_stage, self._eval_schedules):
             with torch.no_grad(), self.compute_loss_context_manager():
                 figures = self._figures(model, inputs)
-        finally:
-            self._schedules = training
         self._eval_names = list(figures)
         rows = torch.stack([torch.stack(figure, dim=1).float() for figure in figures.values()], dim=1)
         return None, rows, torch.zeros(len(rows), device=rows.device)

@@ -102,6 +102,7 @@ class Objective:
         anchor: reads the divergence to the prompt-masked anchor.
         reference: reads theta_0's bound.
         preferred: reads preferred responses.
+        linear: the loss is a sum over tokens of the bound, or of the KL, with weights known before the pass.
         beta: default of the config's `beta`.
     """
 
@@ -109,12 +110,13 @@ class Objective:
     anchor: bool = False
     reference: bool = False
     preferred: bool = False
+    linear: bool = False
     beta: float = 0.0
 
 
 OBJECTIVES = {
-    "mdu": Objective(mdu, anchor=True),
-    "ga": Objective(ga),
+    "mdu": Objective(mdu, anchor=True, linear=True),
+    "ga": Objective(ga, linear=True),
     "npo": Objective(npo, reference=True, beta=0.2),
     "simnpo": Objective(simnpo, beta=2.5),
     "wga": Objective(wga),

@@ -2,15 +2,17 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
 
-from .models import row_logits
+from .divergence import Prediction, Projection, TokenNLL
+from .models import row_figures, row_projection
 
 
 class Reference:
@@ -22,32 +24,89 @@ class Reference:
     Args:
         model: the model at the start.
         accelerator: of the trainer; gives the copy its device and mixed precision.
+        keep_copy: False if the model is asked before it is trained only, while its weights are theta_0 themselves.
+        precision: of the copy: "full", or "8bit" for the linear layers but the head (bitsandbytes).
+        device: of the copy: the accelerator's if None. A copy on the CPU costs the GPU only its head.
+
+    Raises:
+        ImportError: 8 bit without bitsandbytes.
+        ValueError: a precision or device for the copy that a PEFT model does without.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, accelerator: Accelerator):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        accelerator: Accelerator,
+        keep_copy: bool = True,
+        precision: str = "full",
+        device: str | None = None,
+    ):
         self.accelerator = accelerator
+        self.device = torch.device(device) if device else accelerator.device
         self.frozen: nn.Module | None = None
+        self.head: Projection | None = None  # the copy's, where predictions are compared
         self.first_adapter: dict[str, Tensor] = {}
-        if not isinstance(model, PeftModel):
-            self.frozen = copy.deepcopy(model).requires_grad_(False).eval().to(accelerator.device)
-        elif not _adapter_is_identity(model):
-            self.first_adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        if isinstance(model, PeftModel):
+            if precision != "full" or device is not None:
+                raise ValueError(
+                    "reference_precision and reference_device are of the copy of a model without adapters; a PEFT "
+                    "model needs none. Leave them out."
+                )
+            if not _adapter_is_identity(model):
+                self.first_adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        elif keep_copy:
+            self.frozen = _frozen_copy(model, self.device)
+            if precision == "8bit":
+                _to_8bit(self.frozen)
+                self.frozen.to(self.device)
+            head = _linear_head(self.frozen)
+            self.head = None if head is None else _weights_of(head, accelerator.device)
 
-    def row_logits(
-        self, model: nn.Module, unwrapped: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, **kwargs
-    ) -> Tensor:
-        """theta_0's logits of the selected tokens, `[N, V]`; see `mdu_trainer.models.row_logits`.
+    def projection(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, **kwargs: bool
+    ) -> Prediction:
+        """theta_0's predictions of the selected tokens, to be compared with others; see `row_projection`.
 
         Args:
             model: the live model as the trainer wraps it. Its forward is what runs if there is no copy.
-            unwrapped: the same without wrappers.
         """
-        if self.frozen is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                return row_logits(self.frozen, input_ids, attention_mask, rows, **kwargs)
-        switched = self._first_weights(unwrapped) if self.first_adapter else unwrapped.disable_adapter()
-        with switched:
-            return live_row_logits(model, input_ids, attention_mask, rows, **kwargs)
+        with self._weights(model) as theta_0:
+            inputs = (x.to(self.device) for x in (input_ids, attention_mask, rows))
+            prediction = row_projection(theta_0, *inputs, **kwargs)
+        if not isinstance(prediction, Projection):
+            return prediction.to(input_ids.device)
+        return (self.head or prediction)._replace(hidden=prediction.hidden.to(input_ids.device))
+
+    def nll(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        **kwargs: bool,
+    ) -> Tensor:
+        """-log p of the selected tokens under theta_0, `[N]`. Arguments as for `projection`."""
+        with self._weights(model) as theta_0:
+            inputs = (x.to(self.device) for x in (input_ids, attention_mask, rows))
+            nll = row_figures(theta_0, *inputs, TokenNLL(targets.to(self.device)), **kwargs).value
+        return nll.to(input_ids.device)
+
+    @contextmanager
+    def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
+        with ExitStack() as stack:
+            if self.frozen is not None:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(self.accelerator.autocast())
+                yield self.frozen
+                return
+            unwrapped = self.accelerator.unwrap_model(model)
+            if self.first_adapter:
+                stack.enter_context(self._first_weights(unwrapped))
+            elif isinstance(unwrapped, PeftModel):
+                stack.enter_context(unwrapped.disable_adapter())
+            stack.enter_context(frozen_pass(model))
+            yield model
 
     @contextmanager
     def _first_weights(self, model: nn.Module) -> Iterator[None]:
@@ -62,15 +121,61 @@ class Reference:
                 p.data = now[name]
 
 
-def live_row_logits(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, **kwargs) -> Tensor:
-    """`row_logits` of the model in training, without gradient and without dropout."""
+@contextmanager
+def frozen_pass(model: nn.Module) -> Iterator[None]:
+    """Without gradient and without dropout."""
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            return row_logits(model, input_ids, attention_mask, rows, **kwargs)
+            yield
     finally:
         model.train(training)
+
+
+def trained_head(model: nn.Module, device: torch.device) -> Projection | None:
+    """A copy of the head's weights as they are, or None if they are not trained."""
+    head = _linear_head(model)
+    trained = head is not None and any(p.requires_grad for p in head.parameters())
+    return _weights_of(head, device, copy=True) if trained else None
+
+
+def _linear_head(model: nn.Module) -> nn.Linear | None:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head if isinstance(head, nn.Linear) else None
+
+
+def _weights_of(head: nn.Linear, device: torch.device, copy: bool = False) -> Projection:
+    """The weights as a `Projection` of nothing yet."""
+    weight, bias = (x if x is None else x.detach().to(device, copy=copy) for x in (head.weight, head.bias))
+    return Projection(weight.new_zeros(0, weight.shape[1]), weight, bias)
+
+
+def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
+    """A copy whose tensors are made where they are to stay, not first beside the original's."""
+    memo: dict[int, Tensor] = {id(b): b.detach().to(device, copy=True) for b in model.buffers()}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(p.detach().to(device, copy=True), requires_grad=False)
+    return copy.deepcopy(model, memo).eval()
+
+
+def _to_8bit(model: nn.Module) -> None:
+    """Quantise the linear layers, the head left as it is."""
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            "reference_precision='8bit' needs bitsandbytes, which is not installed: "
+            "pip install mdu-trainer[quantization], or keep the copy in full precision."
+        )
+    from bitsandbytes.nn import Linear8bitLt
+
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and layer is not head:
+            quantised = Linear8bitLt(
+                layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False
+            )
+            quantised.load_state_dict(layer.state_dict())
+            model.set_submodule(name, quantised.requires_grad_(False))
 
 
 def _adapter_is_identity(model: PeftModel) -> bool:

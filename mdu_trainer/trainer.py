@@ -1,7 +1,9 @@
 """Unlearning for masked diffusion language models: the loss, step by step. The maths is in its own rooms."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,16 +11,19 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint, weights_fingerprint
 from .config import MDUConfig
-from .data import TokenizedRows, count_overlap
-from .divergence import anchor_kl, cross_entropy
+from .data import RowPairs, TokenizedRows, count_overlap
+from .divergence import AnchorKL, Measure, Prediction, TokenNLL
 from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row
+from .models import row_projection
 from .objectives import OBJECTIVES, ForgetTerms
 from .provenance import Provenance
 from .publishing import PublishingMixin
-from .reference import Reference, live_row_logits
+from .reference import Reference, frozen_pass, trained_head
 
 logger = logging.get_logger(__name__)
 
@@ -78,10 +83,30 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        self._anchors: dict[str, AnchorCache] = {}
+        self.reference = self._make_reference()
+
+    def _make_reference(self) -> Reference | None:
+        args = self.args
         anchored = self.objective.anchor and args.tau > 0 and args.anchor_source == "initial"
         retain_kl = args.retain_weight > 0 and args.retain_loss_type == "kl"
-        needed = anchored or retain_kl or self.objective.reference
-        self.reference = Reference(self.model, self.accelerator) if needed else None
+        if not (anchored or retain_kl or self.objective.reference):
+            return None
+        return Reference(
+            self.model,
+            self.accelerator,
+            keep_copy=not args.precompute_anchor,
+            precision=args.reference_precision,
+            device=args.reference_device,
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in `Trainer`; first computes the anchors, if they are to be computed before training."""
+        if self.args.precompute_anchor and not self._anchors:
+            self._anchors = self._precompute_anchors()
+            if not isinstance(self.model, PeftModel):
+                self.reference = None  # from now on the live model is not theta_0
+        return super().train(*args, **kwargs)
 
     # The loss
 
@@ -104,28 +129,38 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
     def _forget_figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
         # 1. Draw t and mask the response: y_t.
         noised = self._noise("forget", inputs["forget"])
-        # 2. The conditional pass, p_theta(. | x, y_t), at the masked positions.
-        logits = self._predict(model, noised)
-        # 3. What the objective compares it with: the prompt-masked anchor, or theta_0 on the same masks.
-        figures = self._prediction_figures(noised, logits)
+        # 2. The anchor: theta_0 sees the same y_t behind an all-[MASK] prompt.
+        measure = self._forget_measure(model, inputs["forget"], noised)
+        # 3. The conditional pass, p_theta(. | x, y_t): at the masked positions, the KL to the anchor or -log p.
+        value, entropy = self._measure(model, noised, measure)
+        # 4. What else the objective compares it with: theta_0 on the same masks, preferred responses.
         terms = ForgetTerms(noised.row, noised.num_masked, noised.num_response, noised.weight)
         terms = terms._replace(beta=self.beta, gamma=self.args.gamma, alpha=self.args.alpha)
-        if self.objective.anchor:
-            terms = terms._replace(kl=anchor_kl(logits, self._anchor(model, noised), self.args.tau))
-            figures["kl"] = Figure(noised.per_row(terms.kl.detach()), self._forget_weight(noised))
-        else:
-            terms = terms._replace(nll=cross_entropy(logits, noised.targets))
-            figures["kl"] = each_row(math.log(logits.shape[-1]) - figures["entropy"].value)  # to the uniform anchor
+        terms = terms._replace(**{"kl" if self.objective.anchor else "nll": value})
         if self.objective.reference:
             terms = terms._replace(reference_bound=self._reference_bound(model, noised))
         if self.objective.preferred:
             preferred = self._noise("forget", inputs["preferred"])
-            nll = cross_entropy(self._predict(model, preferred), preferred.targets)
+            nll = self._measure(model, preferred, TokenNLL(preferred.targets)).value
             terms = terms._replace(
                 preferred_bound=preferred.bound(nll), preferred_reference_bound=self._reference_bound(model, preferred)
             )
-        # 4. One forget loss a row.
-        return {"forget_loss": Figure(self.objective.loss(terms), self._forget_weight(noised)), **figures}
+        # 5. One forget loss a row.
+        weight = self._forget_weight(noised)
+        figures = {"forget_loss": Figure(self.objective.loss(terms), weight)}
+        if self.objective.anchor:
+            figures["kl"] = Figure(noised.per_row(value.detach()), weight)
+        else:  # to the uniform anchor
+            figures["kl"] = each_row(math.log(self.backbone.vocab_size) - noised.per_row(entropy))
+        return figures | self._prediction_figures(noised, entropy)
+
+    def _forget_measure(self, model: nn.Module, batch: Batch, noised: Noised) -> Measure:
+        """What is asked of the conditional pass, with the tokens' shares in the loss where they are known."""
+        if self.objective.anchor:
+            weight = self._forget_weight(noised) / noised.num_masked
+            return AnchorKL(self.args.tau, self._anchor(model, batch, noised), token_weight=weight[noised.row])
+        weight = (noised.weight / noised.num_response)[noised.row] if self.objective.linear else None
+        return TokenNLL(noised.targets, token_weight=weight)
 
     def _forget_weight(self, noised: Noised) -> Tensor:
         """What a row weighs in the forget loss: 1, or its masked tokens where the KL is pooled over all tokens."""
@@ -137,35 +172,36 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
 
     def _retain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
         noised = self._noise("retain", batch)
-        logits = self._predict(model, noised)
         if self.args.retain_loss_type == "nelbo":
-            return noised.bound(cross_entropy(logits, noised.targets)) / noised.num_response
-        initial_logits = self._initial_logits(model, noised, noised.corruption.noisy_ids)
-        return noised.per_row(anchor_kl(logits, initial_logits, tau=1.0))
+            weight = noised.weight / noised.num_response
+            nll = self._measure(model, noised, TokenNLL(noised.targets, token_weight=weight[noised.row])).value
+            return noised.bound(nll) / noised.num_response
+        initial = self._initial(model, noised, noised.corruption.noisy_ids)
+        weight = 1 / noised.num_masked
+        return noised.per_row(self._measure(model, noised, AnchorKL(1.0, initial, weight[noised.row])).value)
 
-    def _anchor(self, model: nn.Module, noised: Noised) -> Tensor | None:
+    def _anchor(self, model: nn.Module, batch: Batch, noised: Noised) -> Prediction | None:
         """The prompt-masked prediction at the masked positions, without gradient. The uniform anchor takes no pass."""
         if self.args.tau == 0:
             return None
-        ids = noised.corruption.anchor_ids
+        if self._stage in self._anchors:
+            return self._anchors[self._stage].read(batch["visit"], batch["row"])
         if self.args.anchor_source == "initial":
-            return self._initial_logits(model, noised, ids)
-        shift = self.backbone.logit_shift
-        return live_row_logits(model, ids, noised.attention_mask, noised.corruption.masked, logit_shift=shift)
+            return self._initial(model, noised, noised.corruption.anchor_ids)
+        with frozen_pass(model):
+            return row_projection(model, noised.corruption.anchor_ids, *noised.where, **self._shift)
 
-    def _initial_logits(self, model: nn.Module, noised: Noised, input_ids: Tensor) -> Tensor:
-        return self.reference.row_logits(
-            model,
-            self.accelerator.unwrap_model(model),
-            input_ids,
-            noised.attention_mask,
-            noised.corruption.masked,
-            logit_shift=self.backbone.logit_shift,
-        )
+    def _initial(self, model: nn.Module, noised: Noised, input_ids: Tensor) -> Prediction:
+        if self.reference is None:
+            raise ValueError(
+                "The anchors of this eval set were not computed before training. Pass it to the constructor, or set "
+                "precompute_anchor=False."
+            )
+        return self.reference.projection(model, input_ids, *noised.where, **self._shift)
 
     def _reference_bound(self, model: nn.Module, noised: Noised) -> Tensor:
-        nll = cross_entropy(self._initial_logits(model, noised, noised.corruption.noisy_ids), noised.targets)
-        return noised.bound(nll)
+        ids = noised.corruption.noisy_ids
+        return noised.bound(self.reference.nll(model, ids, *noised.where, noised.targets, **self._shift))
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
         rows = torch.tensor(sum(len(batch["forget"]["row"]) for batch in batches), device=self.args.device)
@@ -174,6 +210,50 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
             return {"forget_loss": mean_rows, "retain_loss": mean_rows}
         masked = sum(self._noise("forget", batch["forget"]).num_masked.sum() for batch in batches)
         return {"forget_loss": self._mean_over_update(masked, len(batches)), "retain_loss": mean_rows}
+
+    # Anchors computed before training
+
+    def _precompute_anchors(self) -> dict[str, AnchorCache]:
+        """The anchors of all training steps, and of the eval sets given to the constructor, by stage."""
+        size = self.args.eval_batch_size
+        stages = {} if self.train_dataset is None else {"train": (self.train_dataset, self._schedules)}
+        batches = {"train": self._train_batches()}
+        for stage, dataset in self._eval_sets.items():
+            stages[stage] = (dataset, self._schedules_of(dataset))
+            batches[stage] = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
+        head = trained_head(self.model, self.args.device)
+        weights = weights_fingerprint(self.model)
+        anchors = {}
+        for stage, (dataset, schedules) in stages.items():
+            facts = (self.backbone, self.args.bf16, self.args.fp16, batches[stage], vars(schedules["forget"]))
+            with self._visiting(stage, schedules):
+                anchors[stage] = AnchorCache(
+                    Path(self.args.output_dir) / FOLDER / stage,
+                    fingerprint=fingerprint(weights, dataset.parts["forget"], *facts),
+                    batches=partial(self._anchor_batches, dataset, batches[stage]),
+                    head=head,
+                )
+        return anchors
+
+    def _train_batches(self) -> list[range]:
+        """The counters of each micro-batch that training reads, those of the processes in turn."""
+        args, size, batch_size = self.args, len(self.train_dataset), self.args.train_batch_size
+        rows = batch_size * args.world_size
+        updates = math.ceil(math.ceil(size / rows) / args.gradient_accumulation_steps)  # an epoch
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+        batches = []
+        for epoch in range(math.ceil(steps / updates)):
+            left = (steps - epoch * updates) * args.gradient_accumulation_steps * rows
+            start, stop = epoch * size, epoch * size + min(size, left)
+            batches += [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
+        return batches
+
+    def _anchor_batches(self, dataset: RowPairs, batches: list[range]) -> Iterator[AnchorBatch]:
+        for counters in batches:
+            inputs = self._prepare_inputs(self.data_collator([dataset[counter] for counter in counters]))
+            batch, noised = inputs["forget"], self._noise("forget", inputs["forget"])
+            predict = partial(self._initial, self.model, noised, noised.corruption.anchor_ids)
+            yield AnchorBatch(batch["visit"], batch["row"], noised.num_masked, predict)
 
     # Data
 

@@ -12,7 +12,7 @@ from torch.nn.functional import logsigmoid
 from transformers import BertConfig, BertForMaskedLM
 from trl import ModelConfig, get_peft_config
 
-from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError
+from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError, divergence
 from mdu_trainer.data import question_answer_rows
 from mdu_trainer.testing import forget_retain_split
 
@@ -296,13 +296,19 @@ def test_passes_a_forget_batch(make_trainer, options, live, frozen):
     assert (copy_counter.count if copy_counter else 0) == frozen
 
 
-def test_head_projects_masked_positions_only(make_trainer):
-    trainer = make_trainer(retain_weight=0.0)
-    rows = []
-    trainer.model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[0]))
+@pytest.mark.parametrize(("tau", "projections"), [(0.0, 1), (0.5, 2)])
+def test_head_projects_masked_positions_only(make_trainer, monkeypatch, tau, projections):
+    trainer = make_trainer(retain_weight=0.0, tau=tau)
+    rows, project = [], divergence._project
+
+    def counted(hidden, *head, **kwargs):
+        rows.append(len(hidden))
+        return project(hidden, *head, **kwargs)
+
+    monkeypatch.setattr(divergence, "_project", counted)
     batch = batch_of(trainer)
     trainer.compute_loss(trainer.model, batch)
-    assert rows == [int(trainer._noise("forget", batch["forget"]).num_masked.sum())]
+    assert rows == [int(trainer._noise("forget", batch["forget"]).num_masked.sum())] * projections
 
 
 @pytest.mark.parametrize("options", [{"tau": 0.5}, {"loss_type": "npo", "retain_loss_type": "kl"}])

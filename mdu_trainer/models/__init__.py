@@ -6,7 +6,7 @@ Importing this package registers the native classes with transformers, so that `
 
 from .backbone import Backbone, resolve_backbone
 from .dream import DreamConfig, DreamModel, DreamTokenizer
-from .head import row_logits
+from .head import row_figures, row_logits, row_projection
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import load_model, load_tokenizer
@@ -24,5 +24,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve_backbone",
+    "row_figures",
     "row_logits",
+    "row_projection",
 ]

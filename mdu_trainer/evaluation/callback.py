@@ -1,0 +1,154 @@
+"""Watch forgetting and retention while a model is trained, and stop in time."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from ..generation import DiffusionGenerationConfig
+from ..mdlm import MDLMTrainer
+from .tofu import check_sets, evaluate_tofu
+
+logger = logging.get_logger(__name__)
+
+
+class UnlearningEvalCallback(TrainerCallback):
+    """Scores forget and retain rows during training: decoded answers and likelihoods, not losses.
+
+    Figures are logged as `eval_forget_rougeL_recall`, `eval_retain_probability` and so on. When they belong to an
+    evaluation of the trainer, they join its metrics, so `metric_for_best_model` can name one. Training is not
+    disturbed: the weights end up as they would without.
+
+    Every process scores its share and sees all figures, so all stop together.
+
+    Args:
+        trainer: the one that trains. Its model must be whole on every process (no FSDP, no ZeRO-3).
+        forget: rows with columns `question` and `answer`; a few dozen are enough to steer by.
+        retain: such rows to keep.
+        generation_config: how answers are decoded, as in `evaluate_tofu`.
+        metrics: what is measured, names in `mdu_trainer.evaluation.scoring.METRICS`.
+        every_steps: score every so many updates. If None, after each evaluation of the trainer.
+        stop_forget_below: stop once `stop_metric` of the forget rows is below this: forgetting is reached.
+        stop_retain_below: stop once `stop_metric` of the retain rows is below this: too much is lost.
+        stop_metric: the figure that is compared.
+        num_draws: forward passes for the likelihood of an answer.
+
+    Attributes:
+        stopped_because: why training was stopped, None if it was not.
+
+    Raises:
+        ValueError: for rows that cannot be scored, limits without what they are compared with, a callback that would
+            never be called, or a sharded model.
+
+    Example:
+
+        trainer.add_callback(
+            UnlearningEvalCallback(trainer, forget, retain, every_steps=20, stop_forget_below=0.2)
+        )
+    """
+
+    def __init__(
+        self,
+        trainer: MDLMTrainer,
+        forget: Dataset,
+        retain: Dataset | None = None,
+        generation_config: DiffusionGenerationConfig | None = None,
+        *,
+        metrics: Sequence[str] = ("rougeL", "probability"),
+        every_steps: int | None = None,
+        stop_forget_below: float | None = None,
+        stop_retain_below: float | None = None,
+        stop_metric: str = "rougeL_recall",
+        num_draws: int = 8,
+    ):
+        self.sets = {"forget": forget} | ({} if retain is None else {"retain": retain})
+        check_sets(self.sets)
+        if stop_retain_below is not None and retain is None:
+            raise ValueError(f"stop_retain_below = {stop_retain_below} needs retain rows to score: pass retain.")
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"every_steps must be at least 1, got {every_steps}.")
+        if every_steps is None and trainer.args.eval_strategy == "no":
+            raise ValueError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "The model is sharded over the processes (FSDP or ZeRO-3), and each would decode at its own pace and "
+                "wait for the others forever. Score the checkpoints after training instead."
+            )
+        self.trainer = trainer
+        self.generation_config = generation_config
+        self.metrics, self.num_draws = tuple(metrics), num_draws
+        self.every_steps = every_steps
+        self.limits = {"forget": stop_forget_below, "retain": stop_retain_below}
+        self.stop_metric = stop_metric
+        self.stopped_because: str | None = None
+        self._scored: tuple[int, dict[str, float]] | None = None  # step, figures
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Score every `every_steps` updates."""
+        if self.every_steps is not None and state.global_step % self.every_steps == 0:
+            self._score(state, control)
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Score after an evaluation; one of several data sets counts once."""
+        if self.every_steps is None:
+            figures = self._score(state, control)
+            if metrics is not None:
+                metrics.update(figures)
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the last figures: the best weights may have been loaded at the same step."""
+        self._scored = None
+
+    def _score(self, state: TrainerState, control: TrainerControl) -> dict[str, float]:
+        """Figures of the present weights, logged; asks to stop if a limit is passed."""
+        if self._scored is None or self._scored[0] != state.global_step:
+            result = evaluate_tofu(
+                self.trainer.model,
+                self.trainer.processing_class,
+                self.sets,
+                self.generation_config,
+                metrics=self.metrics,
+                backbone=self.trainer.backbone,
+                num_draws=self.num_draws,
+            )
+            figures = {
+                f"eval_{name}_{metric}": estimate.value
+                for name, scores in result.run.scores.items()
+                for metric, estimate in scores.items()
+            }
+            self.trainer.log(dict(figures))
+            self._scored = (state.global_step, figures)
+            self._stop_if_passed(figures, state, control)
+        return self._scored[1]
+
+    def _stop_if_passed(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        meaning = {"forget": "forgetting is reached", "retain": "retention is lost"}
+        reasons = []
+        for name, limit in self.limits.items():
+            if limit is None:
+                continue
+            key = f"eval_{name}_{self.stop_metric}"
+            if key not in figures:
+                raise ValueError(f"stop_metric: there is no {key}; measured are {', '.join(figures)}.")
+            if figures[key] < limit:
+                reasons.append(f"{meaning[name]} ({key} = {figures[key]:.3f} < stop_{name}_below = {limit:g})")
+        if reasons:
+            self.stopped_because = "; ".join(reasons)
+            control.should_training_stop = True
+            logger.warning(f"Training stops at step {state.global_step}: {self.stopped_because}.")
