@@ -144,6 +144,12 @@ class MDUConfig(MDLMConfig):
             `"full"`, or `"8bit"` for the linear layers but the head (needs bitsandbytes).
         reference_device (`str`, *optional*):
             Where the copy is kept and run, e.g. `"cpu"`. The model's device if not set.
+
+        > Parameters that control the model card
+
+        forget_description (`str`, *optional*):
+            One line on what is to be forgotten, in your own words. It is published: name nobody, quote nothing. If
+            not set, the card names the data set's split.
     """
 
     loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": list(OBJECTIVES)})
@@ -170,6 +176,9 @@ class MDUConfig(MDLMConfig):
     )
     reference_device: str | None = field(
         default=None, metadata={"help": "Where the copy at the start is kept, e.g. cpu; the model's device if unset."}
+    )
+    forget_description: str | None = field(
+        default=None, metadata={"help": "One line for the model card on what is to be forgotten; it is published."}
     )
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
