@@ -35,6 +35,7 @@ from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.scoring import choose_metrics
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TofuResult, TruthRatios, evaluate_tofu, load_tofu, longest_answer
+from mdu_trainer.model_card import write_model_card
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -272,6 +273,8 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
         }
         plot_tradeoff(results.runs, folder / "tradeoff.png")
         plot_losses(histories, folder / "losses.png")
+        for run in runs:
+            write_model_card(run.output_dir, results=results)
         print(f"\n{results.table()}\n\nWritten to {folder}")
 
 
