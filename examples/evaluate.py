@@ -48,7 +48,7 @@ class EvaluationArguments:
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "TOFU: decoded tokens; the longest answer."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
-    likelihood_draws: int = field(default=8, metadata={"help": "Passes an answer for its likelihood."})
+    likelihood_draws: int = field(default=16, metadata={"help": "Passes an answer for its likelihood."})
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     retain_log: str | None = field(
         default=None, metadata={"help": "truth_ratios.json of a model of the rows to keep; adds the forget quality."}

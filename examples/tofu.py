@@ -62,7 +62,7 @@ class TofuArguments:
     vocab_size: int = field(default=512, metadata={"help": "Byte-level BPE tokens of a model from scratch."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens; the longest answer if unset."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
-    likelihood_draws: int = field(default=8, metadata={"help": "Passes a row for the probability."})
+    likelihood_draws: int = field(default=16, metadata={"help": "Passes a row for the probability."})
     eval_rows_a_batch: int = field(default=32, metadata={"help": "Rows decoded at a time when scoring."})
     metrics: list[str] = field(default_factory=lambda: list(TOFU_METRICS), metadata={"help": "What is measured."})
     retain_model: str | None = field(

@@ -62,7 +62,7 @@ class UnlearningEvalCallback(TrainerCallback):
         stop_forget_below: float | None = None,
         stop_retain_below: float | None = None,
         stop_metric: str = "rougeL_recall",
-        num_draws: int = 8,
+        num_draws: int = 16,
     ):
         self.sets = {"forget": forget} | ({} if retain is None else {"retain": retain})
         check_sets(self.sets)

@@ -70,7 +70,7 @@ class QuestionSet:
     questions: list[Question]
     metrics: Mapping[str, "Metric"]
     decoding: DiffusionGenerationConfig
-    num_draws: int = 8
+    num_draws: int = 16
 
     def __len__(self) -> int:
         return len(self.questions)

@@ -174,7 +174,7 @@ def evaluate_tofu(
     retain_log: TruthRatios | None = None,
     method: str = "model",
     backbone: Backbone | None = None,
-    num_draws: int = 8,
+    num_draws: int = 16,
     progress_path: str | Path | None = None,
     show_progress: bool = False,
 ) -> TofuResult:
@@ -223,7 +223,7 @@ def score_answers(
     *,
     metrics: Sequence[str] = ("rougeL", "probability"),
     backbone: Backbone | None = None,
-    num_draws: int = 8,
+    num_draws: int = 16,
     show_progress: bool = False,
 ) -> Scores:
     """The figures of one set of questions; arguments and errors as in `evaluate_tofu`."""
@@ -246,7 +246,7 @@ def tofu_questions(
     backbone: Backbone,
     generation_config: DiffusionGenerationConfig | None = None,
     metrics: Sequence[str] = TOFU_METRICS,
-    num_draws: int = 8,
+    num_draws: int = 16,
 ) -> list[QuestionSet]:
     """TOFU's sets as questions, and what is measured of each; arguments as in `evaluate_tofu`."""
     encoded, chosen = {}, {}
