@@ -58,6 +58,7 @@ def test_output(compared):
     assert results["schema"] == 2 and results["model"] and results["dataset"] and results["settings"]
     assert [(run["method"], run["tau"]) for run in results["runs"]] == [
         ("base", None),
+        ("retain model", None),
         ("npo", None),
         ("mdu", 0.0),
         ("mdu", 0.5),
@@ -66,8 +67,9 @@ def test_output(compared):
     for run in results["runs"]:
         for name in ("forget", "retain"):
             assert set(run["scores"][name]) == FIGURES and run["rows"][name] == 2
-        assert set(run["summary"]) == {"model_utility"}
-        assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] != "base")
+        compared_with_it = set() if run["method"] == "retain model" else {"forget_quality"}
+        assert set(run["summary"]) == {"model_utility"} | compared_with_it
+        assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] in ("npo", "mdu", "dpo"))
     assert Results.load(folder / "results.json").table() in log
     written = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".md")]
     assert written and not any("hf_planted" in text for text in [*written, log])
@@ -75,6 +77,8 @@ def test_output(compared):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     for name in ("base", "npo", "mdu-tau0", "mdu-tau0.5", "dpo"):
         assert load_model(str(folder / name)).config.is_causal is False
+    for name in ("npo", "mdu-tau0", "mdu-tau0.5", "dpo"):
+        assert "| forget | rougeL_recall" in (folder / name / "README.md").read_text()
 
 
 def test_folder_is_not_overwritten_unless_asked(compared):
@@ -107,6 +111,7 @@ def test_two_processes_do_what_one_does(compared, tmp_path):
         [sys.executable, *launch, str(ROOT / "examples" / "tofu.py"), "--config", str(folder / "config.yaml")]
         + ["--output_dir", str(tmp_path / "two"), "--loss_type", "mdu", "--tau", "0.5"]
         + ["--model_name_or_path", str(folder / "base"), "--finetune_epochs", "0"]
+        + ["--retain_model", str(folder / "retain")]
         + ["--per_device_train_batch_size", "1"],
         capture_output=True,
         text=True,
@@ -121,7 +126,7 @@ def test_two_processes_do_what_one_does(compared, tmp_path):
         moved, differ = moved + (a - s).square().sum().item(), differ + (a - b).square().sum().item()
     # AdamW's first steps have the size of the learning rate whatever the gradient's, so rounding shows in tiny ones
     assert moved > 0 and differ < 0.01 * moved
-    assert [r.name for r in Results.load(tmp_path / "two" / "results.json").runs] == ["base", "mdu tau=0.5"]
+    assert [r.name for r in Results.load(tmp_path / "two" / "results.json").runs] == ["base", "retain model", "mdu tau=0.5"]
 
 
 def test_resumes_what_was_begun(compared, tmp_path):
