@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers.utils import logging
 
@@ -152,15 +152,6 @@ def fingerprint(*facts: object) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for fact in facts:
         digest.update(repr(fact).encode())
-    return digest.hexdigest()
-
-
-def weights_fingerprint(model: nn.Module) -> str:
-    """A hash of the names and the bits of all weights."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

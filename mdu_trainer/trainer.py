@@ -14,12 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint, weights_fingerprint
+from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint
 from .config import MDUConfig
 from .data import RowPairs, TokenizedRows, count_overlap
 from .divergence import AnchorKL, Measure, Prediction, TokenNLL
 from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row
-from .models import row_projection
+from .models import row_projection, weights_fingerprint
 from .objectives import OBJECTIVES, ForgetTerms
 from .provenance import Provenance
 from .publishing import PublishingMixin

@@ -126,7 +126,11 @@ def test_two_processes_do_what_one_does(compared, tmp_path):
         moved, differ = moved + (a - s).square().sum().item(), differ + (a - b).square().sum().item()
     # AdamW's first steps have the size of the learning rate whatever the gradient's, so rounding shows in tiny ones
     assert moved > 0 and differ < 0.01 * moved
-    assert [r.name for r in Results.load(tmp_path / "two" / "results.json").runs] == ["base", "retain model", "mdu tau=0.5"]
+    assert [r.name for r in Results.load(tmp_path / "two" / "results.json").runs] == [
+        "base",
+        "retain model",
+        "mdu tau=0.5",
+    ]
 
 
 def test_resumes_what_was_begun(compared, tmp_path):

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from mdu_trainer.evaluation.runner import model_fingerprint, score_questions
+from mdu_trainer.evaluation.runner import score_questions
 from mdu_trainer.evaluation.scoring import Batch, QuestionSet, choose_metrics, encode_questions, estimates
 from mdu_trainer.generation import DiffusionGenerationConfig
+from mdu_trainer.models import weights_fingerprint
 
 SECRET = "zanzibar"
 ALL = ("rougeL", "probability", "truth_ratio", "degeneracy", "exact_memorization", "extraction_strength")
@@ -117,14 +118,14 @@ def test_progress_holds_no_text(model, tokenizer, make_set, authors, tmp_path):
 
 
 def test_fingerprint_sees_a_change_of_any_tensor(model):
-    before = model_fingerprint(model)
-    assert model_fingerprint(model) == before
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model) == before
     for name, tensor in model.state_dict().items():
         kept = tensor.clone()
         tensor += 1e-4
-        assert model_fingerprint(model) != before, name
+        assert weights_fingerprint(model) != before, name
         tensor.copy_(kept)
-    assert model_fingerprint(model.bfloat16()) != before
+    assert weights_fingerprint(model.bfloat16()) != before
 
 
 def test_unknown_metric():

@@ -1,6 +1,5 @@
 """Score sets of questions: in batches, over processes, and on from where a killed run stopped."""
 
-import hashlib
 import json
 import os
 import time
@@ -16,10 +15,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..models import Backbone, resolve_backbone
+from ..models import Backbone, resolve_backbone, weights_fingerprint
 from .scoring import Batch, Figures, QuestionSet
-
-SAMPLED_BYTES = 4096  # of each tensor, evenly spaced: enough to tell trained weights apart
 
 Key = tuple[str, int]  # set, row
 
@@ -77,7 +74,7 @@ def score_questions(
     state = processes()
     with _Progress(progress_path if state.is_main_process else None) as progress:
         if progress_path is not None:
-            header = {"model": model_fingerprint(model), "sets": {part.name: part.fingerprint() for part in sets}}
+            header = {"model": weights_fingerprint(model), "sets": {part.name: part.fingerprint() for part in sets}}
             done = _from_main(lambda: progress.resume(header))
         else:
             done = {}
@@ -98,18 +95,6 @@ def score_questions(
 def processes() -> PartialState:
     """The processes of this launch. Those on the CPU accelerate overlooks unless told so."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A short hash of a model's weights, from a sample of each tensor."""
-    state = hashlib.blake2b(digest_size=8)
-    for name, tensor in model.state_dict().items():
-        state.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        if not tensor.is_meta:
-            flat = tensor.detach().reshape(-1)
-            sample = flat[:: max(1, flat.numel() * flat.element_size() // SAMPLED_BYTES)].cpu().contiguous()
-            state.update(sample.view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def _unfinished(sets: Sequence[QuestionSet], done: dict[Key, Line]) -> list[tuple[QuestionSet, list[int]]]:

@@ -6,6 +6,7 @@ Importing this package registers the native classes with transformers, so that `
 
 from .backbone import Backbone, resolve_backbone
 from .dream import DreamConfig, DreamModel, DreamTokenizer
+from .fingerprint import weights_fingerprint
 from .head import row_figures, row_logits, row_projection
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
@@ -27,4 +28,5 @@ __all__ = [
     "row_figures",
     "row_logits",
     "row_projection",
+    "weights_fingerprint",
 ]
