@@ -31,8 +31,9 @@ setup(
     author="the mdu_trainer authors",
     license_expression="MIT",
     license_files=["LICENSE"],
-    packages=find_packages(include=["mdu_trainer", "mdu_trainer.*"]),
-    package_data={"mdu_trainer": ["py.typed"]},
+    packages=[*find_packages(include=["mdu_trainer", "mdu_trainer.*"]), "mdu_trainer.model_cards"],
+    package_dir={"mdu_trainer.model_cards": "model_cards"},  # the card's template; a clone reads it where it lies
+    package_data={"mdu_trainer": ["py.typed"], "mdu_trainer.model_cards": ["*.jinja"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.10.1",

@@ -144,6 +144,12 @@ class MDUConfig(MDLMConfig):
             `"full"`, or `"8bit"` for the linear layers but the head (needs bitsandbytes).
         reference_device (`str`, *optional*):
             Where the copy is kept and run, e.g. `"cpu"`. The model's device if not set.
+
+        > Parameters that control the model card
+
+        forget_description (`str`, *optional*):
+            One line on what is to be forgotten, in your own words. It is published: name nobody, quote nothing. If
+            not set, the card names the data set's split.
     """
 
     loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": list(OBJECTIVES)})
@@ -164,6 +170,9 @@ class MDUConfig(MDLMConfig):
     alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
     retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
+    forget_description: str | None = field(
+        default=None, metadata={"help": "One line for the model card on what is to be forgotten; it is published."}
+    )
 
     reference_precision: str = field(
         default="full", metadata={"help": "Precision of the copy at the start.", "choices": ["full", "8bit"]}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -68,8 +68,11 @@ def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str 
     if not conversational:
         return dataset.select_columns(list(columns)).rename_columns(columns)
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant"}
+    known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
     return Dataset.from_dict(
-        {new: [[{"role": roles[new], "content": text}] for text in dataset[old]] for old, new in columns.items()}
+        {new: [[{"role": roles[new], "content": text}] for text in dataset[old]] for old, new in columns.items()},
+        info=DatasetInfo(**{name: getattr(dataset.info, name) for name in known}),
+        split=dataset.split,
     )
 
 

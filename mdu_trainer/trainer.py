@@ -21,12 +21,14 @@ from .divergence import AnchorKL, Measure, Prediction, TokenNLL
 from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row
 from .models import row_projection
 from .objectives import OBJECTIVES, ForgetTerms
+from .provenance import Provenance
+from .publishing import PublishingMixin
 from .reference import Reference, frozen_pass, trained_head
 
 logger = logging.get_logger(__name__)
 
 
-class MDUTrainer(MDLMTrainer):
+class MDUTrainer(PublishingMixin, MDLMTrainer):
     """Make a masked diffusion language model forget (MDU, arXiv 2605.18253, and its baselines).
 
         L_forget = E_t [ 1/|M_t| sum_{i in M_t} KL( p_theta(. | x, y_t)_i || softmax(tau logits_theta0(m, y_t)_i) ) ]
@@ -67,6 +69,7 @@ class MDUTrainer(MDLMTrainer):
         args = self._config(args)
         _check_retain(args, train_dataset, retain_dataset)
         self._retain_dataset = retain_dataset
+        self.provenance = Provenance(train_dataset, retain_dataset)
         self.objective = OBJECTIVES[args.loss_type]
         self.beta = self.objective.beta if args.beta is None else args.beta
         super().__init__(

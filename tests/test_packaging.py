@@ -27,7 +27,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     for file in ROOT.iterdir():
         if file.suffix in {".py", ".toml", ".md"} or file.name == "LICENSE":
             shutil.copy(file, source)
-    shutil.copytree(ROOT / "mdu_trainer", source / "mdu_trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("mdu_trainer", "model_cards"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [
         sys.executable,
         "-m",
@@ -60,10 +61,10 @@ def test_public_names_metrics_and_testing_need_no_heavy_extra():
     assert not loaded & HEAVY_EXTRAS
 
 
-def test_wheel_holds_every_module_and_the_type_marker(wheel):
+def test_wheel_holds_every_module_the_type_marker_and_the_card_template(wheel):
     files = {name for name in wheel.namelist() if name.startswith("mdu_trainer/")}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mdu_trainer").rglob("*.py")}
-    assert files == modules | {"mdu_trainer/py.typed"}
+    assert files == modules | {"mdu_trainer/py.typed", "mdu_trainer/model_cards/unlearned_model.md.jinja"}
 
 
 def test_wheel_metadata(wheel):

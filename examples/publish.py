@@ -1,0 +1,46 @@
+"""Publish an unlearned model on the Hugging Face Hub, privately unless told otherwise.
+
+Look first, send then:
+
+    python examples/publish.py outputs/demo/mdu-tau0 ORG/NAME --results outputs/demo/results.json --dry_run
+    python examples/publish.py outputs/demo/mdu-tau0 ORG/NAME --results outputs/demo/results.json
+
+The token is the one that `hf auth login` stored, or HF_TOKEN.
+"""
+
+import argparse
+import sys
+
+import common  # noqa: F401 - takes this folder, where evaluate.py hides a library, off the path
+
+from mdu_trainer.hub import PushError, push_unlearned_model
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="a checkpoint of MDUTrainer")
+    parser.add_argument("repo_id", help="ORG/NAME, created if it does not exist")
+    parser.add_argument("--results", help="results.json with the model's figures; by default the one in the folder")
+    parser.add_argument("--base_model", help="Hub id of the base, if the checkpoint does not know it")
+    parser.add_argument(
+        "--adapter", choices=["keep", "merge"], default="keep", help="publish the adapter, or merge it"
+    )
+    parser.add_argument("--public", action="store_true", help="make the repository public, or write to a public one")
+    parser.add_argument("--revision", help="branch to push to, created if it does not exist")
+    parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
+    parser.add_argument("--description", help="one line on what was to be forgotten; it is published")
+    parser.add_argument("--dry_run", action="store_true", help="print files and card, and send nothing")
+    options = vars(parser.parse_args())
+    private = not options.pop("public")
+    try:
+        info = push_unlearned_model(options.pop("folder"), options.pop("repo_id"), private=private, **options)
+    except (OSError, ValueError, PushError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    if info is not None:
+        print(info.pr_url or info.commit_url)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,391 @@
+"""What a checkpoint keeps about its unlearning: the facts of its card, and hashes that recognise a leak.
+
+Two files lie beside the weights. Neither is ever uploaded:
+
+- `unlearning.json`, the `Facts`: method, options, names and fingerprints of the data, versions. No text of any row.
+- `forget_hashes.json`, the `ForgetHashes`: keyed hashes of the word sequences that only the forget rows hold, by which
+  a file that quotes one is found before it is published.
+
+The hashes are pseudonymous, not anonymous: their key lies beside them, so whoever has the file can confirm a sentence
+that they guess. Keep it as you keep the forget set, and delete it with the forget set.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import secrets
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from datasets import Dataset
+from huggingface_hub import try_to_load_from_cache
+from transformers.utils import logging
+
+from . import __version__
+
+if TYPE_CHECKING:
+    from .trainer import MDUTrainer
+
+logger = logging.get_logger(__name__)
+
+FACTS_FILE, HASHES_FILE = "unlearning.json", "forget_hashes.json"
+SCHEMA = 1
+SEQUENCE_WORDS = 6  # shorter sequences are common wording, longer ones miss a sentence that was cut or reworded
+SHORTEST_ROW_WORDS = 4  # below, a text cannot be told from ordinary language
+DIGEST_BYTES = 8  # a million sequences against a million hashes collide once in ten million scans
+FORGET_COLUMNS = ("messages", "prompt", "completion", "rejected")  # `chosen` is what may be said
+PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
+
+OBJECTIVE_OPTIONS = {  # those that each method reads
+    "mdu": ("kl_reduction", "anchor_source"),
+    "npo": ("beta",),
+    "simnpo": ("beta", "gamma"),
+    "wga": ("alpha",),
+    "dpo": ("beta",),
+}
+TRAINING_OPTIONS = (
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "max_length",
+    "t_min",
+    "t_max",
+    "time_epsilon",
+    "seed",
+)
+
+
+# Facts
+
+
+@dataclass(frozen=True)
+class SetFacts:
+    """Which rows were used, without what they say.
+
+    Attributes:
+        rows: how many.
+        fingerprint: of their texts, 32 hexadecimal digits. Of a small private set it confirms a guess, as hashes do,
+            so it stays in the checkpoint.
+        name, config, split: as `datasets` knows them, None for rows made in memory.
+    """
+
+    rows: int
+    fingerprint: str
+    name: str | None = None
+    config: str | None = None
+    split: str | None = None
+
+    def __str__(self) -> str:
+        """What a reader calls the set: "tofu, forget10, train"."""
+        return ", ".join(part for part in (self.name, self.config, self.split) if part) or "an unnamed data set"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says about a checkpoint beyond its figures.
+
+    Attributes:
+        method, tau: as in `evaluation.report.Run`; tau is None for methods other than MDU.
+        options: the method's own constants, and those of the retain loss.
+        backbone: see `mdu_trainer.models.Backbone`.
+        base_model, base_revision: Hub id of the model at the start and its commit, None for a local one.
+        base_path: folder of a local model at the start. Never published.
+        adapter: PEFT's type and the rank, None where all weights were trained.
+        forget, retain: the rows; `retain` is None where there were none.
+        description: the user's own line on what was to be forgotten.
+        training: optimisation and precision, by name.
+        versions: of the packages involved.
+    """
+
+    method: str
+    tau: float | None
+    options: dict[str, Any]
+    backbone: str
+    base_model: str | None
+    base_revision: str | None
+    base_path: str | None
+    adapter: dict[str, Any] | None
+    forget: SetFacts
+    retain: SetFacts | None
+    description: str | None
+    training: dict[str, Any]
+    versions: dict[str, str]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `unlearning.json`, whole or not at all."""
+        _write(Path(folder) / FACTS_FILE, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Facts":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder was not written by `MDUTrainer`.
+            ValueError: the file is not readable, or of another schema.
+        """
+        content = _read(Path(folder) / FACTS_FILE)
+        sets = {name: content[name] and SetFacts(**content[name]) for name in ("forget", "retain")}
+        return cls(**content | sets)
+
+
+def trainer_facts(trainer: "MDUTrainer", forget: SetFacts, retain: SetFacts | None) -> Facts:
+    """The facts of a trainer's model as it is now."""
+    args, state = trainer.args, trainer.state
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    config = model.config
+    name = getattr(config, "_name_or_path", None) or None
+    is_local = name is None or Path(name).exists()
+    names = OBJECTIVE_OPTIONS.get(args.loss_type, ())
+    options = {option: trainer.beta if option == "beta" else getattr(args, option) for option in names}
+    options["retain_weight"] = args.retain_weight
+    if args.retain_weight:
+        options["retain_loss_type"] = args.retain_loss_type
+    micro_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    training = {
+        "steps": state.global_step,
+        "epochs": round(state.epoch or 0.0, 3),
+        "forget_rows_an_update": micro_batch * args.world_size,
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "lr_scheduler": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        **{option: getattr(args, option) for option in TRAINING_OPTIONS},
+        "weights": str(model.dtype).removeprefix("torch."),
+        "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
+        "processes": args.world_size,
+    }
+    return Facts(
+        method=args.loss_type,
+        tau=args.tau if args.loss_type == "mdu" else None,
+        options=options,
+        backbone=trainer.backbone.name,
+        base_model=None if is_local else name,
+        base_revision=None if is_local else _cached_commit(name, (args.model_init_kwargs or {}).get("revision")),
+        base_path=str(Path(name).resolve()) if is_local and name else None,
+        adapter=_adapter(model),
+        forget=forget,
+        retain=retain,
+        description=args.forget_description,
+        training=training,
+        versions={"mdu_trainer": __version__} | {package: version(package) for package in PACKAGES},
+    )
+
+
+def _cached_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a Hub model was loaded from, as far as the cache tells: transformers does not keep it."""
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(path, str):
+        return None
+    snapshot = Path(path).parent
+    loaded_is_known = revision is not None or len(list(snapshot.parent.iterdir())) == 1
+    return snapshot.name if loaded_is_known else None
+
+
+def set_facts(dataset: Dataset) -> SetFacts:
+    """Names, size and fingerprint of a data set."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(json.dumps([row.get(column) for column in FORGET_COLUMNS], default=str).encode())
+    info = getattr(dataset, "info", None)
+    split = getattr(dataset, "split", None)
+    return SetFacts(
+        rows=len(dataset),
+        fingerprint=digest.hexdigest()[:32],
+        name=getattr(info, "dataset_name", None),
+        config=getattr(info, "config_name", None),
+        split=None if split is None else str(split),
+    )
+
+
+def _adapter(model: Any) -> dict[str, Any] | None:
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is None:
+        return None
+    values = {name: getattr(config, name, None) for name in ("r", "lora_alpha", "lora_dropout")}
+    return {"type": str(getattr(config.peft_type, "value", config.peft_type))} | {
+        name: value for name, value in values.items() if value is not None
+    }
+
+
+# Hashes
+
+
+@dataclass
+class ForgetHashes:
+    """Keyed hashes of the word sequences of forget rows, from one or more requests.
+
+    A sequence is `SEQUENCE_WORDS` words long, or a whole text if that is shorter. One that the retain rows hold, too,
+    is ordinary wording and not kept. Words are compared without case, punctuation and the marks that tokenizers put
+    for a space; a character of Chinese, Japanese or Korean writing counts as a word.
+
+    Attributes:
+        requests: of each request, its key and its hashes by length of the sequence.
+        too_short: texts of fewer than `SHORTEST_ROW_WORDS` words, which no scan finds.
+    """
+
+    requests: list[tuple[bytes, dict[int, set[bytes]]]] = field(default_factory=list)
+    too_short: int = 0
+
+    @classmethod
+    def of(cls, forget: Iterable[str], retain: Iterable[str] = ()) -> "ForgetHashes":
+        """The hashes of the texts to forget, under a new random key.
+
+        Args:
+            forget: texts to forget.
+            retain: texts to keep, whose wording is no leak.
+        """
+        sequences: dict[int, set[str]] = {}
+        too_short = 0
+        for text in forget:
+            found = words(text)
+            length = min(len(found), SEQUENCE_WORDS)
+            if length < SHORTEST_ROW_WORDS:
+                too_short += 1
+                continue
+            sequences.setdefault(length, set()).update(_sequences(found, length))
+        for text in retain:
+            found = words(text)
+            for length, known in sequences.items():
+                known.difference_update(_sequences(found, length))
+        key = secrets.token_bytes(16)
+        return cls([(key, {n: {_digest(s, key) for s in known} for n, known in sequences.items()})], too_short)
+
+    def found_in(self, text: str, wording: str = "") -> bool:
+        """Whether a text holds a sequence of the forget rows that is not in `wording`, too."""
+        found, known = words(text), words(wording)
+        for key, by_length in self.requests:
+            for length, digests in by_length.items():
+                ordinary = set(_sequences(known, length))
+                if any(_digest(s, key) in digests and s not in ordinary for s in _sequences(found, length)):
+                    return True
+        return False
+
+    def save(self, folder: str | Path) -> None:
+        """Write `forget_hashes.json`, whole or not at all, readable by its owner alone."""
+        requests = [
+            {
+                "key": base64.b64encode(key).decode(),
+                "hashes": {n: base64.b64encode(b"".join(sorted(digests))).decode() for n, digests in sets.items()},
+            }
+            for key, sets in self.requests
+        ]
+        content = {"schema": SCHEMA, "requests": requests, "too_short": self.too_short}
+        _write(Path(folder) / HASHES_FILE, json.dumps(content) + "\n", mode=0o600)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "ForgetHashes":
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: the folder was not written by `MDUTrainer`.
+            ValueError: the file is not readable, or of another schema.
+        """
+        content = _read(Path(folder) / HASHES_FILE)
+        requests = []
+        for request in content["requests"]:
+            by_length = {int(n): _split(base64.b64decode(joined)) for n, joined in request["hashes"].items()}
+            requests.append((base64.b64decode(request["key"]), by_length))
+        return cls(requests, content["too_short"])
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, as `ForgetHashes` compares them."""
+    return _WORD.findall(unicodedata.normalize("NFKC", _NOT_A_WORD.sub(" ", text)).casefold())
+
+
+def row_texts(dataset: Dataset) -> Iterator[str]:
+    """The texts that training reads as prompt and as response to forget or to keep, one by one.
+
+    A system turn says the same in every row, so it is none of them.
+    """
+    for row in dataset:
+        for value in (row[column] for column in FORGET_COLUMNS if column in row):
+            turns = [{"role": None, "content": value}] if isinstance(value, str) else value
+            yield from (turn["content"] for turn in turns if turn["role"] != "system")
+
+
+class Provenance:
+    """The facts and hashes of a trainer's checkpoints. Data is read once, when the first of them is saved.
+
+    Args:
+        forget: the rows to forget.
+        retain: the rows to keep, if any.
+    """
+
+    def __init__(self, forget: Dataset | None, retain: Dataset | None):
+        self._rows = forget, retain
+        self._sets: tuple[SetFacts, SetFacts | None] | None = None
+        self._hashes: ForgetHashes | None = None
+
+    def facts(self, trainer: "MDUTrainer") -> Facts | None:
+        """The facts of the trainer's model as it is now; None for a trainer without rows to forget."""
+        forget, retain = self._rows
+        if forget is None:
+            return None
+        if self._sets is None:
+            self._sets = set_facts(forget), None if retain is None else set_facts(retain)
+        return trainer_facts(trainer, *self._sets)
+
+    def save(self, trainer: "MDUTrainer", folder: str | Path) -> None:
+        """Write both files into a checkpoint."""
+        facts = self.facts(trainer)
+        if facts is None:
+            return
+        if self._hashes is None:
+            forget, retain = self._rows
+            self._hashes = ForgetHashes.of(row_texts(forget), () if retain is None else row_texts(retain))
+            if self._hashes.too_short:
+                logger.warning(
+                    f"{self._hashes.too_short} texts of the forget set have fewer than {SHORTEST_ROW_WORDS} words. "
+                    "The scan before publishing cannot look for them."
+                )
+            if facts.base_path and (Path(facts.base_path) / HASHES_FILE).is_file():  # an earlier request
+                self._hashes.requests += ForgetHashes.load(facts.base_path).requests
+        facts.save(folder)
+        self._hashes.save(folder)
+
+
+# \u0120, \u010a and \u2581 stand for a space or a line break in tokens; \n in a template may be spelt out
+_NOT_A_WORD = re.compile(r"\\[nrt]|[\u0120\u010a\u2581_]")
+_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+
+
+def _sequences(found: list[str], length: int) -> Iterator[str]:
+    return (" ".join(found[i : i + length]) for i in range(len(found) - length + 1))
+
+
+def _digest(sequence: str, key: bytes) -> bytes:
+    return hashlib.blake2b(sequence.encode(), key=key, digest_size=DIGEST_BYTES).digest()
+
+
+def _split(joined: bytes) -> set[bytes]:
+    return {joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)}
+
+
+def _write(path: Path, text: str, mode: int = 0o644) -> None:
+    temporary = path.with_suffix(".tmp")
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.parent} holds no {path.name}: MDUTrainer writes it when it saves a model, beside the weights. "
+            "Copy it along with them, or save the model with the trainer again."
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content.pop("schema")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read. Save the model with the trainer again.") from error
+    if found != SCHEMA:
+        raise ValueError(f"{path} has schema {found}, this version reads {SCHEMA}: save the model again.")
+    return content
