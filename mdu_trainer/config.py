@@ -170,15 +170,15 @@ class MDUConfig(MDLMConfig):
     alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
     retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
-    forget_description: str | None = field(
-        default=None, metadata={"help": "One line for the model card on what is to be forgotten; it is published."}
-    )
 
     reference_precision: str = field(
         default="full", metadata={"help": "Precision of the copy at the start.", "choices": ["full", "8bit"]}
     )
     reference_device: str | None = field(
         default=None, metadata={"help": "Where the copy at the start is kept, e.g. cpu; the model's device if unset."}
+    )
+    forget_description: str | None = field(
+        default=None, metadata={"help": "One line for the model card on what is to be forgotten; it is published."}
     )
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})

@@ -349,6 +349,6 @@ def _explained(repo_id: str, folder: Path) -> Iterator[None]:
         advice = ADVICE.get(status, "Try again: the client has tried several times already.")
         raise PushError(
             f"The push to {repo_id} failed: the Hub {where} ({type(error).__name__}). {advice} The commit was not "
-            f"made: {folder} and earlier revisions are as they were. The same call goes on where it stopped, for files that "
-            "have arrived are not sent again."
+            f"made: {folder} and earlier revisions are as they were. The same call goes on where it stopped, for "
+            "files that have arrived are not sent again."
         ) from error

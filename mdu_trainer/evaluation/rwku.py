@@ -14,8 +14,7 @@ What is measured of each config, with the prompts of the benchmark:
     utility_factuality    exact match and F1 of decoded answers (TriviaQA)
     utility_fluency       entropy of word 2- and 3-grams of decoded answers (AlpacaEval), in bits
 
-The benchmark scores choices by the next token of an autoregressive model; here each choice is a response whose
-likelihood is estimated as any other's.
+Each choice is a response whose likelihood is estimated as any other's, where the benchmark reads the next token.
 """
 
 import json
@@ -164,8 +163,7 @@ def about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:
     missing = [subject for subject in subjects if _plain(subject) not in found]
     if missing:
         raise ValueError(f"No row of the {name} set is about {_counted(missing, subjects)}; it has {len(set(found))}.")
-    wanted = {_plain(subject) for subject in subjects}
-    return rows.select([i for i, subject in enumerate(found) if subject in wanted])
+    return rows.select([i for i, subject in enumerate(found) if subject in map(_plain, subjects)])
 
 
 def check_sets(sets: Mapping[str, Dataset]) -> None:
@@ -344,8 +342,8 @@ def word_match(text: str, references: Sequence[str]) -> tuple[float, float]:
     Words are compared in lower case, without punctuation and articles (Rajpurkar et al., 2016, arXiv 1606.05250).
     """
     found = _words(text)
-    pairs = [(found == words, _f1(found, words)) for words in map(_words, references)]
-    return float(max(match for match, _ in pairs)), max(f1 for _, f1 in pairs)
+    wanted = [_words(text) for text in references]
+    return float(found in wanted), max(_f1(found, words) for words in wanted)
 
 
 def _words(text: str) -> list[str]:
