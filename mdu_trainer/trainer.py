@@ -84,6 +84,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         )
         self._anchors: dict[str, AnchorCache] = {}
         self.reference = self._make_reference()
+        self.provenance.warn_of_relearning(self)
 
     def _make_reference(self) -> Reference | None:
         args = self.args

@@ -1,4 +1,4 @@
-"""Trainings in processes of their own, which are killed: forked from one that has done the imports, so that they are cheap."""
+"""Trainings in processes of their own, to be killed: forked from one that has done the imports, so they are cheap."""
 
 import multiprocessing
 import os
