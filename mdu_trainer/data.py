@@ -8,11 +8,13 @@ question/answer data set maps in one line:
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetInfo
+from pyarrow.lib import ArrowException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -111,7 +113,7 @@ def tokenize_rows(
     limit = _length_limit(max_length, backbone.context_length)
     rows = TokenizedRows([], [])
     dropped = truncated = too_long = 0
-    for i, example in enumerate(dataset):
+    for i, example in enumerate(_readable(dataset, name)):
         example = _prompt_completion(example, f"Row {i} of the {name} set", preferred)
         prompt, response, chosen = _encode(example, tokenizer, backbone.end_token_ids, preferred)
         too_long += backbone.context_length is not None and len(prompt) >= backbone.context_length
@@ -140,6 +142,29 @@ def tokenize_rows(
             f"response token, {truncated} responses truncated."
         )
     return rows
+
+
+def _readable(dataset: Dataset | Sequence[Row], name: str) -> Iterator[Row]:
+    with whole_cache(f"the {name} set"):
+        yield from dataset
+
+
+@contextmanager
+def whole_cache(name: str) -> Iterator[None]:
+    """Say so where `datasets` cannot read its own files: a cache was cut short by a full disk or a kill.
+
+    Raises:
+        ValueError: with the name of the data and what to do. It quotes no row.
+    """
+    try:
+        yield
+    except (ArrowException, OSError) as error:
+        if not isinstance(error, ArrowException) and error.errno is not None:  # the system's, and clear as it is
+            raise
+        raise ValueError(
+            f"The Arrow file of {name} is cut short or damaged. Delete that file, or the cache that it lies in "
+            "(HF_DATASETS_CACHE), and load the data again."
+        ) from error
 
 
 def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
+from .checkpoints import make_writable
 from .config import MDLMConfig
 from .data import (
     DataCollatorForUnlearning,
@@ -29,14 +30,11 @@ from .divergence import Measure, TokenFigures, TokenNLL
 from .masking import Corruption, MaskSchedule, corrupt
 from .models import load_model, load_tokenizer, resolve_backbone, row_figures
 from .objectives import diffusion_bound, row_sums
+from .safety import SafeTrainingMixin
 
 logger = logging.get_logger(__name__)
 
 Batch = dict[str, Tensor]
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite. Training stopped before the update; earlier checkpoints are untouched."""
 
 
 class Figure(NamedTuple):
@@ -74,7 +72,7 @@ class Noised(NamedTuple):
         return diffusion_bound(nll, self.row, self.weight)
 
 
-class MDLMTrainer(Trainer):
+class MDLMTrainer(SafeTrainingMixin, Trainer):
     """Fine-tune a masked diffusion language model on prompt-completion rows.
 
         L = E_t [ 1/t * sum_{i in M_t} CE_i / |y| ]          (LLaDA, arXiv 2502.09992, eq. 5)
@@ -112,6 +110,8 @@ class MDLMTrainer(Trainer):
         optimizers: tuple = (None, None),
     ):
         args = self._config(args)
+        if args.should_save and train_dataset is not None:
+            make_writable(args.output_dir)
         if args.n_gpu > 1:
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; `accelerate launch` uses all of them.")
             args._n_gpu = 1
@@ -209,17 +209,10 @@ class MDLMTrainer(Trainer):
         }
 
     def _finish(self, loss: Tensor, figures: Figures, return_outputs: bool) -> Tensor | tuple[Tensor, Figures]:
-        self._check_finite(loss)
+        if self.model.training:
+            self.guard.see(loss)
         self._record(figures)
         return (loss, figures) if return_outputs else loss
-
-    def _check_finite(self, loss: Tensor) -> None:
-        if self.model.training and not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"The loss is {loss.item()} at step {self.state.global_step + 1}; training stopped before the update "
-                "and saved nothing; the last checkpoint is intact. Lower the learning rate, clip gradients "
-                "(max_grad_norm), or unlearn for fewer steps."
-            )
 
     # Data
 
@@ -339,7 +332,8 @@ class MDLMTrainer(Trainer):
     def _record(self, figures: Figures) -> None:
         for name, (value, weight) in figures.items():
             if name != "loss" and self.model.training:
-                self._metrics[name] += torch.stack([(value * weight).sum(), weight.sum()]).float()
+                total = torch.stack([(value * weight).sum(), weight.sum()]).float()
+                self._metrics[name] += torch.where(total.isfinite().all(), total, 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with the means of the figures since the last training log."""

@@ -18,7 +18,7 @@ import re
 import secrets
 import unicodedata
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,6 +102,7 @@ class Facts:
         description: the user's own line on what was to be forgotten.
         training: optimisation and precision, by name.
         versions: of the packages involved.
+        earlier: the rows that the model at the start had been made to forget, request by request.
     """
 
     method: str
@@ -117,6 +118,7 @@ class Facts:
     description: str | None
     training: dict[str, Any]
     versions: dict[str, str]
+    earlier: list[SetFacts] = field(default_factory=list)
 
     def save(self, folder: str | Path) -> None:
         """Write `unlearning.json`, whole or not at all."""
@@ -132,7 +134,8 @@ class Facts:
         """
         content = _read(Path(folder) / FACTS_FILE)
         sets = {name: content[name] and SetFacts(**content[name]) for name in ("forget", "retain")}
-        return cls(**content | sets)
+        earlier = [SetFacts(**request) for request in content.get("earlier", [])]
+        return cls(**content | sets | {"earlier": earlier})
 
 
 def trainer_facts(trainer: "MDUTrainer", forget: SetFacts, retain: SetFacts | None) -> Facts:
@@ -298,7 +301,7 @@ def words(text: str) -> list[str]:
     return _WORD.findall(unicodedata.normalize("NFKC", _NOT_A_WORD.sub(" ", text)).casefold())
 
 
-def row_texts(dataset: Dataset) -> Iterator[str]:
+def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[str]:
     """The texts that training reads as prompt and as response to forget or to keep, one by one.
 
     A system turn says the same in every row, so it is none of them.
@@ -321,6 +324,7 @@ class Provenance:
         self._rows = forget, retain
         self._sets: tuple[SetFacts, SetFacts | None] | None = None
         self._hashes: ForgetHashes | None = None
+        self._earlier: tuple[list[SetFacts], ForgetHashes] | None = None
 
     def facts(self, trainer: "MDUTrainer") -> Facts | None:
         """The facts of the trainer's model as it is now; None for a trainer without rows to forget."""
@@ -329,7 +333,34 @@ class Provenance:
             return None
         if self._sets is None:
             self._sets = set_facts(forget), None if retain is None else set_facts(retain)
-        return trainer_facts(trainer, *self._sets)
+        return replace(trainer_facts(trainer, *self._sets), earlier=self._requests_before(trainer)[0])
+
+    def warn_of_relearning(self, trainer: "MDUTrainer") -> None:
+        """Count the rows to keep that quote what the model was made to forget before: they would teach it again."""
+        _, hashes = self._requests_before(trainer)
+        retain = self._rows[1]
+        if retain is None or not hashes.requests:
+            return
+        quoting = sum(any(hashes.found_in(text) for text in row_texts([row])) for row in retain)
+        if quoting:
+            logger.warning(
+                f"{quoting} of {len(retain)} rows to keep quote what an earlier request made the model forget, and "
+                "would teach it again. Remove them from the retain set."
+            )
+
+    def _requests_before(self, trainer: "MDUTrainer") -> tuple[list[SetFacts], ForgetHashes]:
+        """Facts and hashes of the requests that made the model at the start, from its folder."""
+        if self._earlier is None:
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            folder = Path(getattr(model.config, "_name_or_path", None) or "")
+            requests, hashes = [], ForgetHashes()
+            if folder.name and (folder / FACTS_FILE).is_file():
+                facts = Facts.load(folder)
+                requests = [*facts.earlier, facts.forget]
+            if folder.name and (folder / HASHES_FILE).is_file():
+                hashes = ForgetHashes.load(folder)
+            self._earlier = requests, hashes
+        return self._earlier
 
     def save(self, trainer: "MDUTrainer", folder: str | Path) -> None:
         """Write both files into a checkpoint."""
@@ -344,8 +375,7 @@ class Provenance:
                     f"{self._hashes.too_short} texts of the forget set have fewer than {SHORTEST_ROW_WORDS} words. "
                     "The scan before publishing cannot look for them."
                 )
-            if facts.base_path and (Path(facts.base_path) / HASHES_FILE).is_file():  # an earlier request
-                self._hashes.requests += ForgetHashes.load(facts.base_path).requests
+            self._hashes.requests += self._requests_before(trainer)[1].requests
         facts.save(folder)
         self._hashes.save(folder)
 

@@ -11,7 +11,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint
@@ -85,6 +84,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         )
         self._anchors: dict[str, AnchorCache] = {}
         self.reference = self._make_reference()
+        self.provenance.warn_of_relearning(self)
 
     def _make_reference(self) -> Reference | None:
         args = self.args
@@ -100,13 +100,11 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
             device=args.reference_device,
         )
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`; first computes the anchors, if they are to be computed before training."""
+    def _prepare_training(self) -> None:
         if self.args.precompute_anchor and not self._anchors:
             self._anchors = self._precompute_anchors()
             if not isinstance(self.model, PeftModel):
                 self.reference = None  # from now on the live model is not theta_0
-        return super().train(*args, **kwargs)
 
     # The loss
 

@@ -200,10 +200,11 @@ def test_a_full_disk_is_reported_before_training(make_trainer, monkeypatch):
 KILLED = """
 import os, signal, sys
 from datasets import load_from_disk
-from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer, trainer
+from transformers import Trainer
+from mdu_trainer import MDUConfig, MDUTrainer
 base, forget, retain, out, kill = sys.argv[1:]
 if kill == "before training":
-    trainer.MDLMTrainer.train = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+    Trainer.train = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 config = MDUConfig(out, tau=0.5, precompute_anchor=True, max_steps=6, per_device_train_batch_size=4, report_to="none",
                    gradient_accumulation_steps=1, learning_rate=1e-3, save_strategy="no", use_cpu=True)
 unlearn = MDUTrainer(base, config, load_from_disk(forget), load_from_disk(retain))

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset, get_dataset_config_names, load_dataset
 
+from ..data import whole_cache
+
 SUFFIXES = (".json", ".jsonl")
 
 
@@ -32,17 +34,21 @@ def load_config(source: str | Path, config: str, file_names: Mapping[str, str] |
     name = config if config in names else stem
     if name not in names:
         raise ValueError(f"{source} has no config {config!r}; it has {', '.join(names) or 'none'}.")
-    if (Path(source) / "README.md").is_file() or not Path(source).is_dir():
-        splits = load_dataset(str(source), name)
-    else:
-        file = next(path for path in (Path(source) / f"{name}{suffix}" for suffix in SUFFIXES) if path.is_file())
-        splits = load_dataset("json", data_files=str(file)) if file.stat().st_size else {config: Dataset.from_dict({})}
+    with whole_cache(f"config {config!r} of {source}"):
+        splits = _load(Path(source), str(source), name)
     if len(splits) != 1:
         raise ValueError(f"Config {config!r} of {source} has the splits {', '.join(splits)}; there must be one.")
     (rows,) = splits.values()
     if len(rows) == 0:
         raise ValueError(f"Config {config!r} of {source} is empty: it has no rows.")
     return rows
+
+
+def _load(folder: Path, source: str, name: str) -> Mapping[str, Dataset]:
+    if (folder / "README.md").is_file() or not folder.is_dir():
+        return load_dataset(source, name)
+    file = next(path for path in (folder / f"{name}{suffix}" for suffix in SUFFIXES) if path.is_file())
+    return load_dataset("json", data_files=str(file)) if file.stat().st_size else {name: Dataset.from_dict({})}
 
 
 def spread(rows: Dataset, limit: int | None) -> Dataset:

@@ -1,0 +1,172 @@
+"""Unlearn one request after the other, each from what the one before left, and score all earlier ones every time.
+
+The embedded default (three of twelve fictional authors ask to be forgotten; two CPU cores, a few minutes):
+
+    python examples/sequential.py
+
+Your own requests, as configs of a data set with columns `question` and `answer`:
+
+    accelerate launch examples/sequential.py --model_name_or_path PATH --dtype bfloat16 --dataset_name DATA \\
+        --requests request1 request2 --retain_split keep --output_dir outputs/requests
+
+A request's rows leave the rows to keep for good, or later requests would teach them again. Whether later requests
+train on the rows of earlier ones once more is for you to say (`--repeat_earlier`): it needs rows that you may have had
+to delete. Each model's folder records the earlier requests by fingerprint. `--resume` finishes what was begun.
+"""
+
+import gc
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import yaml
+
+# isort: off
+from tofu import finetune  # before `common`, which takes this folder off the path
+from common import claim, load, settings, train_seconds, unlearn
+# isort: on
+
+from datasets import Dataset, concatenate_datasets
+from trl import ModelConfig, TrlParser
+
+from mdu_trainer import DiffusionGenerationConfig, MDUConfig
+from mdu_trainer.evaluation.report import Results, Run
+from mdu_trainer.evaluation.runner import processes
+from mdu_trainer.evaluation.sources import load_config, spread
+from mdu_trainer.evaluation.tofu import evaluate_tofu, longest_answer
+from mdu_trainer.testing import fictional_authors
+
+CONFIG = Path(__file__).parent / "configs" / "sequential.yaml"
+
+
+@dataclass
+class SequentialArguments:
+    """The requests, in order, and the rows that nobody asked to forget.
+
+    Without `dataset_name` the requests are the last of the embedded fictional authors, `num_requests` of them; without
+    `model_name_or_path` the model is a small one from scratch, which `finetune_epochs` teaches all rows first.
+    """
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder; embedded authors if unset."})
+    requests: list[str] = field(default_factory=list, metadata={"help": "Config names of the requests, in order."})
+    retain_split: str | None = field(default=None, metadata={"help": "Config name of the rows to keep."})
+    num_requests: int = field(default=3, metadata={"help": "Embedded authors who ask to be forgotten, one each."})
+    repeat_earlier: bool = field(default=False, metadata={"help": "Forget the rows of earlier requests again."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Score N evenly spaced rows of each set."})
+    finetune_epochs: float = field(default=0, metadata={"help": "Fine-tune on all rows first, for N epochs."})
+    finetune_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the fine-tuning."})
+    finetune_batch_size: int = field(default=16, metadata={"help": "Rows a fine-tuning step on each device."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of a model from scratch."})
+    num_layers: int = field(default=3, metadata={"help": "Layers of a model from scratch."})
+    vocab_size: int = field(default=512, metadata={"help": "Byte-level BPE tokens of a model from scratch."})
+    decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    likelihood_draws: int = field(default=8, metadata={"help": "Passes a row for the probability."})
+    resume: bool = field(default=False, metadata={"help": "Finish what was begun in output_dir."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
+
+
+def load_requests(args: SequentialArguments) -> tuple[list[Dataset], Dataset]:
+    """The rows of each request, and those that no request names."""
+    if args.dataset_name is not None:
+        if not args.requests or args.retain_split is None:
+            raise SystemExit("--dataset_name needs --requests and --retain_split.")
+        loaded = [load_config(args.dataset_name, name) for name in (*args.requests, args.retain_split)]
+        rows = [part.select_columns(["question", "answer"]) for part in loaded]
+        return rows[:-1], rows[-1]
+    authors = fictional_authors()
+    count = max(authors["author"]) + 1
+    if not 1 <= args.num_requests < count:
+        raise SystemExit(f"--num_requests must be from 1 to {count - 1}, got {args.num_requests}.")
+    rows = authors.select_columns(["question", "answer"])
+
+    def of(chosen: range) -> Dataset:
+        return rows.select([row for row, author in enumerate(authors["author"]) if author in chosen])
+
+    first = count - args.num_requests
+    return [of(range(author, author + 1)) for author in range(first, count)], of(range(first))
+
+
+def request_rows(requests: list[Dataset], kept: Dataset, number: int, repeat_earlier: bool) -> tuple[Dataset, Dataset]:
+    """The rows to forget and to keep in a request, counted from 0.
+
+    Rows of requests to come are kept, for nobody knows yet that they will be made.
+    """
+    forget = requests[: number + 1] if repeat_earlier else [requests[number]]
+    return concatenate_datasets(forget), concatenate_datasets([*requests[number + 1 :], kept])
+
+
+class Scorer:
+    """Scores a model on the requests so far and on the rows to keep, each set under its name."""
+
+    def __init__(self, sets: dict[str, Dataset], args: SequentialArguments, folder: Path):
+        self.sets, self.args, self.folder = sets, args, folder
+
+    def __call__(self, model, tokenizer, names: list[str], label: str) -> Run:
+        sets = {name: self.sets[name] for name in names}
+        result = evaluate_tofu(
+            model,
+            tokenizer,
+            sets,
+            DiffusionGenerationConfig(
+                max_new_tokens=longest_answer(self.sets, tokenizer), steps=self.args.decoding_steps
+            ),
+            metrics=("rougeL", "probability"),
+            method=label,
+            num_draws=self.args.likelihood_draws,
+            progress_path=self.folder / f"{label.replace(' ', '_')}-rows.jsonl",
+            show_progress=True,
+        )
+        return result.run
+
+
+def prepare(folder: Path, args: SequentialArguments, base: str | None, names: list[str], chosen: dict) -> None:
+    """Make the output folder ready: empty, or with what the same command began."""
+    written = folder / "config.yaml"
+    if args.resume and written.is_file():
+        if yaml.safe_load(written.read_text()) != yaml.safe_load(yaml.safe_dump(chosen)):
+            raise SystemExit(
+                f"{written} is not of this command, so there is nothing to resume: give the same options."
+            )
+        return
+    claim(folder, [folder / name for name in ("base", *names)], base, args.overwrite_output_dir)
+    for rows in folder.glob("*-rows.jsonl"):
+        rows.unlink()
+    written.write_text(yaml.safe_dump(chosen))
+
+
+def main(args: SequentialArguments, config: MDUConfig, model_args: ModelConfig) -> None:
+    state, folder, path = processes(), Path(config.output_dir), model_args.model_name_or_path
+    requests, kept = load_requests(args)
+    names = [f"request{number}" for number in range(1, len(requests) + 1)]
+    chosen = settings(args, config, model_args)
+    chosen = {key: value for key, value in chosen.items() if key not in ("resume", "overwrite_output_dir")}
+    if state.is_main_process:
+        prepare(folder, args, path, names, chosen)
+    state.wait_for_everyone()
+    results = Results(path or "from scratch", args.dataset_name or "fictional authors (embedded)", chosen)
+    if args.finetune_epochs or path is None:
+        rows = concatenate_datasets([*requests, kept])
+        path = finetune(folder / "base", args, config, model_args, rows, rows)
+    sets = dict(zip([*names, "retain"], [spread(rows, args.max_eval_rows) for rows in (*requests, kept)], strict=True))
+    score = Scorer(sets, args, folder)
+    results.runs.append(score(*load(path, model_args, config.trust_remote_code), list(sets), "base"))
+    for number, name in enumerate(names):
+        gc.collect()  # the model before, with its optimiser
+        forget, retain = request_rows(requests, kept, number, args.repeat_earlier)
+        run = replace(config, output_dir=str(folder / name))
+        model, tokenizer = unlearn(run, path, model_args, forget, retain if config.retain_weight else None)
+        scored = score(model, tokenizer, [*names[: number + 1], "retain"], f"after {name}")
+        results.runs.append(replace(scored, train_seconds=train_seconds(folder / name)))
+        path = run.output_dir
+        del model
+        if state.is_main_process:
+            results.save(folder / "results.json")
+    if state.is_main_process:
+        print(f"\n{results.table()}\n\nWritten to {folder}")
+
+
+if __name__ == "__main__":
+    given = {argument.split("=")[0] for argument in sys.argv[1:]}
+    if not given & {"--config", "--model_name_or_path", "--dataset_name", "-h", "--help"}:
+        sys.argv[1:1] = ["--config", str(CONFIG)]
+    main(*TrlParser((SequentialArguments, MDUConfig, ModelConfig)).parse_args_and_config())

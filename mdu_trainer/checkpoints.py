@@ -1,0 +1,302 @@
+"""Checkpoints that are whole or not there, and resuming from the newest one that is.
+
+A checkpoint is written into a folder beside the others, `_writing`, and takes its name, `checkpoint-N`, when all of it
+is on the disk. The last file is `manifest.json`, with the size and SHA-256 of every other: a checkpoint that was cut
+short, truncated or changed is told from a good one before anything of it is loaded.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+MANIFEST = "manifest.json"
+WRITING = "_writing"  # nothing whose name starts with an underscore is pushed to the Hub
+SCHEMA = 1
+STATE = "trainer_state.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or the one to resume from is not whole."""
+
+
+class CheckpointMixin:
+    """A trainer's checkpoints, written so that a kill at any moment leaves the one before usable.
+
+    `save_total_limit` counts complete checkpoints: the one just written and the best one always stay, and what an
+    earlier kill cut short goes first.
+    """
+
+    _staging: Path | None = None  # where the checkpoint that is being written lies
+    _written: Path | None = None  # the last one of this call of `train`
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        folder = Path(self._get_output_dir(trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if checkpoint == self._written:  # a signal asks for what this step has saved already
+            return
+        if self.args.should_save:
+            shutil.rmtree(folder / WRITING, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            with self._writing_into(folder / WRITING):
+                super()._save_checkpoint(model, trial)
+            self._complete(folder / WRITING / checkpoint.name, checkpoint)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(folder / WRITING, ignore_errors=True)
+            raise CheckpointError(_not_written(checkpoint, error)) from error
+        self._written = checkpoint
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    @contextmanager
+    def _writing_into(self, staging: Path) -> Iterator[None]:
+        """What the Trainer writes goes there, and is not pushed from there."""
+        self._staging, self._push_from_checkpoint = staging, lambda checkpoint: None
+        try:
+            yield
+        finally:
+            self._staging = None
+            del self._push_from_checkpoint
+
+    def _complete(self, staged: Path, checkpoint: Path) -> None:
+        """Seal a checkpoint that every process has written its part of, and give it its name."""
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(checkpoint)
+            if self.args.should_save:
+                self.state.save_to_json(str(staged / STATE))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(staged)
+            shutil.rmtree(checkpoint, ignore_errors=True)  # of an earlier run
+            os.replace(staged, checkpoint)
+            _sync(checkpoint.parent)
+            staged.parent.rmdir()
+            rotate(checkpoint.parent, self.args.save_total_limit, {checkpoint.name, self._best_name})
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def _best_name(self) -> str:
+        return Path(self.state.best_model_checkpoint or "").name
+
+    def _load_best_model(self) -> None:
+        choose(self.args.output_dir, self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    @contextmanager
+    def _reporting_failure(self) -> Iterator[None]:
+        """Whatever ends training, say where it can go on."""
+        try:
+            yield
+        except BaseException as error:
+            found = complete_checkpoints(Path(self.args.output_dir))
+            advice = (
+                f"The last complete checkpoint is {found[-1]}; train(resume_from_checkpoint=True) goes on from there."
+                if found
+                else f"There is no complete checkpoint in {self.args.output_dir}."
+            )
+            logger.error(f"{type(error).__name__} after step {self.state.global_step} ended training. {advice}")
+            raise
+
+
+def choose(folder: str | Path, wanted: str | bool | None) -> str | None:
+    """The checkpoint to resume from. The main process looks; all processes get its answer.
+
+    Args:
+        folder: of the checkpoints.
+        wanted: the path of one, True for the newest that is whole, or None or False for none.
+
+    Returns:
+        Its path, or None if none is wanted.
+
+    Raises:
+        CheckpointError: the wanted one is damaged, or none is whole.
+    """
+    if not wanted:
+        return None
+    answer: list[str | None] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            answer[0] = str(newest_intact(Path(folder)) if wanted is True else _intact(Path(wanted)))
+        except CheckpointError as error:
+            answer[1] = str(error)
+    broadcast_object_list(answer)
+    path, problem = answer
+    if problem:
+        raise CheckpointError(problem)
+    return path
+
+
+def newest_intact(folder: Path) -> Path:
+    """The checkpoint with the most steps whose files are as they were written; warns of those it skips.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    skipped = []
+    for checkpoint in reversed(_checkpoints(folder)):
+        problem = damage(checkpoint)
+        if problem is None:
+            return checkpoint
+        skipped.append(f"{checkpoint.name} ({problem})")
+        logger.warning(f"{checkpoint} is skipped: {problem}.")
+    raise CheckpointError(
+        f"There is no checkpoint to resume from in {folder}"
+        + (f"; not whole: {', '.join(skipped)}" if skipped else "")
+        + ". Train without resume_from_checkpoint to start anew."
+    )
+
+
+def _intact(checkpoint: Path) -> Path:
+    problem = damage(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+    if problem is not None:
+        raise CheckpointError(
+            f"{checkpoint} cannot be resumed from: {problem}. Name another checkpoint, or pass "
+            "resume_from_checkpoint=True for the newest that is whole."
+        )
+    return checkpoint
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json`, the last file of a checkpoint, once all others are on the disk."""
+    files = {str(path.relative_to(folder)): _entry(path, sync=True) for path in _files(folder)}
+    temporary = folder / f"{MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n")
+    _sync(temporary)
+    os.replace(temporary, folder / MANIFEST)
+    _sync(folder)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_text())
+        files = content["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}: its writing was cut short, or another program wrote it"
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['size']}"
+    for name, entry in files.items():
+        if _entry(checkpoint / name) != entry:
+            return f"{name} is not what was written"
+    return None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that were written to the end, by steps. Their files are not read."""
+    return [checkpoint for checkpoint in _checkpoints(folder) if (checkpoint / MANIFEST).is_file()]
+
+
+def rotate(folder: Path, limit: int | None, keep: set[str]) -> None:
+    """Delete checkpoints over the limit: first those cut short, then complete ones, the earliest written first.
+
+    Args:
+        folder: of the checkpoints.
+        limit: how many stay; all if None or not above 0.
+        keep: names of those that always stay.
+    """
+    if limit is None or limit <= 0:
+        return
+    complete = complete_checkpoints(folder)
+    others = [checkpoint for checkpoint in complete if checkpoint.name not in keep]
+    others.sort(key=lambda checkpoint: (checkpoint / MANIFEST).stat().st_mtime_ns)
+    surplus = others[: max(0, min(len(others), len(complete) - limit))]
+    for checkpoint in [*surplus, *(c for c in _checkpoints(folder) if c not in complete)]:
+        with suppress(
+            OSError
+        ):  # without its manifest no resumption takes what is left of it, should this be cut short
+            (checkpoint / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def make_writable(folder: str | Path) -> None:
+    """Make sure that checkpoints can be written, before a model is loaded and hours are spent.
+
+    Raises:
+        OSError: the folder cannot be made, or nothing can be written into it.
+    """
+    probe = Path(folder) / f".writable-{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x" * 4096)
+        probe.unlink()
+    except OSError as error:
+        with suppress(OSError):
+            probe.unlink()
+        raise OSError(
+            error.errno,
+            f"{os.strerror(error.errno or 0)}: nothing can be written into output_dir. Choose another, or make room "
+            "and set its permissions",
+            str(folder),
+        ) from error
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Folders named `checkpoint-N`, by N."""
+    found = {}
+    for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal() and path.is_dir():
+            found[int(step)] = path
+    return [found[step] for step in sorted(found)]
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _entry(path: Path, sync: bool = False) -> dict[str, Any]:
+    """Size and hash of a file; with `sync` it is on the disk afterwards."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        if sync:
+            os.fsync(file.fileno())
+    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk."""
+    if os.name == "nt" and path.is_dir():  # Windows cannot open folders
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _not_written(checkpoint: Path, error: BaseException) -> str:
+    cause = str(error).strip().splitlines()
+    free = "unknown"
+    with suppress(OSError):
+        free = f"{shutil.disk_usage(checkpoint.parent).free / 2**20:.0f} MiB"
+    return (
+        f"{checkpoint} could not be written: {cause[0] if cause else type(error).__name__} (free space: {free}). What "
+        "was written of it is deleted, earlier checkpoints are as they were. Make room or set the permissions, then "
+        "train(resume_from_checkpoint=True)."
+    )

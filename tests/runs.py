@@ -1,0 +1,123 @@
+"""Trainings in processes of their own, to be killed: forked from one that has done the imports, so they are cheap."""
+
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from peft import LoraConfig
+from transformers import Trainer
+
+from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, checkpoints, question_answer_rows
+from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__, "mdu_trainer.mdlm", "mdu_trainer.trainer", "mdu_trainer.safety"])
+
+STEPS, SAVE_STEPS, ACCUMULATION = 10, 3, 2  # an epoch of 16 rows has 4 updates, so every second checkpoint is amid one
+SAVES = 4  # the last at the end
+LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
+KINDS = {
+    "full, precomputed anchors": {"tau": 0.5, "precompute_anchor": True},
+    "LoRA with dropout": {"tau": 0.5, "peft_config": LORA},
+    "full, frozen copy": {"loss_type": "npo"},
+    "fine-tuning": {"cls": MDLMTrainer},
+}
+PLACES = {  # what is called, how often in a run
+    "in a micro-batch": (Trainer, "training_step", STEPS * ACCUMULATION),
+    "before an update": (Trainer, "_get_grad_norm", STEPS),
+    "weights written": (Trainer, "save_model", SAVES),
+    "half of the optimizer written": (torch, "save", 4 * SAVES),
+    "optimizer written": (Trainer, "_save_optimizer_and_scheduler", SAVES),
+    "random state written": (Trainer, "_save_rng_state", SAVES),
+    "no manifest yet": (checkpoints, "write_manifest", SAVES),
+    "not renamed yet": (checkpoints.os, "replace", 2 * SAVES),
+    "older ones not deleted yet": (checkpoints, "rotate", SAVES),
+}
+
+
+def make_trainer(folder: Path, kind: str, **options) -> MDLMTrainer:
+    disable_progress_bars()
+    settings = KINDS[kind] | options
+    authors = fictional_authors(3)
+    forget, retain = (question_answer_rows(rows, conversational=True) for rows in forget_retain_split(authors, 1))
+    tokenizer = train_tokenizer(dataset_texts(authors), vocab_size=300)
+    cls = settings.pop("cls", MDUTrainer)
+    peft_config = settings.pop("peft_config", None)
+    passed = {name: settings.pop(name) for name in ("callbacks", "eval_dataset") if name in settings}
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "learning_rate": 1e-3,
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+    }
+    config = (MDUConfig if cls is MDUTrainer else MDLMConfig)(str(folder), **(defaults | settings))
+    return cls(
+        tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2),
+        config,
+        train_dataset=forget if cls is MDUTrainer else retain,
+        processing_class=tokenizer,
+        peft_config=peft_config and LoraConfig(**peft_config),
+        **passed,
+        **({"retain_dataset": retain} if cls is MDUTrainer else {}),
+    )
+
+
+def train(folder: Path, kind: str, kill: tuple[str, int] | None = None, resume: bool = False, **options) -> None:
+    """Train, and save the end in `final`."""
+    torch.set_num_threads(1)
+    trainer = make_trainer(folder, kind, **options)
+    if kill is not None:
+        die_at(*kill)
+    trainer.train(resume_from_checkpoint=resume and bool(checkpoints.complete_checkpoints(folder)))
+    trainer.save_model(str(folder / "final"))
+
+
+def die_at(place: str, count: int) -> None:
+    """SIGKILL this process in the middle of the n-th call."""
+    owner, name, _ = PLACES[place]
+    original, calls = getattr(owner, name), []
+    first_half = name in ("rotate", "write_manifest", "replace")
+
+    def dying(*args, **kwargs):
+        calls.append(name)
+        last = len(calls) == count
+        if last and first_half:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if last:
+            if name == "save":
+                os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, dying)
+
+
+def run(folder: Path, kind: str, **options) -> int:
+    """Exit status of `train` in a process of its own; negative: the signal that ended it."""
+    process = PROCESSES.Process(target=train, args=(folder, kind), kwargs=options)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def weights(folder: Path) -> bytes:
+    """The bytes of the weights that a run ended with."""
+    return next((folder / "final").glob("*model.safetensors")).read_bytes()
+
+
+def draw(seed: int) -> tuple[str, tuple[str, int]]:
+    """A kind of run and a moment to kill it, such that a few seeds in a row cover all kinds and places."""
+    place = list(PLACES)[seed % len(PLACES)]
+    return list(KINDS)[seed % len(KINDS)], (place, random.Random(seed).randint(1, PLACES[place][2]))
