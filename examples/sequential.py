@@ -16,7 +16,7 @@ to delete. Each model's folder records the earlier requests by fingerprint. `--r
 
 import gc
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import yaml
@@ -65,6 +65,19 @@ class SequentialArguments:
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
 
 
+@dataclass
+class SequentialConfig(MDUConfig):
+    """MDUConfig as it is written on the command line; each request has one of its own."""
+
+    def __post_init__(self):
+        pass  # each request's own MDUConfig checks its values
+
+    def of_request(self, folder: Path) -> MDUConfig:
+        """The configuration of the request that is kept in a folder."""
+        values = {f.name: getattr(self, f.name) for f in fields(MDUConfig) if f.init}
+        return MDUConfig(**values | {"output_dir": str(folder)})
+
+
 def load_requests(args: SequentialArguments) -> tuple[list[Dataset], Dataset]:
     """The rows of each request, and those that no request names."""
     if args.dataset_name is not None:
@@ -102,21 +115,29 @@ class Scorer:
         self.sets, self.args, self.folder = sets, args, folder
 
     def __call__(self, model, tokenizer, names: list[str], label: str) -> Run:
-        sets = {name: self.sets[name] for name in names}
-        result = evaluate_tofu(
+        """One run with the figures of each request named, and of the rows to keep."""
+        scores, rows, seconds = {}, {}, 0.0
+        for name in names:
+            sets = {"forget": self.sets[name]} | ({"retain": self.sets["retain"]} if name == names[-1] else {})
+            run = self._score(model, tokenizer, sets, f"{label.replace(' ', '-')}-{name}")
+            for part in sets:
+                known_as = name if part == "forget" else part
+                scores[known_as], rows[known_as] = run.scores[part], run.rows[part]
+            seconds += run.eval_seconds
+        return Run(label, None, scores, rows, eval_seconds=seconds)
+
+    def _score(self, model, tokenizer, sets: dict[str, Dataset], file_name: str) -> Run:
+        length = longest_answer(self.sets, tokenizer)
+        return evaluate_tofu(
             model,
             tokenizer,
             sets,
-            DiffusionGenerationConfig(
-                max_new_tokens=longest_answer(self.sets, tokenizer), steps=self.args.decoding_steps
-            ),
+            DiffusionGenerationConfig(max_new_tokens=length, steps=self.args.decoding_steps),
             metrics=("rougeL", "probability"),
-            method=label,
             num_draws=self.args.likelihood_draws,
-            progress_path=self.folder / f"{label.replace(' ', '_')}-rows.jsonl",
+            progress_path=self.folder / f"{file_name}-rows.jsonl",
             show_progress=True,
-        )
-        return result.run
+        ).run
 
 
 def prepare(folder: Path, args: SequentialArguments, base: str | None, names: list[str], chosen: dict) -> None:
@@ -134,8 +155,8 @@ def prepare(folder: Path, args: SequentialArguments, base: str | None, names: li
     written.write_text(yaml.safe_dump(chosen))
 
 
-def main(args: SequentialArguments, config: MDUConfig, model_args: ModelConfig) -> None:
-    state, folder, path = processes(), Path(config.output_dir), model_args.model_name_or_path
+def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelConfig) -> None:
+    state, folder, path = processes(), Path(config.output_dir or "outputs/sequential"), model_args.model_name_or_path
     requests, kept = load_requests(args)
     names = [f"request{number}" for number in range(1, len(requests) + 1)]
     chosen = settings(args, config, model_args)
@@ -149,13 +170,13 @@ def main(args: SequentialArguments, config: MDUConfig, model_args: ModelConfig) 
         path = finetune(folder / "base", args, config, model_args, rows, rows)
     sets = dict(zip([*names, "retain"], [spread(rows, args.max_eval_rows) for rows in (*requests, kept)], strict=True))
     score = Scorer(sets, args, folder)
-    results.runs.append(score(*load(path, model_args, config.trust_remote_code), list(sets), "base"))
+    results.runs.append(score(*load(path, model_args, config.trust_remote_code), names, "base"))
     for number, name in enumerate(names):
         gc.collect()  # the model before, with its optimiser
         forget, retain = request_rows(requests, kept, number, args.repeat_earlier)
-        run = replace(config, output_dir=str(folder / name))
+        run = config.of_request(folder / name)
         model, tokenizer = unlearn(run, path, model_args, forget, retain if config.retain_weight else None)
-        scored = score(model, tokenizer, [*names[: number + 1], "retain"], f"after {name}")
+        scored = score(model, tokenizer, names[: number + 1], f"after {name}")
         results.runs.append(replace(scored, train_seconds=train_seconds(folder / name)))
         path = run.output_dir
         del model
@@ -169,4 +190,4 @@ if __name__ == "__main__":
     given = {argument.split("=")[0] for argument in sys.argv[1:]}
     if not given & {"--config", "--model_name_or_path", "--dataset_name", "-h", "--help"}:
         sys.argv[1:1] = ["--config", str(CONFIG)]
-    main(*TrlParser((SequentialArguments, MDUConfig, ModelConfig)).parse_args_and_config())
+    main(*TrlParser((SequentialArguments, SequentialConfig, ModelConfig)).parse_args_and_config())

@@ -353,13 +353,10 @@ class Provenance:
         if self._earlier is None:
             model = trainer.accelerator.unwrap_model(trainer.model)
             folder = Path(getattr(model.config, "_name_or_path", None) or "")
-            requests, hashes = [], ForgetHashes()
-            if folder.name and (folder / FACTS_FILE).is_file():
-                facts = Facts.load(folder)
-                requests = [*facts.earlier, facts.forget]
-            if folder.name and (folder / HASHES_FILE).is_file():
-                hashes = ForgetHashes.load(folder)
-            self._earlier = requests, hashes
+            facts = Facts.load(folder) if folder.name and (folder / FACTS_FILE).is_file() else None
+            hashed = folder.name and (folder / HASHES_FILE).is_file()
+            hashes = ForgetHashes.load(folder) if hashed else ForgetHashes()
+            self._earlier = [*facts.earlier, facts.forget] if facts else [], hashes
         return self._earlier
 
     def save(self, trainer: "MDUTrainer", folder: str | Path) -> None:
