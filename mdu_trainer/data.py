@@ -195,7 +195,9 @@ class RowPairs(torch.utils.data.Dataset):
         return max(len(rows) for rows in self.parts.values())
 
     def __getitem__(self, counter: int) -> dict[str, Row]:
-        return {name: self._row(name, rows, counter) for name, rows in self.parts.items()}
+        """The rows of a counter `>= 0`; `~counter` stands for the same rows as filler, which weighs nothing."""
+        weight, counter = float(counter >= 0), max(counter, ~counter)
+        return {name: self._row(name, rows, counter) | {"weight": weight} for name, rows in self.parts.items()}
 
     def _row(self, name: str, rows: TokenizedRows, counter: int) -> Row:
         visit, slot = divmod(counter, len(rows))
@@ -237,30 +239,34 @@ def length_grouped(batch_size: int) -> Callable[[TokenizedRows, int, int], Tenso
 
 
 class EpochSampler(torch.utils.data.Sampler[int]):
-    """The counters of one epoch: `epoch * size ... (epoch + 1) * size - 1`.
+    """The counters of one epoch: `epoch * size ... (epoch + 1) * size - 1`, and filler up to a multiple.
 
     Args:
         size: rows an epoch.
         epoch: returns the current epoch; read when an epoch starts, so a resumed run reads the one it resumed in.
+        multiple: the rows that all processes take together. They need as many batches each, and accelerate would
+            repeat rows to get there, which would weigh twice.
     """
 
-    def __init__(self, size: int, epoch: Callable[[], int]):
+    def __init__(self, size: int, epoch: Callable[[], int], multiple: int = 1):
         self.size = size
         self.epoch = epoch
+        self.filler = -size % multiple
 
     def __len__(self) -> int:
-        return self.size
+        return self.size + self.filler
 
     def __iter__(self) -> Iterator[int]:
         start = self.epoch() * self.size
-        return iter(range(start, start + self.size))
+        return iter([*range(start, start + self.size), *[~start] * self.filler])
 
 
 @dataclass
 class DataCollatorForUnlearning:
     """Pads rows on the right into {"forget": batch, "retain": batch, ...}.
 
-    A batch has `input_ids`, `attention_mask` and `response_mask`, int64 `[B, L]`, and `row` and `visit`, int64 `[B]`.
+    A batch has `input_ids`, `attention_mask` and `response_mask`, int64 `[B, L]`, `row` and `visit`, int64 `[B]`, and
+    `weight`, float `[B]`: 0 for rows that only fill up the batches of the last update of an epoch, 1 for all others.
     Where rows have a preferred response, a further batch "preferred" holds prompt and preferred response.
 
     Args:
@@ -296,6 +302,7 @@ class DataCollatorForUnlearning:
             "response_mask": response_mask,
             "row": torch.tensor([row["row"] for row in rows]),
             "visit": torch.tensor([row["visit"] for row in rows]),
+            "weight": torch.tensor([row["weight"] for row in rows]),
         }
 
 

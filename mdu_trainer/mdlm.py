@@ -26,6 +26,7 @@ from .data import (
     shuffled,
     tokenize_rows,
 )
+from .distributed import DistributedBackend
 from .divergence import Measure, TokenFigures, TokenNLL
 from .masking import Corruption, MaskSchedule, corrupt
 from .models import load_model, load_tokenizer, resolve_backbone, row_figures
@@ -137,6 +138,7 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
             optimizers=optimizers,
         )
         self.model_accepts_loss_kwargs = False
+        self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
         self._stage = "train"  # which rows are visited: these, or an eval set's
         self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
 
@@ -153,7 +155,7 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Figures]:
         """The loss of a micro-batch, and with `return_outputs` the figures of its rows."""
-        figures = self._figures(model, inputs)
+        figures = weighted(self._figures(model, inputs), inputs)
         loss = self._mean(figures, "loss", num_items_in_batch)
         return self._finish(loss, figures, return_outputs)
 
@@ -242,7 +244,10 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in
-        return EpochSampler(len(train_dataset or self.train_dataset), epoch=lambda: int(self.state.epoch or 0))
+        size, several = len(train_dataset or self.train_dataset), self.args.world_size > 1
+        rows = self.args.train_batch_size * self.args.world_size
+        filled = several and not self.args.dataloader_drop_last
+        return EpochSampler(size, epoch=lambda: int(self.state.epoch or 0), multiple=rows if filled else 1)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> EpochSampler:
         return EpochSampler(len(eval_dataset), epoch=lambda: 0)
@@ -258,11 +263,11 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         return batches, self._update_sizes(batches) if batches else {}
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
-        rows = sum(len(batch["train"]["row"]) for batch in batches)
-        return {"loss": self._mean_over_update(torch.tensor(rows, device=self.args.device), len(batches))}
+        rows = sum(batch["train"]["weight"].sum() for batch in batches)
+        return {"loss": self._mean_over_update(rows, len(batches))}
 
     def _mean_over_update(self, total: Tensor, num_batches: int) -> Tensor:
-        return self.accelerator.reduce(total.float(), "mean") / num_batches
+        return self.accelerator.reduce(total.float().to(self.args.device), "mean") / num_batches
 
     def floating_point_ops(self, inputs: dict[str, Batch]) -> int:
         """Estimate of the forward and backward passes on every part of a batch."""
@@ -344,6 +349,12 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         super().log(logs, start_time)
 
 
+def weighted(figures: Figures, inputs: dict[str, Batch]) -> Figures:
+    """The figures of a batch without the rows that only fill it up."""
+    rows = next(iter(inputs.values()))["weight"]
+    return {name: Figure(value, weight * rows) for name, (value, weight) in figures.items()}
+
+
 def each_row(value: Tensor) -> Figure:
     """A figure in whose mean all rows weigh the same."""
     return Figure(value, torch.ones_like(value))
@@ -385,4 +396,4 @@ def _with_adapter(
 
 def _order(args: MDLMConfig) -> Callable:
     strategies = {"random": shuffled, "sequential": in_order}
-    return strategies.get(args.train_sampling_strategy) or length_grouped(args.train_batch_size)
+    return strategies.get(args.train_sampling_strategy) or length_grouped(args.train_batch_size * args.world_size)

@@ -1,16 +1,16 @@
 """Who answers for theta_0, the weights at the start."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
+from .distributed import DistributedBackend, is_partitioned
 from .divergence import Prediction, Projection, TokenNLL
 from .models import row_figures, row_projection
 
@@ -21,28 +21,33 @@ class Reference:
     A PEFT model holds theta_0 already: its base weights with the adapters switched off or, if the adapters had been
     trained before, with their first weights put back for the pass. Any other model is copied once and frozen.
 
+    Where the model is going to be sharded, so is the copy, but for a head whose predictions are compared: that is kept
+    in one piece by every process. Predictions are compared outside the copy's forward, where sharded weights are gone,
+    and as logits they would take more room than the head.
+
     Args:
-        model: the model at the start.
-        accelerator: of the trainer; gives the copy its device and mixed precision.
+        model: the model at the start, not wrapped yet.
+        distributed: of the trainer; gives the copy its device, mixed precision and sharding.
         keep_copy: False if the model is asked before it is trained only, while its weights are theta_0 themselves.
         precision: of the copy: "full", or "8bit" for the linear layers but the head (bitsandbytes).
         device: of the copy: the accelerator's if None. A copy on the CPU costs the GPU only its head.
 
     Raises:
         ImportError: 8 bit without bitsandbytes.
-        ValueError: a precision or device for the copy that a PEFT model does without.
+        ValueError: a precision or device for the copy that a PEFT model does without or a sharded copy cannot have,
+            or adapters trained before whose weights are going to be sharded.
     """
 
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
-        accelerator: Accelerator,
+        distributed: DistributedBackend,
         keep_copy: bool = True,
         precision: str = "full",
         device: str | None = None,
     ):
-        self.accelerator = accelerator
-        self.device = torch.device(device) if device else accelerator.device
+        self.distributed, self.accelerator = distributed, distributed.accelerator
+        self.device = torch.device(device) if device else self.accelerator.device
         self.frozen: nn.Module | None = None
         self.head: Projection | None = None  # the copy's, where predictions are compared
         self.first_adapter: dict[str, Tensor] = {}
@@ -53,14 +58,10 @@ class Reference:
                     "model needs none. Leave them out."
                 )
             if not _adapter_is_identity(model):
+                _check_unsharded(distributed)
                 self.first_adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         elif keep_copy:
-            self.frozen = _frozen_copy(model, self.device)
-            if precision == "8bit":
-                _to_8bit(self.frozen)
-                self.frozen.to(self.device)
-            head = _linear_head(self.frozen)
-            self.head = None if head is None else _weights_of(head, accelerator.device)
+            self.frozen = self._copy(model, precision, device)
 
     def projection(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, **kwargs: bool
@@ -75,6 +76,9 @@ class Reference:
             prediction = row_projection(theta_0, *inputs, **kwargs)
         if not isinstance(prediction, Projection):
             return prediction.to(input_ids.device)
+        if self.frozen is not None and self.head is None:
+            head = _linear_head(self.accelerator.unwrap_model(self.frozen))
+            self.head = _weights_of(head, self.accelerator.device, self.distributed.whole)
         return (self.head or prediction)._replace(hidden=prediction.hidden.to(input_ids.device))
 
     def nll(
@@ -92,6 +96,20 @@ class Reference:
             nll = row_figures(theta_0, *inputs, TokenNLL(targets.to(self.device)), **kwargs).value
         return nll.to(input_ids.device)
 
+    def _copy(self, model: nn.Module, precision: str, device: str | None) -> nn.Module:
+        if precision == "full" and device is None:
+            return self.distributed.prepare_frozen(_frozen_copy(model, self.distributed))
+        if self.distributed.shards:
+            raise ValueError(
+                "reference_precision and reference_device are of a copy in one piece; under FSDP2 and ZeRO-3 the copy "
+                "is sharded over the processes. Leave them out, or use DDP or ZeRO-2."
+            )
+        frozen = _frozen_copy(model, self.distributed, self.device)
+        if precision == "8bit":
+            _to_8bit(frozen)
+            frozen.to(self.device)
+        return frozen
+
     @contextmanager
     def _weights(self, model: nn.Module) -> Iterator[nn.Module]:
         with ExitStack() as stack:
@@ -104,7 +122,7 @@ class Reference:
             if self.first_adapter:
                 stack.enter_context(self._first_weights(unwrapped))
             elif isinstance(unwrapped, PeftModel):
-                stack.enter_context(unwrapped.disable_adapter())
+                stack.enter_context(_adapters_off(unwrapped))
             stack.enter_context(frozen_pass(model))
             yield model
 
@@ -133,11 +151,30 @@ def frozen_pass(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def _adapters_off(model: PeftModel) -> Iterator[None]:
+    """PEFT also marks adapters that are off as not trained, which FSDP would take over for the passes that follow."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with model.disable_adapter():
+        for p in trained:
+            p.requires_grad_(True)
+        yield
+
+
+def _check_unsharded(distributed: DistributedBackend) -> None:
+    if distributed.shards:
+        raise ValueError(
+            "The adapters were trained before, so theta_0 is their weights as they are now; under FSDP2 and ZeRO-3 "
+            "these cannot be put back for a pass. Merge them into the model (merge_and_unload) and add new ones, or "
+            "use DDP or ZeRO-2."
+        )
+
+
 def trained_head(model: nn.Module, device: torch.device) -> Projection | None:
     """A copy of the head's weights as they are, or None if they are not trained."""
     head = _linear_head(model)
     trained = head is not None and any(p.requires_grad for p in head.parameters())
-    return _weights_of(head, device, copy=True) if trained else None
+    return _weights_of(head, device, lambda weight: weight.detach().clone()) if trained else None
 
 
 def _linear_head(model: nn.Module) -> nn.Linear | None:
@@ -145,17 +182,23 @@ def _linear_head(model: nn.Module) -> nn.Linear | None:
     return head if isinstance(head, nn.Linear) else None
 
 
-def _weights_of(head: nn.Linear, device: torch.device, copy: bool = False) -> Projection:
-    """The weights as a `Projection` of nothing yet."""
-    weight, bias = (x if x is None else x.detach().to(device, copy=copy) for x in (head.weight, head.bias))
+def _weights_of(head: nn.Linear, device: torch.device, read: Callable[[Tensor], Tensor]) -> Projection:
+    """The weights, as `read` returns them, as a `Projection` of nothing yet."""
+    weight, bias = (x if x is None else read(x).to(device) for x in (head.weight, head.bias))
     return Projection(weight.new_zeros(0, weight.shape[1]), weight, bias)
 
 
-def _frozen_copy(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy whose tensors are made where they are to stay, not first beside the original's."""
-    memo: dict[int, Tensor] = {id(b): b.detach().to(device, copy=True) for b in model.buffers()}
+def _frozen_copy(model: nn.Module, distributed: DistributedBackend, device: torch.device | None = None) -> nn.Module:
+    """A copy whose tensors are made where they are to stay, not first beside the original's.
+
+    Without a device that is the accelerator's or, for a copy that is going to be sharded, the original's.
+    """
+    if device is None and not distributed.shards:
+        device = distributed.accelerator.device
+    memo: dict[int, Tensor] = {id(b): b.detach().to(device or b.device, copy=True) for b in model.buffers()}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(p.detach().to(device, copy=True), requires_grad=False)
+        whole = distributed.whole(p) if is_partitioned(p) else p.detach()
+        memo[id(p)] = nn.Parameter(whole.to(device or p.device, copy=True), requires_grad=False)
     return copy.deepcopy(model, memo).eval()
 
 

@@ -17,7 +17,7 @@ from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint
 from .config import MDUConfig
 from .data import RowPairs, TokenizedRows, count_overlap
 from .divergence import AnchorKL, Measure, Prediction, TokenNLL
-from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row
+from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row, weighted
 from .models import row_projection, weights_fingerprint
 from .objectives import OBJECTIVES, ForgetTerms
 from .provenance import Provenance
@@ -94,7 +94,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
             return None
         return Reference(
             self.model,
-            self.accelerator,
+            self.distributed,
             keep_copy=not args.precompute_anchor,
             precision=args.reference_precision,
             device=args.reference_device,
@@ -112,7 +112,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Figures]:
         """L = L_forget + retain_weight * L_retain of a micro-batch; with `return_outputs` the figures of its rows."""
-        figures = self._figures(model, inputs)
+        figures = weighted(self._figures(model, inputs), inputs)
         loss = self._mean(figures, "forget_loss", num_items_in_batch)
         if "retain_loss" in figures:
             loss = loss + self.args.retain_weight * self._mean(figures, "retain_loss", num_items_in_batch)
@@ -202,17 +202,18 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         return noised.bound(self.reference.nll(model, ids, *noised.where, noised.targets, **self._shift))
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
-        rows = torch.tensor(sum(len(batch["forget"]["row"]) for batch in batches), device=self.args.device)
-        mean_rows = self._mean_over_update(rows, len(batches))
+        forget = [batch["forget"] for batch in batches]
+        mean_rows = self._mean_over_update(sum(batch["weight"].sum() for batch in forget), len(batches))
         if not self._pools_tokens:
             return {"forget_loss": mean_rows, "retain_loss": mean_rows}
-        masked = sum(self._noise("forget", batch["forget"]).num_masked.sum() for batch in batches)
+        masked = sum((self._noise("forget", batch).num_masked * batch["weight"]).sum() for batch in forget)
         return {"forget_loss": self._mean_over_update(masked, len(batches)), "retain_loss": mean_rows}
 
     # Anchors computed before training
 
     def _precompute_anchors(self) -> dict[str, AnchorCache]:
         """The anchors of all training steps, and of the eval sets given to the constructor, by stage."""
+        self.distributed.place_whole(self.model)
         size = self.args.eval_batch_size
         stages = {} if self.train_dataset is None else {"train": (self.train_dataset, self._schedules)}
         batches = {"train": self._train_batches()}

@@ -117,15 +117,17 @@ def _inside(
 
     with ExitStack() as hooks:
         hooks.callback(head.register_forward_pre_hook(before).remove)
-        hooks.callback(head.register_forward_hook(after).remove)
+        # first of the hooks: FSDP's and DeepSpeed's must see the tensor through which the gradient comes back
+        hooks.callback(head.register_forward_hook(after, prepend=True).remove)
         output = model(input_ids=input_ids, attention_mask=attention_mask)
     output = output.logits if hasattr(output, "logits") else output[0]
     if head not in _HEAD_IS_LAST:
         _HEAD_IS_LAST[head] = _is_same(output, computed[0])
         if not _HEAD_IS_LAST[head]:
             return None
-    # the wrapper's output carries the gradient, but a wrapper in mixed precision may have rounded its value
-    return computed[0].detach() + (output - output.detach()) if output.requires_grad else computed[0]
+    # a wrapper in mixed precision rounds its output, so it adds nothing but its place in the graph: wrappers prepare
+    # their backward pass where the gradient reaches their output
+    return computed[0] + 0 * output if output.requires_grad else computed[0]
 
 
 def _source(rows: Tensor, logit_shift: bool) -> tuple[Tensor, Tensor]:
