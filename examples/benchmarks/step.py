@@ -107,6 +107,7 @@ def make_batch(shape: Shape, visit: int) -> dict[str, Tensor]:
         "response_mask": (torch.arange(length) >= shape.prompt).long().repeat(shape.batch, 1),
         "row": torch.arange(shape.batch),
         "visit": torch.full((shape.batch,), visit),
+        "weight": torch.ones(shape.batch),
     }
     return {name: x.to(shape.device) for name, x in batch.items()}
 
