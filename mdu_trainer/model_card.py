@@ -242,7 +242,8 @@ def draw_picture(results: Results | None) -> bytes | None:
     """The trade-off of all runs as PNG; None without matplotlib, or where ROUGE-L recall was not measured."""
     if results is None or find_spec("matplotlib") is None:
         return None
-    from .analysis.plots import COLOURS, plot_tradeoff
+    from .analysis.plots import plot_tradeoff
+    from .analysis.style import COLOURS
 
     sides = ("forget", "retain")
     runs = [run for run in results.runs if all(run.figure(side, "rougeL_recall") for side in sides)]
