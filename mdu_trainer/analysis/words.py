@@ -73,28 +73,26 @@ IRREGULAR = {  # what no stemmer unites
 }
 IRREGULAR |= {"life": "live", "lives": "live", "lived": "live"}  # noun and verb meet in "lives"
 
-FUNCTION_WORDS = (
-    frozenset(
-        # determiners and pronouns
-        "a an the this that these those some any each every either neither both all another other others such same own no "
-        "i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers "
-        "herself it its itself they them their theirs themselves who whom whose which what whatever whoever one ones "
-        "someone something anyone anything everyone everything nobody nothing none here there where when why how s "
-        # prepositions and conjunctions
-        "about above across after against along among amongst around as at before behind below beneath beside besides "
-        "between beyond by despite down during except for from in inside into like near of off on onto out outside over "
-        "per since than through throughout till to toward towards under until up upon via with within without and but or "
-        "nor so yet if because although though while whereas unless whether once "
-        # auxiliaries and negation
-        "am is are was were be been being do does did doing done have has had having can could may might must shall should "
-        "will would cannot not n't "
-        # particles of degree and order
-        "also too very just only even still quite rather more most less least much many few several then thus hence "
-        "therefore thereby indeed however moreover furthermore additionally often always never ever already again well".split()
-    )
-    | {f"{stem}n't" for stem in "is are was were do does did have has had could might must should would".split()}
-    | {"can't", "won't", "i'm", "i've", "i'd", "i'll", "you're", "you've", "we're", "we've", "they're", "they've"}
-)
+FUNCTION_WORDS = frozenset(
+    """
+    a an the this that these those some any each every either neither both all another other others such same own no
+    i me my mine myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
+    herself it its itself they them their theirs themselves who whom whose which what whatever whoever one ones
+    someone something anyone anything everyone everything nobody nothing none here there where when why how s
+
+    about above across after against along among amongst around as at before behind below beneath beside besides
+    between beyond by despite down during except for from in inside into like near of off on onto out outside over
+    per since than through throughout till to toward towards under until up upon via with within without and but or
+    nor so yet if because although though while whereas unless whether once
+
+    am is are was were be been being do does did doing done have has had having can could may might must shall
+    should will would cannot not can't won't isn't aren't wasn't weren't don't doesn't didn't haven't hasn't hadn't
+    couldn't mustn't shouldn't wouldn't i'm i've i'd i'll you're you've we're we've they're they've
+
+    also too very just only even still quite rather more most less least much many few several then thus hence
+    therefore thereby indeed however moreover furthermore additionally often always never ever already again well
+    """.split()
+)  # determiners and pronouns; prepositions and conjunctions; auxiliaries and negation; degree and order
 ALSO_NAMES = frozenset({"may", "will", "us", "it", "who"})  # capitalised amid a sentence they are none
 
 # letters of scripts that write words without spaces and have a meaning each; one is a word
