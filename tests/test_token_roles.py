@@ -1,6 +1,7 @@
 """Roles of tokens: agreement with labels by hand, any tokenizer, template words, and the view to check them by."""
 
 import pytest
+from hypothesis import given, settings, strategies
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
@@ -121,7 +122,7 @@ def test_agreement_with_labels_by_hand(any_tokenizer):
                 pairs[row_labels[at[0]]].append(role)
     counted = sum(map(len, pairs.values()))
     agreed = sum(role == wanted for wanted, roles in pairs.items() for role in roles)
-    assert counted >= 150 and min(map(len, pairs.values())) >= 30
+    assert counted >= 120 and min(map(len, pairs.values())) >= 30
     assert agreed / counted >= 0.9
     for wanted, roles in pairs.items():
         assert roles.count(wanted) / len(roles) >= 0.85, wanted
@@ -173,6 +174,39 @@ def test_where_words_begin_and_end():
     assert [text[word.start : word.stop] for word in words(text)] == [
         *("Jean", "Luc", "O'Brien", "s", "1,000", "books", "don't", "say", "村", "上", "naïve")
     ]
+
+
+def test_tokens_that_straddle_words():
+    """The role of most of the letters; the first of ROLES if there are equally many."""
+    pieces = ["Ada of ", "Wolfgang", " and the a", "rt of Lund", ", Ada"]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate([*pieces, "[UNK]"])}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(pieces)), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+    (ids,) = encode(tokenizer, ["".join(pieces)])
+    assert ids == [0, 1, 2, 3, 4]
+    (roles,) = label_roles(["Who is Ada?"], ["".join(pieces)], [ids], tokenizer)
+    assert roles == ["in_context", "stored", "structural", "stored", "in_context"]
+    (tied,) = label_roles(["Who is Ada?"], ["Bob Ada"], [[0]], Whole("Bob Ada"))
+    assert tied == ["stored"]
+
+
+def Whole(text):
+    """A tokenizer that makes one token of a text."""
+    tokenizer = Tokenizer(models.WordLevel({text: 0, "[UNK]": 1}, "[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+@settings(max_examples=40, deadline=None)
+@given(strategies.text(max_size=30), strategies.text(max_size=12))
+def test_any_text_is_labelled(answer, question):
+    for tokenizer in TEXT_TOKENIZERS:
+        (ids,) = encode(tokenizer, [answer])
+        (roles,) = label_roles([question], [answer], [ids], tokenizer)
+        assert len(roles) == len(ids) and set(roles) <= set(ROLES)
+        assert all(0 <= start <= stop <= len(answer) for start, stop in token_spans(answer, ids, tokenizer))
+
+
+TEXT_TOKENIZERS = (train_tokenizer(["some words to learn"], vocab_size=300), ByT5Tokenizer())  # fast, and slow
 
 
 def roles_by_word(question, answer, tokenizer, answers=()):

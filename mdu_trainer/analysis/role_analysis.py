@@ -26,6 +26,8 @@ from .role_report import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSett
 from .token_roles import ROLES, Labeller, Role, label_roles
 from .trajectories import Figures, Path, by_row, by_step, decoded_paths, measure_paths, revelation, true_paths
 
+BASE = "base"  # what the model before unlearning is called
+
 
 @dataclass(frozen=True, repr=False)
 class RoleData:
@@ -147,7 +149,7 @@ def analyse_roles(
     )
     known = _known(path, report, weights_fingerprint(base))
     analysis = _Analysis(base, backbone, tokenizer, data, settings, labeller, show_progress)
-    for name, model in chain([("base", base)], models):
+    for name, model in chain([(BASE, base)], models):
         if name in [run.name for run in report.runs]:
             raise ValueError(f"Each model needs a name of its own, and {name!r} is taken.")
         found = known.get(name)
@@ -202,8 +204,8 @@ class _Analysis:
 
     def run(self, name: str, model: nn.Module) -> RoleRun:
         """The figures of a model."""
-        is_base = model is self.base
-        after = self.before if is_base else self.measure(model, self.paths, f"{name}, true answers")
+        is_base = name == BASE
+        after = self.before if is_base else self.measure(model, self.paths, f"{name}, true answers", self.base)
         own = self.decode(model, name)
         figures = {figure: self.means(values) for figure, values in after.items()}
         compared = {} if is_base else {figure: after[figure] for figure in self.before}
@@ -211,7 +213,10 @@ class _Analysis:
             figure: {role: self.change(self.before[figure], values, role) for role in figures[figure]}
             for figure, values in compared.items()
         }
-        along = {TRUE: (self.paths, after), OWN: (own, self.measure(model, own, f"{name}, own decoding"))}
+        along = {
+            TRUE: (self.paths, after),
+            OWN: (own, self.measure(model, own, f"{name}, own decoding", None if is_base else self.base)),
+        }
         orders = {role: revelation(own, role) for role in ROLES}
         place = self.settings.example_row * self.settings.num_paths
         return RoleRun(
@@ -228,12 +233,12 @@ class _Analysis:
             [[_number(value) for value in step] for step in after["kl"][place]],
         )
 
-    def measure(self, model: nn.Module, paths: Sequence[Path], name: str) -> Figures:
+    def measure(self, model: nn.Module, paths: Sequence[Path], name: str, base: nn.Module | None = None) -> Figures:
         return measure_paths(
             model,
             paths,
             self.backbone,
-            base=None if model is self.base else self.base,
+            base=base,
             num_steps=self.settings.num_steps,
             batch_size=self.settings.batch_size,
             show_progress=name if self.show_progress else None,

@@ -1,10 +1,12 @@
 """What was forgotten, token by token: figures by role before and after unlearning. Figures only, never texts.
 
-`role_analysis.analyse_roles` makes a report.
+    report = RoleReport.load("roles.json")  # of `role_analysis.analyse_roles`, or of examples/roles.py
+    print(report.details())
 
-report = analyse_roles(base, [("mdu", unlearned)], tokenizer, forget, retain)
-print(report.details())
-report.save("roles.json")
+How to read it. `kl` says how much the prompt changes a prediction, right or wrong: a model that never saw the rows, and
+is sure of its wrong answers, has a high one. So read it beside `probability`, that of the true tokens. MDU pulls the
+prediction towards the prompt-masked one where tau = 1, and towards a flatter one below: at tau = 0, once the prediction
+is uniform, `kl` is how far from uniform the prompt-masked prediction is.
 """
 
 import json
