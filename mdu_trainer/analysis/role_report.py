@@ -3,10 +3,10 @@
     report = RoleReport.load("roles.json")  # of `role_analysis.analyse_roles`, or of examples/roles.py
     print(report.details())
 
-How to read it. `kl` says how much the prompt changes a prediction, right or wrong: a model that never saw the rows, and
-is sure of its wrong answers, has a high one. So read it beside `probability`, that of the true tokens. MDU pulls the
-prediction towards the prompt-masked one where tau = 1, and towards a flatter one below: at tau = 0, once the prediction
-is uniform, `kl` is how far from uniform the prompt-masked prediction is.
+How to read it. `kl` says how much the prompt changes a prediction, right or wrong: a model that never saw the rows
+and is sure of its wrong answers has a high one. So read it beside `probability`, that of the true tokens. MDU pulls the
+prediction towards the prompt-masked one where tau = 1, and towards a flatter one below: at tau = 0, once the
+prediction is uniform, `kl` says how far from uniform the prompt-masked one is.
 """
 
 import json
