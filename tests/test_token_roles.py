@@ -261,6 +261,8 @@ def test_tokens_that_are_not_in_the_text(bpe, wordpiece, characters):
         (plain,) = label_roles([question], [answer], [ids], tokenizer)
         (ended,) = label_roles([question], [answer], [[*ids, end_id, end_id]], tokenizer)
         assert ended == [*plain, "structural", "structural"]
+        (begun,) = label_roles([question], [answer], [[end_id, *ids]], tokenizer)
+        assert begun == ["structural", *plain]
         assert label_roles([question], [answer], [ids[:-1]], tokenizer) == [plain[:-1]]  # cut short
         assert token_texts(answer, [*ids, end_id], tokenizer)[-1] == end
         assert "stored" in plain
@@ -271,6 +273,7 @@ def test_unknown_tokens_cover_what_is_left(wordpiece, characters):
         text = "Ada met 村 there."
         (ids,) = encode(tokenizer, [text])
         place = ids.index(tokenizer.unk_token_id)
+        assert token_spans("村 met", encode(tokenizer, ["村 met"])[0], tokenizer)[0] == (0, 1)
         (shifted,) = encode(tokenizer, ["a" + text])  # ids that the tokenizer would not make of the text
         assert token_spans(text, ids, tokenizer)[place] == (8, 9)
         spans = token_spans(text, shifted[1:] if tokenizer is characters else [*ids[:-1], ids[0]], tokenizer)

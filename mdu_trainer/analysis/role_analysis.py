@@ -51,6 +51,24 @@ class RoleData:
         """A hash of ids and roles."""
         return digest([self.prompts, self.responses, self.roles])
 
+    def label(
+        self,
+        answers: list[str],
+        answer_ids: list[list[int]],
+        tokenizer: PreTrainedTokenizerBase,
+        labeller: Labeller | None,
+    ) -> list[list[Role]]:
+        """Roles of answers to the questions, true or not; template words are those of the true answers."""
+        known = [] if answers is self.answers else list(zip(self.questions, self.answers, strict=True))
+        known += zip(*self.others, strict=True)
+        return label_roles(
+            [*self.questions, *(question for question, _ in known)],
+            [*answers, *(answer for _, answer in known)],
+            [*answer_ids, *([] for _ in known)],
+            tokenizer,
+            labeller=labeller,
+        )[: len(answers)]
+
     def count(self, role: Role) -> tuple[int, int]:
         """Rows that have tokens of a role, and tokens."""
         counts = [row.count(role) for row in self.roles]
@@ -88,19 +106,12 @@ def role_data(
         ValueError: as `check_rows`.
     """
     check_rows(forget, retain)
-    parts = [rows for rows in (forget, retain) if rows is not None]
-    encoded = [
-        tokenize_rows(
-            question_answer_rows(rows, conversational=bool(tokenizer.chat_template)), tokenizer, backbone, name=name
-        )
-        for name, rows in zip(("forget", "retain"), parts, strict=False)
-    ]
-    questions, answers = ([text for rows in parts for text in rows[name]] for name in ("question", "answer"))
-    ids = [response for rows in encoded for response in rows.responses]
-    roles = label_roles(questions, answers, ids, tokenizer, labeller=labeller)
-    n = len(forget)
-    texts = questions[:n], answers[:n], (questions[n:], answers[n:])
-    return RoleData(encoded[0].prompts, encoded[0].responses, roles[:n], *texts)
+    chats = bool(tokenizer.chat_template)
+    rows = tokenize_rows(question_answer_rows(forget, conversational=chats), tokenizer, backbone, name="forget")
+    texts = list(forget["question"]), list(forget["answer"])
+    others = ([], []) if retain is None else (list(retain["question"]), list(retain["answer"]))
+    data = RoleData(rows.prompts, rows.responses, [], *texts, others)
+    return replace(data, roles=data.label(data.answers, data.responses, tokenizer, labeller))
 
 
 def analyse_roles(
@@ -252,18 +263,8 @@ class _Analysis:
         return decoded_paths(model, self.data.prompts, self.backbone, config, self.label_decoded)
 
     def label_decoded(self, decoded: list[list[int]]) -> list[list[Role]]:
-        """Roles of decoded answers, whose template words are those of the true answers."""
         texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
-        questions, answers = self.data.others
-        others = [*self.data.questions, *questions], [*self.data.answers, *answers]
-        nothing: list[list[int]] = [[] for _ in others[0]]
-        return label_roles(
-            [*self.data.questions, *others[0]],
-            [*texts, *others[1]],
-            [*decoded, *nothing],
-            self.tokenizer,
-            labeller=self.labeller,
-        )[: len(decoded)]
+        return self.data.label(texts, decoded, self.tokenizer, self.labeller)
 
     def means(self, values: Sequence[np.ndarray]) -> dict[Role, Estimate]:
         rows = {role: by_row(values, self.paths, role) for role in ROLES}

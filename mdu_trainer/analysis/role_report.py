@@ -4,8 +4,8 @@
     print(report.details())
 
 How to read it. `kl` says how much the prompt changes a prediction, right or wrong: a model that never saw the rows
-and is sure of its wrong answers has a high one. So read it beside `probability`, that of the true tokens. MDU pulls the
-prediction towards the prompt-masked one where tau = 1, and towards a flatter one below: at tau = 0, once the
+and is sure of its wrong answers has a high one. So read it beside `probability`, that of the true tokens. MDU pulls
+the prediction towards the prompt-masked one where tau = 1, and towards a flatter one below: at tau = 0, once the
 prediction is uniform, `kl` says how far from uniform the prompt-masked one is.
 """
 
