@@ -54,6 +54,7 @@ def plot_roles(report: RoleReport, path: str | Path, figure: str = "kl") -> None
         axes.annotate(tokens, (middle, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", color=colour)
     axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.grid(visible=False, axis="x")
+    axes.set_axisbelow(True)
     axes.set(ylabel=LABELS[figure].replace("\n", " "))
     axes.margins(y=0.1)
     save_figure(canvas, path)
