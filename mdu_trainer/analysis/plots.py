@@ -28,6 +28,7 @@ CURVES = {  # what a training logs -> title
     "entropy": "entropy, forget rows (nats)",
 }
 NO_CURVES = ("runtime", "per_second", "model_preparation_time")  # what an evaluation logs of itself
+WIDE = 10  # values beyond it are drawn on a logarithmic scale
 PALE = 0.35  # opacity of a run that is clearly dominated
 WORDS = {FRONT: "on the front", WITHIN: "dominated within intervals", DOMINATED: "dominated"}
 LONG_LEGEND = 8  # runs that a legend beside the points holds
@@ -130,7 +131,9 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         if key.startswith("eval_") and not key.endswith(NO_CURVES)
     }
     rows = max(1, math.ceil(len(curves) / 2))
-    figure, panels = new_figure(rows, 2, size=(10, 0.8 + 2.9 * rows), sharex=True, squeeze=False)
+    columns = max(1, min(len(histories), 130 // (8 + max(map(len, histories), default=0))))  # of the legend
+    height = 0.5 + 2.9 * rows + 0.2 * math.ceil(len(histories) / columns)
+    figure, panels = new_figure(rows, 2, size=(10, height), sharex=True, squeeze=False)
     styles = run_styles(histories)
     for axes, (key, title) in zip(panels.flat, curves.items(), strict=False):
         for name, history in histories.items():
@@ -145,7 +148,8 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
                 **{"color": style.colour, "linestyle": style.line, "marker": marker, "markersize": 4},
             )
         axes.set_title(title, fontsize=10, loc="left")
-        if key == "forget_loss":  # of different methods, these differ by orders of magnitude and in sign
+        low, high = axes.get_ylim()
+        if low < -WIDE or high > WIDE:  # forget losses of different methods differ by orders of magnitude and in sign
             axes.set_yscale("symlog")
     for axes in panels.flat[len(curves) :]:
         axes.remove()
@@ -153,7 +157,6 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         axes.set_xlabel("update step")
         axes.tick_params(labelbottom=True)
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels), default=0))))
     figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, ncols=columns, frameon=False)
     save_figure(figure, path)
 

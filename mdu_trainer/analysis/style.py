@@ -109,6 +109,8 @@ def _shared_area(one: Any, other: Any) -> float:
 
 def _paler(colour: str, share: float) -> str:
     """A colour mixed with white."""
+    if share == 0:
+        return colour
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(c + (255 - c) * share):02x}" for c in channels)
 
