@@ -18,7 +18,7 @@ from mdu_trainer.provenance import Facts
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = [
-    *("--loss_type", "npo", "mdu", "--tau", "0", "0.5", "--learning_rate", "1e-3", "1e-2", "--max_steps", "2"),
+    *("--loss_type", "npo", "mdu", "--learning_rate", "1e-3", "1e-2", "--max_steps", "2"),
     *("--select", "retain>=0*base"),
 ]
 QUICK = [
@@ -27,7 +27,7 @@ QUICK = [
     *("--max_eval_rows", "2", "--likelihood_draws", "2", "--decoding_steps", "4", "--save_strategy", "no"),
     *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
 ]
-NAMES = [f"{method}-lr{rate}-steps2-seed42" for method in ("npo", "mdu-tau0", "mdu-tau0.5") for rate in (0.001, 0.01)]
+NAMES = [f"{method}-lr{rate}-steps2-seed42" for method in ("npo", "mdu-tau0") for rate in (0.001, 0.01)]
 
 
 def start(*arguments):
@@ -66,7 +66,7 @@ def test_output(whole):
     results = Results.load(folder / "results.json")
     assert [run.name for run in results.runs] == [
         "base",
-        *(f"{m} lr={rate}" for m in ("npo", "mdu tau=0", "mdu tau=0.5") for rate in ("0.001", "0.01")),
+        *(f"{m} lr={rate}" for m in ("npo", "mdu tau=0") for rate in ("0.001", "0.01")),
     ]
     chosen = select(results.runs, "retain>=0*base")
     assert frontier_table(results, chosen) in log and f"Selected: {chosen.name}, in {folder}" in log
@@ -87,37 +87,56 @@ def test_killed_in_the_middle_and_started_again(whole, tmp_path):
     before = ""
     for line in process.stdout:
         before += line
-        if line.startswith(NAMES[3]):  # the fourth of six has begun
+        if line.startswith(NAMES[2]):  # the third of four has begun
             process.send_signal(signal.SIGKILL)
             break
     process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL and trainings(before) == NAMES[:4]
+    assert process.returncode == -signal.SIGKILL and trainings(before) == NAMES[:3]
     finished = [run.name for run in Results.load(folder / "results.json").runs]
-    assert len(finished) == 1 + 3, "the results of the finished runs were written"
+    assert len(finished) == 1 + 2, "the results of the finished runs were written"
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
-    assert len(weights) == 1 + 3
+    assert len(weights) == 1 + 2
     after = sweep("--output_dir", folder, *GRID, *QUICK, "--resume")
-    assert trainings(after) == NAMES[3:] and "fine-tuning" not in after
+    assert trainings(after) == NAMES[2:] and "fine-tuning" not in after
     assert all(path.stat().st_mtime_ns == written for path, written in weights.items())
     assert figures(folder) == figures(whole[0])
 
 
-def test_more_values_later(whole, tmp_path):
+def test_more_values_later(whole, tmp_path, monkeypatch):
     """A resumed sweep may have other values: what is there is taken over, and named as the new sweep names it."""
     folder = shutil.copytree(whole[0], tmp_path / "more")
     options = yaml.safe_load((folder / "config.yaml").read_text()) | {"output_dir": str(folder)}
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
     other = [*GRID, *("--learning_rate", "1e-2", "--loss_type", "mdu", "--seed", "42", "7", "--select", "retain>=2")]
     log = sweep("--output_dir", folder, *other, *QUICK, "--resume", expect=1)
-    assert trainings(log) == ["mdu-tau0-lr0.01-steps2-seed7", "mdu-tau0.5-lr0.01-steps2-seed7"]
+    assert trainings(log) == ["mdu-tau0-lr0.01-steps2-seed7"]
     assert "No run satisfies retain>=2. The nearest is mdu tau=" in log.splitlines()[-1]
     first, second = (Results.load(path / "results.json").runs for path in (whole[0], folder))
-    assert [run.name for run in second[1:]] == [
-        f"mdu tau={tau} seed={seed}" for tau in ("0", "0.5") for seed in (42, 7)
-    ]
+    assert [run.name for run in second] == ["base", "mdu tau=0 seed=42", "mdu tau=0 seed=7"]
     assert second[1].scores == first[4].scores != second[2].scores
-    seed = ("--seed", "7", "--resume", "--output_dir", folder)
-    assert "not of this command" in sweep(*other, *QUICK, *seed, expect=1), "the base is of the first seed"
+    with pytest.raises(SystemExit, match="not of this command"):  # the base is of the first seed
+        in_process(monkeypatch, "--output_dir", folder, *other, *QUICK, "--resume", "--seed", "7")
+
+
+def in_process(monkeypatch, *arguments):
+    """What `main` is called with, called: for what stops before any work."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from sweep import ModelConfig, SweepArguments, SweepConfig, TrlParser, main
+
+    parser = TrlParser((SweepArguments, SweepConfig, ModelConfig))
+    main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
+
+
+def test_every_combination_is_a_run(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    from sweep import SweepConfig
+
+    axes = {"learning_rate": [1e-5, 3e-5], "num_train_epochs": [1.0, 2.5], "seed": 3}
+    config = SweepConfig(output_dir=str(tmp_path), loss_type=["mdu", "ga"], tau=[0.0, 0.5, 0.0], **axes)
+    names = [Path(run.output_dir).name for run in config.runs()]
+    assert len(names) == len(set(names)) == 2 * 2 * (2 + 1)
+    assert names[0] == "mdu-tau0-lr1e-05-epochs1-seed3" and names[-1] == "ga-lr3e-05-epochs2.5-seed3"
+    assert config.swept(config.runs()[-1]) == {"learning_rate": 3e-5, "num_train_epochs": 2.5}
 
 
 @pytest.mark.parametrize(
@@ -129,10 +148,6 @@ def test_more_values_later(whole, tmp_path):
     ],
 )
 def test_wrong_values_stop_before_any_work(monkeypatch, tmp_path, wrong, message):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from sweep import ModelConfig, SweepArguments, SweepConfig, TrlParser, main
-
-    options = [str(option) for option in ("--output_dir", tmp_path / "out", *GRID, *QUICK, *wrong)]
     with pytest.raises(SystemExit, match=message):
-        main(*TrlParser((SweepArguments, SweepConfig, ModelConfig)).parse_args_and_config(options))
+        in_process(monkeypatch, "--output_dir", tmp_path / "out", *GRID, *QUICK, *wrong)
     assert not (tmp_path / "out").exists()

@@ -37,6 +37,7 @@ PRIVATE_PICTURES = {
     "heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")
 }  # has words
 FIGURE = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
+MOST_COLUMNS = 8  # runs side by side
 TRAINING = {  # facts of a training -> column
     "steps": "steps",
     "epochs": "epochs",
@@ -162,12 +163,21 @@ def _comparison(results: Results | None) -> dict[str, Any]:
         "model": Path(results.model).name if Path(results.model).is_absolute() else results.model,
         "settings": [(name, _shown(value)) for name, value in results.settings.items() if value is not None],
         "table": parse_markdown_table(frontier_table(results, selected)),
-        "details": parse_markdown_table(results.details()),
+        "details": _details(results),
         "selected": selected,
         "problem": problem,
         "metrics": {name: METRICS[name].replace("`", "") for name in measured if name in METRICS},
         "drawn": _drawn(results.runs, selected),
     }
+
+
+def _details(results: Results) -> list[list[str]]:
+    """Every figure: the runs are the columns, or the rows if they are many."""
+    cells = parse_markdown_table(results.details())
+    if len(results.runs) <= MOST_COLUMNS:
+        return cells
+    columns = [[" ".join(row[:2]), *row[3:]] for row in cells]
+    return [list(row) for row in zip(*[["run", *columns[0][1:]], *columns[1:]], strict=True)]
 
 
 def _selected(results: Results) -> tuple[Run | None, str]:
