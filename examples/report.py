@@ -8,43 +8,45 @@ given; the page is then as private as the rows are.
 """
 
 import argparse
+from dataclasses import fields
 from pathlib import Path
 
 # isort: off
-from tofu import EMBEDDED, TofuArguments  # takes this folder off the path
+from tofu import EMBEDDED, TofuArguments, load_rows  # takes this folder off the path
 # isort: on
 
 from datasets import Dataset
 
 from mdu_trainer import load_tokenizer
-from mdu_trainer.analysis.page import ROLES, write_page
+from mdu_trainer.analysis.page import write_page
 from mdu_trainer.evaluation.report import Results
-from mdu_trainer.evaluation.sources import load_config
 from mdu_trainer.model_card import RESULTS
-from mdu_trainer.testing import fictional_authors, forget_retain_split
 
 
-def load_forget_rows(folder: Path) -> Dataset:
-    """The rows that the comparison in a folder was to forget, from where its settings say."""
+def load_private_rows(folder: Path) -> tuple[Dataset, Dataset]:
+    """The rows that the comparison in a folder was to forget and to keep, from where its settings say."""
     if not (folder / RESULTS).is_file():
         raise ValueError(f"--show_forget_text needs {folder / RESULTS}, which names the rows.")
     results = Results.load(folder / RESULTS)
-    name, split = (results.settings.get(key, getattr(TofuArguments, key)) for key in ("dataset_name", "forget_split"))
-    if not any("forget" in run.rows for run in results.runs) or (name is None and results.dataset != EMBEDDED):
+    chosen = {f.name: results.settings[f.name] for f in fields(TofuArguments) if f.name in results.settings}
+    args = TofuArguments(**chosen)
+    if not any("forget" in run.rows for run in results.runs) or (
+        args.dataset_name is None and results.dataset != EMBEDDED
+    ):
         raise ValueError(
             f"--show_forget_text knows the rows of examples/tofu.py and examples/sweep.py; {folder / RESULTS} is of "
             "neither. Leave it out."
         )
-    return forget_retain_split(fictional_authors())[0] if name is None else load_config(name, split)
+    return load_rows(args, from_scratch=True)[:2]
 
 
 def main(folder: Path, output: Path | None, show_forget_text: bool) -> None:
-    rows = tokenizer = None
+    private = {}
     if show_forget_text:
-        rows = load_forget_rows(folder)
+        private["forget_rows"], private["retain_rows"] = load_private_rows(folder)
         models = sorted(path.parent for path in folder.glob("*/tokenizer_config.json"))
-        tokenizer = load_tokenizer(str(models[0])) if models and (folder / ROLES).is_file() else None
-    print(f"Written to {write_page(folder, output, forget_rows=rows, tokenizer=tokenizer)}")
+        private["tokenizer"] = load_tokenizer(str(models[0])) if models else None
+    print(f"Written to {write_page(folder, output, **private)}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def with_roles_and_recovery(folder, monkeypatch):
     roles = markdown_table([["model", "role", "KL"], ["mdu tau=0", "stored", "4.321 [4.1, 4.5]"]])
     attacks = markdown_table([["attack", "base", "mdu tau=0"], ["relearn", "0.987", "0.123"]])
     modules = {
-        "analysis.trajectories": {"RoleReport": SimpleNamespace(load=lambda path: Fake(path, details=roles))},
+        "analysis.role_report": {"RoleReport": SimpleNamespace(load=lambda path: Fake(path, details=roles))},
         "attacks.recovery": {"Recovery": SimpleNamespace(load=lambda path: Fake(path, table=attacks))},
         "analysis.token_roles": {
             "label_roles": lambda questions, answers, ids, tokenizer: [["stored"] * len(row) for row in ids],
@@ -156,11 +156,13 @@ def test_no_forget_text_unless_it_is_given(with_roles_and_recovery, tokenizer):
     folder = with_roles_and_recovery
     page = write_page(folder, tokenizer=tokenizer)
     assert not any(word in everything(page.read_text()) for word in PLANTED.split())
-    path = write_page(folder, forget_rows=ROWS, tokenizer=tokenizer)
+    kept = [{"question": "Who?", "answer": "Nobody to forget."}]
+    path = write_page(folder, forget_rows=ROWS, retain_rows=kept, tokenizer=tokenizer)
     shown = path.read_text()
     assert Page(shown).tables[-1][1:] == [["0", ROWS[0]["question"], ROWS[0]["answer"]]]
     assert "<b>Xanthippe Quillfeather is a &amp; b.[[" in shown, "the answer by role"
     assert "Do not pass it on" in shown and f"<{PLANTED}>" not in shown, "quoted, not run as markup"
+    assert "Nobody to forget" not in shown
     assert path.stat().st_mode & 0o077 == 0, "for nobody else"
     assert len(Page(shown).images) == 7, "also the picture with words in it"
 

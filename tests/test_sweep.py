@@ -19,7 +19,7 @@ from mdu_trainer.provenance import Facts
 ROOT = Path(__file__).resolve().parents[1]
 GRID = [
     *("--loss_type", "npo", "mdu", "--learning_rate", "1e-3", "1e-2", "--max_steps", "2"),
-    *("--select", "retain>=0*base"),
+    *("--tau", "0", "--select", "retain>=0*base"),
 ]
 QUICK = [
     *("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "2", "--metrics", "rougeL", "probability"),

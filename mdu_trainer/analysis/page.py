@@ -29,8 +29,9 @@ PAGE, TEMPLATE = "report.html", "report.html.jinja"
 ROLES, RECOVERY, STATE = "roles.json", "recovery.json", "trainer_state.json"
 TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 PICTURES = {  # found in the folder: name -> (section, alternative text)
-    "roles": ("roles", "Divergence from the base by role of the token, for each model."),
-    "path": ("roles", "Divergence from the base along the denoising path, by role of the token."),
+    "roles": ("roles", "Divergence by role of the token, for each model."),
+    "path": ("roles", "Divergence along the denoising path of the true answers, by role of the token."),
+    "decoding": ("roles", "Divergence along what each model decodes, by role of the token."),
     "recovery": ("recovery", "What each attack brings back of what was forgotten, for each model."),
 }
 PRIVATE_PICTURES = {
@@ -45,6 +46,8 @@ TRAINING = {  # facts of a training -> column
     "forget_rows_an_update": "rows an update",
     "seed": "seed",
 }
+
+Pairs = list[tuple[str, str]]  # question, answer
 
 
 class Picture(NamedTuple):
@@ -80,6 +83,7 @@ def write_page(
     output: str | Path | None = None,
     *,
     forget_rows: Iterable[Mapping[str, Any]] | None = None,
+    retain_rows: Iterable[Mapping[str, Any]] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
     """Write the page of a folder that a comparison was written to.
@@ -92,6 +96,7 @@ def write_page(
         output: the file to write, by default `report.html` in the folder.
         forget_rows: rows with columns `question` and `answer` to show. The page is then as private as they are, and
             only its owner may read it. By default no row is quoted.
+        retain_rows: further such rows, not shown: words that their answers share are wording, not knowledge.
         tokenizer: of the models, to colour the tokens of `forget_rows` by role where `roles.json` is there.
 
     Returns:
@@ -108,7 +113,8 @@ def write_page(
     if not found:
         raise ValueError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
     models = find_models(folder, results)
-    rows = None if forget_rows is None else [{key: row[key] for key in ("question", "answer")} for row in forget_rows]
+    rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
+    others = [(row["question"], row["answer"]) for row in retain_rows or ()]
     template = _environment().get_template(TEMPLATE)
     text = template.render(
         title="Unlearning report",
@@ -118,7 +124,7 @@ def write_page(
         recovery=_recovery(folder),
         pictures=_pictures(folder, private=rows is not None),
         rows=rows,
-        audit=_audit(folder, rows, tokenizer),
+        audit=_audit(folder, rows, others, tokenizer),
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     _write(output, text, private=rows is not None)
@@ -245,7 +251,7 @@ def _roles(folder: Path) -> list[list[str]] | None:
     """The table of divergences by role."""
     if not (folder / ROLES).is_file():
         return None
-    from .trajectories import RoleReport
+    from .role_report import RoleReport
 
     return parse_markdown_table(RoleReport.load(folder / ROLES).details())
 
@@ -259,15 +265,16 @@ def _recovery(folder: Path) -> list[list[str]] | None:
     return parse_markdown_table(Recovery.load(folder / RECOVERY).table())
 
 
-def _audit(folder: Path, rows: list[dict] | None, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """The answers with their tokens coloured by role, as HTML."""
     if rows is None or tokenizer is None or not (folder / ROLES).is_file():
         return None
     from .token_roles import audit_html, label_roles
 
-    questions, answers = ([row[key] for row in rows] for key in ("question", "answer"))
+    questions, answers = (list(texts) for texts in zip(*rows, *others, strict=True))
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
-    return audit_html(answers, ids, label_roles(questions, answers, ids, tokenizer), tokenizer)
+    roles, n = label_roles(questions, answers, ids, tokenizer), len(rows)
+    return audit_html(answers[:n], ids[:n], roles[:n], tokenizer)
 
 
 def _pictures(folder: Path, private: bool) -> dict[str, list[Picture]]:
