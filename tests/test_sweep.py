@@ -15,6 +15,7 @@ from mdu_trainer.analysis.frontier import frontier_table, select
 from mdu_trainer.evaluation.report import Results
 from mdu_trainer.model_card import chosen_run
 from mdu_trainer.provenance import Facts
+from mdu_trainer.testing import fictional_authors, forget_retain_split
 
 ROOT = Path(__file__).resolve().parents[1]
 GRID = [
@@ -60,6 +61,15 @@ def whole(tmp_path_factory):
     return folder, sweep("--output_dir", folder, *GRID, *QUICK)
 
 
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import sweep
+
+    return sweep
+
+
 def test_output(whole):
     folder, log = whole
     assert trainings(log) == NAMES
@@ -102,7 +112,7 @@ def test_killed_in_the_middle_and_started_again(whole, tmp_path):
     assert figures(folder) == figures(whole[0])
 
 
-def test_more_values_later(whole, tmp_path, monkeypatch):
+def test_more_values_later(whole, tmp_path, script):
     """A resumed sweep may have other values: what is there is taken over, and named as the new sweep names it."""
     folder = shutil.copytree(whole[0], tmp_path / "more")
     options = yaml.safe_load((folder / "config.yaml").read_text()) | {"output_dir": str(folder)}
@@ -115,24 +125,43 @@ def test_more_values_later(whole, tmp_path, monkeypatch):
     assert [run.name for run in second] == ["base", "mdu tau=0 seed=42", "mdu tau=0 seed=7"]
     assert second[1].scores == first[4].scores != second[2].scores
     with pytest.raises(SystemExit, match="not of this command"):  # the base is of the first seed
-        in_process(monkeypatch, "--output_dir", folder, *other, *QUICK, "--resume", "--seed", "7")
+        in_process(script, "--output_dir", folder, *other, *QUICK, "--resume", "--seed", "7")
 
 
-def in_process(monkeypatch, *arguments):
-    """What `main` is called with, called: for what stops before any work."""
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from sweep import ModelConfig, SweepArguments, SweepConfig, TrlParser, main
-
-    parser = TrlParser((SweepArguments, SweepConfig, ModelConfig))
-    main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
+def in_process(script, *arguments):
+    """The command in this process: for what stops before any work."""
+    parser = script.TrlParser((script.SweepArguments, script.SweepConfig, script.ModelConfig))
+    script.main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
 
 
-def test_every_combination_is_a_run(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from sweep import SweepConfig
+def test_run_that_left_checkpoints_goes_on_from_the_last(script, monkeypatch, tmp_path, tokenizer, make_model):
+    from common import MDUTrainer, unlearn
 
+    for part in (make_model(), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    forget, retain = (rows.select(range(4)) for rows in forget_retain_split(fictional_authors(3), 1))
+    kept = {"save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
+    config = script.MDUConfig(
+        str(tmp_path / "run"), max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True, **kept
+    )
+    steps, step = [], MDUTrainer.training_step
+
+    def counted(trainer, *arguments):
+        steps.append(trainer.state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(MDUTrainer, "training_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(config, str(tmp_path / "base"), script.ModelConfig(), forget, retain)
+    unlearn(config, str(tmp_path / "base"), script.ModelConfig(), forget, retain)
+    assert steps == [0, 1, 2, 3] + [2, 3]
+
+
+def test_every_combination_is_a_run(script, tmp_path):
     axes = {"learning_rate": [1e-5, 3e-5], "num_train_epochs": [1.0, 2.5], "seed": 3}
-    config = SweepConfig(output_dir=str(tmp_path), loss_type=["mdu", "ga"], tau=[0.0, 0.5, 0.0], **axes)
+    config = script.SweepConfig(output_dir=str(tmp_path), loss_type=["mdu", "ga"], tau=[0.0, 0.5, 0.0], **axes)
     names = [Path(run.output_dir).name for run in config.runs()]
     assert len(names) == len(set(names)) == 2 * 2 * (2 + 1)
     assert names[0] == "mdu-tau0-lr1e-05-epochs1-seed3" and names[-1] == "ga-lr3e-05-epochs2.5-seed3"
@@ -147,7 +176,7 @@ def test_every_combination_is_a_run(monkeypatch, tmp_path):
         (("--max_steps", "2", "--num_train_epochs", "1", "2"), "Sweep over --max_steps or over --num_train_epochs"),
     ],
 )
-def test_wrong_values_stop_before_any_work(monkeypatch, tmp_path, wrong, message):
+def test_wrong_values_stop_before_any_work(script, tmp_path, wrong, message):
     with pytest.raises(SystemExit, match=message):
-        in_process(monkeypatch, "--output_dir", tmp_path / "out", *GRID, *QUICK, *wrong)
+        in_process(script, "--output_dir", tmp_path / "out", *GRID, *QUICK, *wrong)
     assert not (tmp_path / "out").exists()

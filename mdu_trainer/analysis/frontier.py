@@ -181,11 +181,14 @@ def parse_conditions(text: str) -> list[Condition]:
 
 
 def frontier_table(results: Results, selected: Run | None = None, keep: str = "retain") -> str:
-    """`Results.table` with a column that says where each run lies, and which one is selected."""
+    """`Results.table` with a column that says where each run lies, and which one is selected (*).
+
+    Without the column where no run has both figures.
+    """
     words = {mark.run.name: mark.status for mark in frontier(results.runs, keep=keep)}
     if selected is not None:
         words[selected.name] = f"{words.get(selected.name, '')} *".strip()
-    return results.table({"front": words})
+    return results.table({"front": words} if words else None)
 
 
 def _dominates(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:

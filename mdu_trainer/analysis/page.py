@@ -225,13 +225,11 @@ def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
     """How the models were trained, their curves and their cards, linked from a page in the folder `beside`."""
     histories = {model.name: _history(model.folder) for model in models}
     histories = {name: history for name, history in histories.items() if any("step" in entry for entry in history)}
-    options = {model.name: model.facts.options for model in models}
     runs = [
         {
             "name": model.name,
             "folder": model.folder.name,
-            "method": METHODS[model.facts.method],
-            "options": ", ".join(f"{name}={_shown(value)}" for name, value in options[model.name].items()),
+            "options": ", ".join(f"{name}={_shown(value)}" for name, value in model.facts.options.items()),
             "training": [_shown(model.facts.training.get(key, "")) for key in TRAINING],
             "card": _link(model.folder / CARD, beside),
         }

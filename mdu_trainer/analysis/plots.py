@@ -92,7 +92,8 @@ def plot_frontier(
     status = {mark.run.name: mark.status for mark in frontier(drawn, forget, keep)}
     front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, forget))
     points = [(value_of(run, forget), value_of(run, keep)) for run in front]
-    axes.step(*zip(*points, strict=True), where="post", color="#555555", linewidth=1, zorder=1) if points else None
+    x, y = [x for x, _ in points], [y for _, y in points]
+    axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
     styles = run_styles(run.method for run in drawn)
     for run in drawn:
         _point_with_intervals(axes, run, (forget, keep), styles[run.method], status.get(run.name, FRONT))
@@ -102,16 +103,7 @@ def plot_frontier(
     ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
     if selected is not None:
         axes.plot(value_of(selected, forget), value_of(selected, keep), **ring)
-    handles = [_handle(style.marker, style.colour, label=method) for method, style in styles.items()]
-    looks = {FRONT: ("#333333", 1), WITHIN: ("white", 1), DOMINATED: ("white", PALE)}
-    handles += [
-        _handle("o", "#333333", label=WORDS[name], markerfacecolor=face, alpha=alpha)
-        for name, (face, alpha) in looks.items()
-        if name in status.values()
-    ]
-    if selected is not None:
-        handles.append(_handle("o", "none", label="selected", markeredgecolor="black", markersize=11))
-    handles += [_handle(f"${i}$", "black", label=run.name) for i, run in enumerate(front, 1)]
+    handles = _frontier_key(styles, set(status.values()), front, selected is not None)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
     save_figure(figure, path)
 
@@ -203,6 +195,7 @@ def _recovery_panel(axes: "Axes", recovery: Recovery) -> None:
         axes.errorbar(values, places, xerr=reach, label=name, elinewidth=1, clip_on=False, **look)
     for line in range(1, len(attacks)):
         axes.axhline(line - 0.5, color="#cccccc", linewidth=0.7)
+    axes.axvline(0, color="black", linewidth=0.8, linestyle="--", zorder=1)
     axes.grid(axis="y", visible=False)
     axes.set_yticks(range(len(attacks)), attacks)
     axes.tick_params(axis="y", length=0)
@@ -223,6 +216,23 @@ def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], styl
         **{"markerfacecolor": style.colour if on_front else "white", "alpha": PALE if status == DOMINATED else 1},
         **{"elinewidth": 0.8, "zorder": 3 if on_front else 2, "clip_on": False},
     )
+
+
+def _frontier_key(
+    styles: Mapping[str, RunStyle], found: set[str], front: Sequence["Run"], has_selected: bool
+) -> list[Any]:
+    """What the legend of a frontier explains: methods, looks, and the numbers of the runs on the front."""
+    looks = {FRONT: ("#333333", 1), WITHIN: ("white", 1), DOMINATED: ("white", PALE)}
+    return [
+        *(_handle(style.marker, style.colour, label=method) for method, style in styles.items()),
+        *(
+            _handle("o", "#333333", label=WORDS[status], markerfacecolor=face, alpha=alpha)
+            for status, (face, alpha) in looks.items()
+            if status in found
+        ),
+        *([_handle("o", "none", label="selected", markeredgecolor="black", markersize=11)] if has_selected else []),
+        *(_handle(f"${i}$", "black", label=run.name) for i, run in enumerate(front, 1)),
+    ]
 
 
 def _with_reach(run: "Run", name: str) -> tuple[float, float, float]:
