@@ -29,6 +29,7 @@ TEMPLATE = "unlearned_model.md.jinja"
 TAGS = ("unlearning", "machine-unlearning", "masked-diffusion", "diffusion-language-model", "mdu_trainer")
 TAKEN_OVER = ("license", "license_name", "license_link", "language")  # from the card of the base
 LOCAL_BASE = "a local model"
+SWEPT = {"steps": "max_steps", "epochs": "num_train_epochs"}  # facts of a training, as the configuration calls them
 
 ResultsLike = Results | str | Path | Literal[False] | None
 
@@ -223,12 +224,15 @@ def load_results(folder: Path, results: ResultsLike) -> Results | None:
 
 
 def chosen_run(results: Results, facts: Facts) -> Run:
-    """The run of a comparison that is the checkpoint's: the same method and tau.
+    """The run of a comparison that is the checkpoint's: the same method, tau, and settings of a sweep.
 
     Raises:
         ValueError: there is none, or more than one.
     """
     found = [run for run in results.runs if (run.method, run.tau) == (facts.method, facts.tau)]
+    if len(found) > 1:
+        training = {SWEPT.get(name, name): value for name, value in facts.training.items()}
+        found = [run for run in found if all(training.get(name) == value for name, value in run.settings.items())]
     if len(found) != 1:
         wanted = facts.method if facts.tau is None else f"{facts.method} tau={facts.tau:g}"
         raise ValueError(
@@ -243,11 +247,9 @@ def draw_picture(results: Results | None) -> bytes | None:
     if results is None or find_spec("matplotlib") is None:
         return None
     from .analysis.plots import plot_tradeoff
-    from .analysis.style import COLOURS
 
     sides = ("forget", "retain")
     runs = [run for run in results.runs if all(run.figure(side, "rougeL_recall") for side in sides)]
-    runs = [run for run in runs if run.method in COLOURS]
     if not runs:
         return None
     with tempfile.TemporaryDirectory() as folder:
