@@ -19,8 +19,10 @@ from trl import ModelConfig, get_peft_config, get_quantization_config
 from mdu_trainer import MDUConfig, MDUTrainer
 from mdu_trainer.data import question_answer_rows
 from mdu_trainer.evaluation.runner import processes
+from mdu_trainer.evaluation.sources import spread
+from mdu_trainer.evaluation.tofu import load_tofu
 from mdu_trainer.models import load_checkpoint
-from mdu_trainer.testing import REFUSALS
+from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
 PRIVATE = ("subjects", "intros")  # whom to forget
@@ -50,6 +52,16 @@ def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
     if quantization is None:
         model.to(processes().device)
     return model, tokenizer
+
+
+def forget_and_retain(
+    dataset_name: str | None, forget_split: str, retain_split: str, max_rows: int | None
+) -> dict[str, Dataset]:
+    """The sets of TOFU or of a data set like it, checked; without a name the embedded fictional authors."""
+    if dataset_name is not None:
+        return load_tofu(dataset_name, forget_split, retain_split, max_rows=max_rows)
+    forget, retain = forget_retain_split(fictional_authors())
+    return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
 
 
 def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> Dataset:
