@@ -1,17 +1,32 @@
-"""Trainings in processes of their own, to be killed: forked from one that has done the imports, so they are cheap."""
+"""Trainings and evaluations in processes of their own, to be killed: forked from one that has done the imports."""
 
+import json
 import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import disable_progress_bars
 from peft import LoraConfig
 from transformers import Trainer
 
-from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, checkpoints, question_answer_rows
+from mdu_trainer import (
+    DiffusionGenerationConfig,
+    MDLMConfig,
+    MDLMTrainer,
+    MDUConfig,
+    MDUTrainer,
+    checkpoints,
+    evaluate_tofu,
+    generation,
+    likelihood,
+    question_answer_rows,
+)
+from mdu_trainer.evaluation import runner
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -36,6 +51,12 @@ PLACES = {  # what is called, how often in a run
     "no manifest yet": (checkpoints, "write_manifest", SAVES),
     "not renamed yet": (checkpoints.os, "replace", 2 * SAVES),
     "older ones not deleted yet": (checkpoints, "rotate", SAVES),
+}
+EVALUATION_PLACES = {  # 16 rows, 2 a batch
+    "in a pass for a likelihood": (likelihood, "_masked_log_likelihood", 30),
+    "in a decoding step": (generation, "_predict", 60),
+    "a batch scored": (runner.Batch, "figures", 8),
+    "a batch kept, or the header": (runner._Progress, "_write", 9),
 }
 
 
@@ -78,14 +99,27 @@ def train(folder: Path, kind: str, kill: tuple[str, int] | None = None, resume: 
     torch.set_num_threads(1)
     trainer = make_trainer(folder, kind, **options)
     if kill is not None:
-        die_at(*kill)
+        die_at(*PLACES[kill[0]][:2], kill[1])
     trainer.train(resume_from_checkpoint=resume and bool(checkpoints.complete_checkpoints(folder)))
     trainer.save_model(str(folder / "final"))
 
 
-def die_at(place: str, count: int) -> None:
+def evaluate(folder: Path, kill: tuple[str, int] | None = None) -> None:
+    """Score some authors' rows, a line a row in `rows.jsonl`, and save the figures in `results.json`."""
+    torch.set_num_threads(1)
+    authors = fictional_authors(2)
+    tokenizer = train_tokenizer(dataset_texts(authors), vocab_size=300)
+    model = tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2, initializer_range=0.5)
+    if kill is not None:
+        die_at(*EVALUATION_PLACES[kill[0]][:2], kill[1])
+    decoding = DiffusionGenerationConfig(max_new_tokens=16, steps=8, batch_size=2)
+    progress = folder / "rows.jsonl"
+    result = evaluate_tofu(model, tokenizer, {"forget": authors}, decoding, num_draws=4, progress_path=progress)
+    (folder / "results.json").write_text(json.dumps(result.figures))
+
+
+def die_at(owner: Any, name: str, count: int) -> None:
     """SIGKILL this process in the middle of the n-th call."""
-    owner, name, _ = PLACES[place]
     original, calls = getattr(owner, name), []
     first_half = name in ("rotate", "write_manifest", "replace")
 
@@ -98,6 +132,8 @@ def die_at(place: str, count: int) -> None:
         if last:
             if name == "save":
                 os.truncate(args[1], os.path.getsize(args[1]) // 2)
+            elif name == "_write":  # amid a line
+                os.truncate(args[0].path, os.path.getsize(args[0].path) - 5)
             os.kill(os.getpid(), signal.SIGKILL)
         return result
 
@@ -106,7 +142,12 @@ def die_at(place: str, count: int) -> None:
 
 def run(folder: Path, kind: str, **options) -> int:
     """Exit status of `train` in a process of its own; negative: the signal that ended it."""
-    process = PROCESSES.Process(target=train, args=(folder, kind), kwargs=options)
+    return status(train, folder, kind, **options)
+
+
+def status(target: Callable, *args, **options) -> int:
+    """Exit status of a function in a process of its own; negative: the signal that ended it."""
+    process = PROCESSES.Process(target=target, args=args, kwargs=options)
     process.start()
     process.join(120)
     return process.exitcode
@@ -119,5 +160,10 @@ def weights(folder: Path) -> bytes:
 
 def draw(seed: int) -> tuple[str, tuple[str, int]]:
     """A kind of run and a moment to kill it, such that a few seeds in a row cover all kinds and places."""
-    place = list(PLACES)[seed % len(PLACES)]
-    return list(KINDS)[seed % len(KINDS)], (place, random.Random(seed).randint(1, PLACES[place][2]))
+    return list(KINDS)[seed % len(KINDS)], draw_moment(PLACES, seed)
+
+
+def draw_moment(places: dict[str, tuple[Any, str, int]], seed: int) -> tuple[str, int]:
+    """A place, all of which some seeds in a row cover, and which of its calls is the last."""
+    place = list(places)[seed % len(places)]
+    return place, random.Random(seed).randint(1, places[place][2])

@@ -1,8 +1,10 @@
 """Scoring rows: batches, processes, and what a kill leaves behind."""
 
 import json
+import signal
 
 import pytest
+from runs import EVALUATION_PLACES, draw_moment, evaluate, status
 
 from mdu_trainer.evaluation.runner import score_questions
 from mdu_trainer.evaluation.scoring import Batch, QuestionSet, choose_metrics, encode_questions, estimates
@@ -76,6 +78,25 @@ def test_progress_is_continued_after_a_kill(model, tokenizer, make_set, tmp_path
         keys = [(json.loads(line)["set"], json.loads(line)["row"]) for line in written[1:]]
         assert len(keys) == len(set(keys)) == 8, "each row once"
         assert len(calls) == [5, 5, 4, 4, 3, 2, 2, 1, 0][kept] and again.seconds > 0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of an evaluation that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert status(evaluate, folder) == 0
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_killed_evaluation_ends_with_the_same_figures(undisturbed, tmp_path, seed):
+    kill = draw_moment(EVALUATION_PLACES, seed)
+    assert status(evaluate, tmp_path, kill=kill) == -signal.SIGKILL, kill
+    assert not (tmp_path / "results.json").exists()
+    assert status(evaluate, tmp_path) == 0
+    assert (tmp_path / "results.json").read_text() == (undisturbed / "results.json").read_text(), kill
+    lines = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()[1:]]
+    assert sorted(line["row"] for line in lines) == list(range(16)), "each row once"
 
 
 def test_a_header_cut_short_starts_anew(model, tokenizer, make_set, tmp_path):
