@@ -73,7 +73,9 @@ class RecoveryArguments:
 def check(args: RecoveryArguments, model_args: ModelConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
     if not args.model or args.base is None:
-        raise SystemExit("Which models? Pass --model UNLEARNED [UNLEARNED ...] and --base, the model before unlearning.")
+        raise SystemExit(
+            "Which models? Pass --model UNLEARNED [UNLEARNED ...] and --base, the model before unlearning."
+        )
     if processes().num_processes > 1:
         raise SystemExit("The attacks run in one process: start the script with python, not with accelerate launch.")
     for path in args.paths:

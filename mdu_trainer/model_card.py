@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
 
+from .attacks.card import RecoveryLike, attack_words, load_recovery
+from .attacks.recovery import Recovery
 from .evaluation.report import Results, Run, Scores
 from .provenance import Facts
 
@@ -108,6 +110,7 @@ def unlearned_model_card(
     facts: Facts,
     results: Results | None = None,
     *,
+    recovery: Recovery | None = None,
     repo_id: str | None = None,
     revision: str | None = None,
     base_model: str | None = None,
@@ -127,6 +130,7 @@ def unlearned_model_card(
     Args:
         facts: of the checkpoint.
         results: a comparison that holds the model's run, and "base".
+        recovery: attacks on the model, and on the base.
         repo_id, revision: where the model is, or will be, on the Hub.
         base_model: Hub id of the model at the start, if the facts do not know it.
         adapter: the repository holds an adapter, not the whole model.
@@ -139,7 +143,7 @@ def unlearned_model_card(
         token: for the card of a private base.
 
     Raises:
-        ValueError: no run of `results` is this model's.
+        ValueError: no run of `results` is this model's, or `recovery` is of other models.
     """
     results = results and only_finite(results)
     run = None if results is None else chosen_run(results, facts)
@@ -169,6 +173,7 @@ def unlearned_model_card(
         forget=" ".join((description or facts.description or str(facts.forget)).split()).rstrip("."),
         **_words(facts),
         **_figures(results, run),
+        **attack_words(recovery, facts),
         picture=picture,
         adapter=adapter,
         repo=repo_id or "PATH",
@@ -180,7 +185,11 @@ def unlearned_model_card(
 
 
 def write_model_card(
-    folder: str | Path, facts: Facts | None = None, results: ResultsLike = None, **details: Any
+    folder: str | Path,
+    facts: Facts | None = None,
+    results: ResultsLike = None,
+    recovery: RecoveryLike = None,
+    **details: Any,
 ) -> ModelCard:
     """Write `README.md`, and the picture it shows, into a checkpoint.
 
@@ -188,11 +197,13 @@ def write_model_card(
         folder: the checkpoint.
         facts: of the checkpoint, by default those it holds.
         results: the comparison or its file, by default `results.json` in the folder; False for none.
+        recovery: attacks or their file, by default `recovery.json` in the folder; False for none.
         **details: as `unlearned_model_card` takes them.
     """
     folder = Path(folder)
     results = load_results(folder, results)
     picture = draw_picture(results)
+    details["recovery"] = load_recovery(folder, recovery)
     details = {"adapter": (folder / "adapter_config.json").is_file(), "chats": has_chat_template(folder)} | details
     card = unlearned_model_card(
         facts or Facts.load(folder), results, picture=PICTURE if picture is not None else None, **details
@@ -285,7 +296,7 @@ def only_finite(results: Results) -> Results:
     return replace(results, runs=runs)
 
 
-def data_name(results: Results) -> str:
+def data_name(results: Results | Recovery) -> str:
     """What a card calls the data: its name, or no name if that is a path of this machine."""
     first, _, rest = results.dataset.partition(" ")
     is_path = first.startswith((".", "/", "~")) or first.count("/") > 1 or "\\" in first or Path(first).is_dir()
@@ -393,6 +404,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mdu_trainer.model_card", description="Write a checkpoint's card.")
     parser.add_argument("folder", help="a checkpoint of MDUTrainer")
     parser.add_argument("--results", help="results.json of a comparison; by default the one in the folder")
+    parser.add_argument("--recovery", help="recovery.json of attacks; by default the one in the folder")
     parser.add_argument("--repo_id", help="where the model is, or will be, on the Hub")
     parser.add_argument("--base_model", help="Hub id of the base, if the checkpoint does not know it")
     parser.add_argument("--description", help="one line on what was to be forgotten; it is published")

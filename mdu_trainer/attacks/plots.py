@@ -27,7 +27,9 @@ def plot_recovery(recovery: Recovery, path: str | Path) -> None:
     figures = recovery.recoveries()
     attacks = [name for name in recovery.attacks if any(name in one for one in figures.values())]
     if not attacks:
-        raise ValueError("No recovery is defined, so there is nothing to show: it needs a model that never saw the rows.")
+        raise ValueError(
+            "No recovery is defined, so there is nothing to show: it needs a model that never saw the rows."
+        )
     figure, axes = new_figure(size=(6.4, 1.4 + len(attacks) * (0.25 + 0.13 * len(figures))))
     for row in range(0, len(attacks), 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#000000", alpha=0.05, linewidth=0)
@@ -35,7 +37,9 @@ def plot_recovery(recovery: Recovery, path: str | Path) -> None:
         axes.axvline(end, color="#000000", linewidth=1, linestyle="--" if end == 0 else "-", zorder=1)
     step = BAND / len(figures)
     for i, (name, one) in enumerate(figures.items()):
-        shown = [(row + (i + 0.5) * step - BAND / 2, one[attack]) for row, attack in enumerate(attacks) if attack in one]
+        shown = [
+            (row + (i + 0.5) * step - BAND / 2, one[attack]) for row, attack in enumerate(attacks) if attack in one
+        ]
         x, y, widths = [e.value for _, e in shown], [place for place, _ in shown], _widths([e for _, e in shown])
         axes.errorbar(x, y, xerr=widths, label=name, linestyle="none", **_look(name, list(figures)))
     values = [estimate.value for one in figures.values() for estimate in one.values()]

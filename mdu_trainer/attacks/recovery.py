@@ -29,7 +29,6 @@ from ..evaluation.scoring import digest
 from ..evaluation.sources import check_texts
 from ..models import weights_fingerprint
 from .base import AttackScores, AttackSettings, Target
-from .base import AttackScores, AttackSettings, Target
 from .registry import ADAPTER, Attack
 
 SCHEMA = 1
@@ -162,12 +161,14 @@ class Recovery:
                 "relearning that works on any model, and no recovery is given."
             )
         undefined = self.has_floor and [
-            name for name, outcome in self.attacks.items() if all(one.recovery is None for one in outcome.models.values())
+            name
+            for name, outcome in self.attacks.items()
+            if all(one.recovery is None for one in outcome.models.values())
         ]
         if undefined:
             parts.append(
-                f"No recovery under {', '.join(undefined)}: the base and a model that never saw the rows cannot be told "
-                "apart there."
+                f"No recovery under {', '.join(undefined)}: the base and a model that never saw the rows cannot "
+                "be told apart there."
             )
         return "\n\n".join(parts)
 
