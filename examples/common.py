@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from mdu_trainer import MDUConfig, MDUTrainer
+from mdu_trainer.checkpoints import CheckpointError, choose
 from mdu_trainer.data import question_answer_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import spread
@@ -25,7 +26,16 @@ from mdu_trainer.models import load_checkpoint
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
+WRITTEN = (
+    "results.json",
+    "tradeoff.png",
+    "losses.png",
+    "frontier.png",
+    "frontier.svg",
+    "config.yaml",
+)  # beside models
 PRIVATE = ("subjects", "intros")  # whom to forget
+THIS_TIME = ("resume", "overwrite_output_dir")  # options of one start of a script, not of what it makes
 
 
 class Progress(TrainerCallback):
@@ -90,10 +100,18 @@ def unlearn(config: MDUConfig, path: str, model_args: ModelConfig, forget: Datas
         peft_config=get_peft_config(model_args),
         callbacks=[Progress(Path(config.output_dir).name)],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=whole_checkpoint(Path(config.output_dir)))
     trainer.save_model()
     trainer.save_state()
     return trainer.model, tokenizer
+
+
+def whole_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint that a killed training left behind, if there is one."""
+    try:
+        return choose(folder, True)
+    except CheckpointError:
+        return None
 
 
 def is_trained(folder: Path) -> bool:
@@ -120,7 +138,11 @@ def settings(*arguments) -> dict:
     for values in arguments:
         for f in dataclasses.fields(values):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            if f.init and not (f.name in PRIVATE or f.name.endswith("token")) and getattr(values, f.name) != default:
+            if (
+                f.init
+                and not (f.name in PRIVATE + THIS_TIME or f.name.endswith("token"))
+                and getattr(values, f.name) != default
+            ):
                 changed[f.name] = getattr(values, f.name)
     return changed
 
@@ -138,6 +160,6 @@ def claim(folder: Path, models: list[Path], base: str | None, overwrite: bool) -
         )
     for path in models:
         shutil.rmtree(path, ignore_errors=True)
-    for name in ("results.json", "tradeoff.png", "losses.png", "config.yaml"):
+    for name in WRITTEN:
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

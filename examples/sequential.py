@@ -160,7 +160,6 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
     requests, kept = load_requests(args)
     names = [f"request{number}" for number in range(1, len(requests) + 1)]
     chosen = settings(args, config, model_args)
-    chosen = {key: value for key, value in chosen.items() if key not in ("resume", "overwrite_output_dir")}
     if state.is_main_process:
         prepare(folder, args, path, names, chosen)
     state.wait_for_everyone()

@@ -21,6 +21,7 @@ import gc
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from common import Progress, claim, is_trained, load, log_history, settings, train_seconds, unlearn
@@ -94,6 +95,14 @@ class TofuConfig(MDUConfig):
             )
         return runs
 
+    def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """What must be the same for a comparison to be resumed, of what was set."""
+        return chosen
+
+    def swept(self, run: MDUConfig) -> dict[str, Any]:
+        """What tells a run from others of its method and tau."""
+        return {}
+
     @property
     def folder(self) -> Path:
         return Path(self.output_dir or "outputs/tofu")
@@ -124,7 +133,7 @@ def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset
 
 
 def finetune(
-    folder: Path, args: TofuArguments, config: TofuConfig, model_args: ModelConfig, rows: Dataset, vocabulary: Dataset
+    folder: Path, args: TofuArguments, config: MDUConfig, model_args: ModelConfig, rows: Dataset, vocabulary: Dataset
 ) -> str:
     """Teach the rows to the model that the command line names, or to one from scratch, and save it in a folder."""
     name = model_args.model_name_or_path
@@ -152,7 +161,7 @@ def finetune(
     return str(folder)
 
 
-def finetune_config(folder: Path, args: TofuArguments, config: TofuConfig, from_scratch: bool) -> MDLMConfig:
+def finetune_config(folder: Path, args: TofuArguments, config: MDUConfig, from_scratch: bool) -> MDLMConfig:
     """The fine-tuning's configuration: the unlearning's where it is not set here."""
     shared = (
         "seed",
@@ -214,13 +223,14 @@ def prepare(
     """Make the output folder ready: empty, or with what the same command began."""
     written = config.folder / "config.yaml"
     if args.resume and written.is_file():
-        if yaml.safe_load(written.read_text()) != yaml.safe_load(yaml.safe_dump(chosen)):
+        before, now = yaml.safe_load(written.read_text()) or {}, yaml.safe_load(yaml.safe_dump(chosen))
+        if config.unchanging(before) != config.unchanging(now):
             raise SystemExit(
                 f"{written} is not of this command, so there is nothing to resume: give the same options."
             )
-        return
-    models = [config.folder / "base", config.folder / "retain", *(Path(run.output_dir) for run in runs)]
-    claim(config.folder, models, model_args.model_name_or_path, args.overwrite_output_dir)
+    else:
+        models = [config.folder / "base", config.folder / "retain", *(Path(run.output_dir) for run in runs)]
+        claim(config.folder, models, model_args.model_name_or_path, args.overwrite_output_dir)
     written.write_text(yaml.safe_dump(chosen))
 
 
@@ -231,29 +241,32 @@ def check(args: TofuArguments) -> None:
         raise SystemExit("--retain_model train needs --finetune_epochs: the epochs that the base was fine-tuned for.")
 
 
-def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> None:
+def compare(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> tuple[Results, list[MDUConfig]]:
+    """Do what is left of a comparison: fine-tune, unlearn and score, one run after the other.
+
+    Writes `results.json` after every run.
+
+    Returns:
+        The results, and the configurations of the runs, which are the last of `results.runs`.
+    """
     check(args)
-    state, folder, name = processes(), config.folder, model_args.model_name_or_path
-    runs = config.runs()
+    state, folder, name, runs = processes(), config.folder, model_args.model_name_or_path, config.runs()
     chosen = settings(args, config, model_args)
-    chosen = {key: value for key, value in chosen.items() if key not in ("resume", "overwrite_output_dir")}
     forget, retain, sets = load_rows(args, from_scratch=name is None)
     if state.is_main_process:
         prepare(args, config, model_args, runs, chosen)
     state.wait_for_everyone()
     rows = concatenate_datasets([part.select_columns(["question", "answer"]) for part in (forget, retain)])
-    base = (
-        finetune(folder / "base", args, config, model_args, rows, rows)
-        if args.finetune_epochs or name is None
-        else name
-    )
+    base = name
+    if args.finetune_epochs or name is None:
+        base = finetune(folder / "base", args, runs[0], model_args, rows, rows)
     score = Scorer(sets, args, folder)
     data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)"
     results = Results(name or "from scratch", data, chosen)
     if args.retain_model is not None:
         never = args.retain_model
         if never == "train":
-            never = finetune(folder / "retain", args, config, model_args, retain, rows)
+            never = finetune(folder / "retain", args, runs[0], model_args, retain, rows)
         result = score(*load(never, model_args, config.trust_remote_code), "retain", "retain model")
         score.retain_log = result.truth_ratios
         results.runs.append(result.run)
@@ -262,20 +275,29 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
         gc.collect()  # the model before, with its optimiser
         model, tokenizer = unlearn(run, base, model_args, forget, retain)
         scored = score(model, tokenizer, Path(run.output_dir).name, run.loss_type).run
-        tau, seconds = run.tau if run.loss_type == "mdu" else None, train_seconds(Path(run.output_dir))
-        results.runs.append(replace(scored, tau=tau, train_seconds=seconds))
         del model
+        tau, seconds = run.tau if run.loss_type == "mdu" else None, train_seconds(Path(run.output_dir))
+        results.runs.append(replace(scored, tau=tau, train_seconds=seconds, settings=config.swept(run)))
         if state.is_main_process:
             results.save(folder / "results.json")
-    if state.is_main_process:
-        histories = {
-            run.name: log_history(Path(c.output_dir)) for run, c in zip(results.runs[-len(runs) :], runs, strict=True)
-        }
-        plot_tradeoff(results.runs, folder / "tradeoff.png")
-        plot_losses(histories, folder / "losses.png")
-        for run in runs:
-            write_model_card(run.output_dir, results=results)
-        print(f"\n{results.table()}\n\nWritten to {folder}")
+    return results, runs
+
+
+def present(results: Results, runs: list[MDUConfig], folder: Path) -> None:
+    """Draw the trade-off and the training curves, and write a card beside each model."""
+    unlearned = list(zip(results.runs[-len(runs) :], runs, strict=True))
+    plot_tradeoff(results.runs, folder / "tradeoff.png")
+    plot_losses({run.name: log_history(Path(c.output_dir)) for run, c in unlearned}, folder / "losses.png")
+    for run, config in unlearned:  # a sweep has several of one method and tau
+        others = [o for o in results.runs if o is run or (o.method, o.tau) != (run.method, run.tau)]
+        write_model_card(config.output_dir, results=replace(results, runs=others))
+
+
+def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> None:
+    results, runs = compare(args, config, model_args)
+    if processes().is_main_process:
+        present(results, runs, config.folder)
+        print(f"\n{results.table()}\n\nWritten to {config.folder}")
 
 
 if __name__ == "__main__":

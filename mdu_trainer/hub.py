@@ -267,7 +267,7 @@ def prepare_push(
     check_finite([s for name, s in files.items() if name.endswith(".safetensors")])
     given = given_records(source, results, recovery)
     results, recovery = load_results(source, results), load_recovery(source, recovery)
-    picture = draw_picture(results)
+    picture = draw_picture(results, recovery)
     card = unlearned_model_card(
         facts,
         results,

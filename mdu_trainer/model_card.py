@@ -31,6 +31,7 @@ TEMPLATE = "unlearned_model.md.jinja"
 TAGS = ("unlearning", "machine-unlearning", "masked-diffusion", "diffusion-language-model", "mdu_trainer")
 TAKEN_OVER = ("license", "license_name", "license_link", "language")  # from the card of the base
 LOCAL_BASE = "a local model"
+SWEPT = {"steps": "max_steps", "epochs": "num_train_epochs"}  # facts of a training, as the configuration calls them
 
 ResultsLike = Results | str | Path | Literal[False] | None
 
@@ -202,8 +203,8 @@ def write_model_card(
     """
     folder = Path(folder)
     results = load_results(folder, results)
-    picture = draw_picture(results)
-    details["recovery"] = load_recovery(folder, recovery)
+    details["recovery"] = recovery = load_recovery(folder, recovery)
+    picture = draw_picture(results, recovery)
     details = {"adapter": (folder / "adapter_config.json").is_file(), "chats": has_chat_template(folder)} | details
     card = unlearned_model_card(
         facts or Facts.load(folder), results, picture=PICTURE if picture is not None else None, **details
@@ -234,12 +235,15 @@ def load_results(folder: Path, results: ResultsLike) -> Results | None:
 
 
 def chosen_run(results: Results, facts: Facts) -> Run:
-    """The run of a comparison that is the checkpoint's: the same method and tau.
+    """The run of a comparison that is the checkpoint's: the same method, tau, and settings of a sweep.
 
     Raises:
         ValueError: there is none, or more than one.
     """
     found = [run for run in results.runs if (run.method, run.tau) == (facts.method, facts.tau)]
+    if len(found) > 1:
+        training = {SWEPT.get(name, name): value for name, value in facts.training.items()}
+        found = [run for run in found if all(training.get(name) == value for name, value in run.settings.items())]
     if len(found) != 1:
         wanted = facts.method if facts.tau is None else f"{facts.method} tau={facts.tau:g}"
         raise ValueError(
@@ -249,22 +253,29 @@ def chosen_run(results: Results, facts: Facts) -> Run:
     return found[0]
 
 
-def draw_picture(results: Results | None) -> bytes | None:
-    """The trade-off of all runs as PNG; None without matplotlib, or where ROUGE-L recall was not measured."""
+def draw_picture(results: Results | None, recovery: Recovery | None = None) -> bytes | None:
+    """The trade-off of all runs as PNG, with what attacks bring back beside it if that is known.
+
+    None without matplotlib, or where ROUGE-L recall was not measured.
+    """
     if results is None or find_spec("matplotlib") is None:
         return None
     from .analysis.plots import plot_tradeoff
-    from .analysis.style import COLOURS
 
     sides = ("forget", "retain")
     runs = [run for run in results.runs if all(run.figure(side, "rougeL_recall") for side in sides)]
-    runs = [run for run in runs if run.method in COLOURS]
     if not runs:
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
-        plot_tradeoff(runs, path)
+        plot_tradeoff(runs, path, recovery and _reach(recovery))
         return path.read_bytes()
+
+
+def _reach(recovery: Recovery) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Recoveries as (value, low, high), of the models that have any."""
+    found = recovery.recoveries()
+    return {name: {a: (e.value, e.low, e.high) for a, e in of.items()} for name, of in found.items() if of}
 
 
 def eval_results(run: Run, data: str) -> list[EvalResult]:

@@ -1,16 +1,39 @@
-"""Pictures of a comparison: forget against retain, and the losses. One function each, same style."""
+"""Pictures of a comparison: trade-off, frontier, training curves, tables. One function each, same style."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .style import COLOURS, LINE_STYLES, MARKERS, new_figure, save_figure
+from ..evaluation.report import Results, parse_markdown_table
+from .frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
+from .style import RunStyle, label_points, new_figure, run_styles, save_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from ..evaluation.report import Run
 
+Recovery = Mapping[str, Mapping[str, tuple[float, float, float]]]
 
-def plot_tradeoff(runs: Sequence["Run"], path: str | Path) -> None:
+AXES = {  # what an axis says of a figure
+    "forget": "forget ROUGE-L recall (lower is better)",
+    "retain": "retain ROUGE-L recall (higher is better)",
+    "utility": "model utility (higher is better)",
+}
+CURVES = {  # what a training logs -> title
+    "forget_loss": "forget loss",
+    "retain_loss": "retain loss",
+    "kl": "KL to the anchor, or to uniform without one (nats)",
+    "entropy": "entropy, forget rows (nats)",
+}
+NO_CURVES = ("runtime", "per_second", "model_preparation_time")  # what an evaluation logs of itself
+PALE = 0.35  # opacity of a run that is clearly dominated
+WORDS = {FRONT: "on the front", WITHIN: "dominated within intervals", DOMINATED: "dominated"}
+LONG_LEGEND = 8  # runs that a legend beside the points holds
+
+
+def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recovery: Recovery | None = None) -> None:
     """ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
 
     The best corner is at the top left: everything forgotten, nothing else lost.
@@ -18,49 +41,207 @@ def plot_tradeoff(runs: Sequence["Run"], path: str | Path) -> None:
     Args:
         runs: the base and the unlearned models.
         path: of the PNG or SVG to write.
+        recovery: how much attacks bring back, drawn in a second panel: name of a run -> name of an attack -> (value,
+            low, high).
     """
-    figure, axes = new_figure()
-    path_of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
-    axes.plot(*_points(path_of_tau), color=COLOURS["mdu"], linewidth=1, alpha=0.5, zorder=1)
-    for i, run in enumerate(path_of_tau):  # above and below in turn, for points that lie close
-        place = {"xytext": (0, -15 if i % 2 else 9), "textcoords": "offset points", "ha": "center", "fontsize": 9}
-        axes.annotate(f"\u03c4={run.tau:g}", _point(run), **place)
-    for method in dict.fromkeys(run.method for run in runs):
+    figure, axes = new_figure(columns=2 if recovery else 1, size=(11.5, 4.8) if recovery else None)
+    axes, beside = axes if recovery else (axes, None)
+    of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
+    axes.set(xlabel=AXES["forget"], ylabel=AXES["retain"], xlim=(0, 1), ylim=(0, 1.05))
+    if len({run.tau for run in of_tau}) == len(of_tau):  # and not a sweep over more than tau
+        axes.plot(*_points(of_tau), color=run_styles(["mdu"])["mdu"].colour, linewidth=1, alpha=0.5, zorder=1)
+        others = [_point(run) for run in runs if run.tau is None]
+        label_points(axes, [_point(run) for run in of_tau], [f"\u03c4={run.tau:g}" for run in of_tau], others)
+    methods = list(dict.fromkeys(run.method for run in runs))
+    for method, style in run_styles(methods).items():
         x, y = _points([run for run in runs if run.method == method])
         size = 160 if method == "base" else 60
-        marker = {"color": COLOURS[method], "marker": MARKERS[method], "s": size}
-        axes.scatter(x, y, label=method, zorder=2, clip_on=False, **marker)
-    axes.legend(loc="lower right", framealpha=1)
-    axes.set(xlabel="forget ROUGE-L recall (lower is better)", ylabel="retain ROUGE-L recall (higher is better)")
-    axes.set(xlim=(0, 1), ylim=(0, 1.05))
+        axes.scatter(x, y, label=method, zorder=2, clip_on=False, color=style.colour, marker=style.marker, s=size)
+    axes.legend(loc="lower right", framealpha=1, fontsize=9 if len(methods) > LONG_LEGEND else None)
+    if beside is not None:
+        _recovery_panel(beside, recovery)
     save_figure(figure, path)
 
 
-def plot_losses(histories: dict[str, list[dict[str, Any]]], path: str | Path) -> None:
-    """The forget and retain losses of each run along its steps.
+def plot_frontier(
+    runs: Sequence["Run"],
+    path: str | Path,
+    *,
+    forget: str = "forget",
+    keep: str = "retain",
+    selected: "Run | None" = None,
+) -> None:
+    """Forgetting against what is kept, with 95 % intervals and the Pareto front, a point a run.
+
+    Runs on the front are numbered from the left, and named beside the picture; the others are pale.
+
+    Args:
+        runs: of one comparison. The base and a retain model are drawn to compare with.
+        path: of the PNG or SVG to write.
+        forget, keep: names of the figures, see `mdu_trainer.analysis.frontier.place_of`.
+        selected: the run to draw a ring around.
+
+    Raises:
+        ValueError: for a figure that does not exist or that no run has.
+    """
+    drawn = [run for run in runs if not math.isnan(value_of(run, forget) + value_of(run, keep))]
+    if not drawn:
+        raise ValueError(f"No run has both figures, {forget} and {keep}.")
+    figure, axes = new_figure(size=(9.2, 4.8))
+    status = {mark.run.name: mark.status for mark in frontier(drawn, forget, keep)}
+    front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, forget))
+    points = [(value_of(run, forget), value_of(run, keep)) for run in front]
+    axes.step(*zip(*points, strict=True), where="post", color="#555555", linewidth=1, zorder=1) if points else None
+    styles = run_styles(run.method for run in drawn)
+    for run in drawn:
+        _point_with_intervals(axes, run, (forget, keep), styles[run.method], status.get(run.name, FRONT))
+    axes.set(xlabel=AXES.get(forget, forget), ylabel=AXES.get(keep, keep))
+    axes.set(xlim=_limits(drawn, forget), ylim=_limits(drawn, keep))
+    label_points(axes, points, [str(i) for i in range(1, len(points) + 1)])
+    ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
+    if selected is not None:
+        axes.plot(value_of(selected, forget), value_of(selected, keep), **ring)
+    handles = [_handle(style.marker, style.colour, label=method) for method, style in styles.items()]
+    looks = {FRONT: ("#333333", 1), WITHIN: ("white", 1), DOMINATED: ("white", PALE)}
+    handles += [
+        _handle("o", "#333333", label=WORDS[name], markerfacecolor=face, alpha=alpha)
+        for name, (face, alpha) in looks.items()
+        if name in status.values()
+    ]
+    if selected is not None:
+        handles.append(_handle("o", "none", label="selected", markeredgecolor="black", markersize=11))
+    handles += [_handle(f"${i}$", "black", label=run.name) for i, run in enumerate(front, 1)]
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
+    save_figure(figure, path)
+
+
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """What the runs logged along their steps, a panel each: losses, KL, entropy, and figures of evaluations.
 
     Args:
         histories: name of the run -> `trainer.state.log_history`.
         path: of the PNG or SVG to write.
     """
-    figure, (top, bottom) = new_figure(rows=2, sharex=True)
-    for axes, key in ((top, "forget_loss"), (bottom, "retain_loss")):
-        for i, (name, history) in enumerate(histories.items()):
+    logged = dict.fromkeys(key for history in histories.values() for entry in history for key in entry)
+    curves = {key: title for key, title in CURVES.items() if key in logged}
+    curves |= {
+        key: f"{key.removeprefix('eval_').replace('_', ' ')} (evaluated)"
+        for key in logged
+        if key.startswith("eval_") and not key.endswith(NO_CURVES)
+    }
+    rows = max(1, math.ceil(len(curves) / 2))
+    figure, panels = new_figure(rows, 2, size=(10, 0.8 + 2.9 * rows), sharex=True, squeeze=False)
+    styles = run_styles(histories)
+    for axes, (key, title) in zip(panels.flat, curves.items(), strict=False):
+        for name, history in histories.items():
             logs = [entry for entry in history if key in entry]
-            method = name.split()[0]
+            values = [entry[key] for entry in logs]
+            style = styles[name]
+            marker = style.marker if key.startswith("eval_") else None  # which are few
             axes.plot(
                 [entry["step"] for entry in logs],
-                [entry[key] for entry in logs],
+                values,
                 label=name,
-                color=COLOURS[method],
-                linestyle=LINE_STYLES[i % 4],
+                **{"color": style.colour, "linestyle": style.line, "marker": marker, "markersize": 4},
             )
-        axes.set(ylabel=key.replace("_", " "))
-    # losses of different methods differ by orders of magnitude and in sign
-    top.set_yscale("symlog")
-    bottom.set(xlabel="update step", ylim=(0, None))
-    top.legend(fontsize=8, ncols=2)
+        axes.set_title(title, fontsize=10, loc="left")
+        if key == "forget_loss":  # of different methods, these differ by orders of magnitude and in sign
+            axes.set_yscale("symlog")
+    for axes in panels.flat[len(curves) :]:
+        axes.remove()
+    for axes in panels.flat[max(0, len(curves) - 2) : len(curves)]:
+        axes.set_xlabel("update step")
+        axes.tick_params(labelbottom=True)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels), default=0))))
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, ncols=columns, frameon=False)
     save_figure(figure, path)
+
+
+def plot_table(results: Results, path: str | Path, table: str | None = None) -> None:
+    """The comparison's table as a picture.
+
+    Args:
+        results: the comparison.
+        path: of the PNG or SVG to write.
+        table: a Markdown table to draw instead of `results.table()`.
+    """
+    head, *body = parse_markdown_table(table or results.table())
+    cells = [[cell.replace(" ", "\n", 1) if i else cell for i, cell in enumerate(head)], *body]
+    letters = [max(len(part) for row in cells for part in row[i].split("\n")) for i in range(len(head))]
+    ends = [sum(letters[: i + 1]) + 2.5 * i for i in range(len(letters))]  # right end of each column, in letters
+    width, rows = ends[-1] + 1, len(body)
+    figure, axes = new_figure(size=(0.085 * width + 0.3, 0.27 * rows + 0.75))
+    axes.set_axis_off()
+    axes.set(xlim=(-1, width), ylim=(rows + 0.1, -1.7))
+    for i, row in enumerate(cells):
+        if i % 2 == 0 and i:
+            axes.axhspan(i - 1, i, color="#f1f1f1", linewidth=0)
+        for j, cell in enumerate(row):
+            place = {"ha": "right" if j else "left", "va": "center", "fontsize": 9}
+            weight = "bold" if i == 0 else "normal"
+            axes.text(ends[j] if j else 0, i - 0.5 if i else -0.75, cell, fontweight=weight, **place)
+    for y, thickness in ((-1.6, 1.2), (0, 0.7), (rows, 1.2)):
+        axes.axhline(y, color="black", linewidth=thickness)
+    save_figure(figure, path)
+
+
+def _recovery_panel(axes: "Axes", recovery: Recovery) -> None:
+    """A row an attack, a point a run, with its interval."""
+    styles = run_styles(recovery)
+    attacks = list(dict.fromkeys(attack for found in recovery.values() for attack in found))
+    step = 0.7 / max(1, len(recovery))
+    for i, (name, found) in enumerate(recovery.items()):
+        style, shift = styles[name], (i - (len(recovery) - 1) / 2) * step
+        places = [attacks.index(attack) + shift for attack in found]
+        values = [value for value, _, _ in found.values()]
+        reach = [[max(0.0, v - low) for v, low, _ in found.values()], [max(0.0, h - v) for v, _, h in found.values()]]
+        look = {"fmt": style.marker, "color": style.colour, "markerfacecolor": style.face, "markersize": 5}
+        axes.errorbar(values, places, xerr=reach, label=name, elinewidth=1, clip_on=False, **look)
+    for line in range(1, len(attacks)):
+        axes.axhline(line - 0.5, color="#cccccc", linewidth=0.7)
+    axes.grid(axis="y", visible=False)
+    axes.set_yticks(range(len(attacks)), attacks)
+    axes.tick_params(axis="y", length=0)
+    axes.set(xlabel="recovered under attack (lower is better)", ylim=(len(attacks) - 0.5, -0.5))
+    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5, frameon=False)
+
+
+def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], style: RunStyle, status: str) -> None:
+    """One run of a frontier: filled on the front, hollow if dominated, pale if clearly so."""
+    (x, *across), (y, *along) = (_with_reach(run, name) for name in names)
+    on_front = status == FRONT
+    axes.errorbar(
+        *(x, y),
+        xerr=[[side] for side in across],
+        yerr=[[side] for side in along],
+        **{"fmt": style.marker, "color": style.colour, "markersize": 13 if run.method == "base" else 7},
+        **{"markerfacecolor": style.colour if on_front else "white", "alpha": PALE if status == DOMINATED else 1},
+        **{"elinewidth": 0.8, "zorder": 3 if on_front else 2, "clip_on": False},
+    )
+
+
+def _with_reach(run: "Run", name: str) -> tuple[float, float, float]:
+    """A figure, and how far its interval reaches to both sides."""
+    figure = run.figure(*place_of(name))
+    if figure.low is None or figure.high is None:
+        return figure.value, 0.0, 0.0
+    return figure.value, max(0.0, figure.value - figure.low), max(0.0, figure.high - figure.value)
+
+
+def _limits(runs: Sequence["Run"], name: str) -> tuple[float, float]:
+    """Of an axis that shows all intervals."""
+    reach = [_with_reach(run, name) for run in runs]
+    low, high = min(v - down for v, down, _ in reach), max(v + up for v, _, up in reach)
+    margin = 0.06 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _handle(marker: str, colour: str, **look: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="none", marker=marker, color=colour, **({"markersize": 7} | look))
 
 
 def _points(runs: Sequence["Run"]) -> tuple[list[float], list[float]]:

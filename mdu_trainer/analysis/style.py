@@ -1,9 +1,11 @@
 """How the pictures look: one figure, one set of colours and markers, files that are the same for the same figures."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito (2008): tells apart for colour-blind readers; markers tell apart in grey print
@@ -15,6 +17,103 @@ LINE_STYLES = ("-", "--", ":", "-.")
 ROLE_COLOURS = {"stored": "#D55E00", "in_context": "#0072B2", "structural": "#999999"}  # of tokens, see token_roles
 ROLE_MARKERS = {"stored": "o", "in_context": "s", "structural": "^"}
 ROLE_HATCHES = {"stored": "///", "in_context": "...", "structural": ""}
+OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100")  # Tol (2021), muted
+OTHER_MARKERS = ("h", "<", ">", "p", "d", "H")
+PALEST = 0.55  # how far the last of several runs of one method is mixed with white
+
+
+class RunStyle(NamedTuple):
+    """How a run is drawn, in every picture alike.
+
+    Attributes:
+        colour: hex; of several runs of a method the first has the method's own, the others are paler.
+        marker, line: matplotlib's names.
+        face: what the marker is filled with.
+    """
+
+    colour: str
+    marker: str
+    line: str
+    face: str
+
+
+def method_of(name: str) -> str:
+    """The method of a run, from its name: the name without tau and settings."""
+    return " ".join(word for word in name.split() if "=" not in word)
+
+
+def run_styles(names: Iterable[str]) -> dict[str, RunStyle]:
+    """A style for each run. Methods that have no colour of their own get one by their order.
+
+    Args:
+        names: of the runs (`Run.name`), or of their methods.
+    """
+    names = list(dict.fromkeys(names))
+    others = list(dict.fromkeys(method for method in map(method_of, names) if method not in COLOURS))
+    styles = {}
+    for name in names:
+        method = method_of(name)
+        same = [other for other in names if method_of(other) == method]
+        i = same.index(name)
+        n = others.index(method) % len(OTHER_COLOURS) if method in others else 0
+        colour = _paler(COLOURS.get(method, OTHER_COLOURS[n]), PALEST * i / max(1, len(same) - 1))
+        face = "white" if i % 2 else colour
+        styles[name] = RunStyle(colour, MARKERS.get(method, OTHER_MARKERS[n]), LINE_STYLES[i % 4], face)
+    return styles
+
+
+def label_points(
+    axes: "Axes",
+    points: Sequence[tuple[float, float]],
+    texts: Sequence[str],
+    others: Iterable[tuple[float, float]] = (),
+) -> None:
+    """Writes a text beside each point, where it covers neither a point nor another text, as far as there is room.
+
+    Args:
+        axes: with their limits set.
+        points: in data coordinates.
+        texts: one a point.
+        others: further points that are not to be covered.
+    """
+    axes.figure.draw_without_rendering()  # so that sizes are known
+    inside, radius = axes.get_window_extent(), 4 * axes.figure.dpi / 72
+    taken = [_around(axes.transData.transform(point), radius) for point in [*points, *others]]
+    offsets = [
+        (x * r, y * r) for r in (6, 11, 17, 24) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.3), (0, -1.3))
+    ]
+    for point, text in zip(points, texts, strict=True):
+        notes = []
+        for x, y in offsets:
+            place = {"ha": "center" if x == 0 else "left" if x > 0 else "right", "va": "bottom" if y > 0 else "top"}
+            note = axes.annotate(text, point, xytext=(x, y), textcoords="offset points", fontsize=8.5, **place)
+            box = note.get_window_extent()
+            outside = box.width * box.height - _shared_area(box, inside)
+            notes.append((outside + sum(_shared_area(box, other) for other in taken), len(notes), note))
+        best = min(notes)
+        taken.append(best[2].get_window_extent())
+        for note in notes:
+            if note is not best:
+                note[2].remove()
+
+
+def _around(point: Sequence[float], radius: float) -> Any:
+    from matplotlib.transforms import Bbox
+
+    x, y = point
+    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+
+
+def _shared_area(one: Any, other: Any) -> float:
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return max(0.0, width) * max(0.0, height)
+
+
+def _paler(colour: str, share: float) -> str:
+    """A colour mixed with white."""
+    channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(c + (255 - c) * share):02x}" for c in channels)
 
 
 def new_figure(

@@ -18,6 +18,7 @@ COLUMNS = {  # of `Results.table`, where any run has the figure: (set, metric), 
     "utility": (None, "model_utility"),
     "forget quality": (None, "forget_quality"),
 }
+SHORT = {"learning_rate": "lr", "max_steps": "steps", "num_train_epochs": "epochs"}  # in the name of a run
 SUMMARISED = ("forget", "retain", "real_authors", "world_facts")  # sets that COLUMNS cover; others get their own
 HEADLINES = {  # the one of a further set that the table shows
     "accuracy": "acc.",
@@ -61,6 +62,7 @@ class Run:
         rows: name of a set -> rows scored.
         summary: figures of the model as a whole (`model_utility`, `forget_quality`, ...).
         train_seconds, eval_seconds: wall-clock time.
+        settings: what tells the run from others of its method, e.g. `{"learning_rate": 1e-4, "max_steps": 60}`.
     """
 
     method: str
@@ -70,11 +72,14 @@ class Run:
     summary: Scores = field(default_factory=dict)
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        """What tables and pictures call the run."""
-        return self.method if self.tau is None else f"{self.method} tau={self.tau:g}"
+        """What tables and pictures call the run: method, tau and settings, e.g. "mdu tau=0 lr=0.0001 steps=60"."""
+        values = ({} if self.tau is None else {"tau": self.tau}) | self.settings
+        words = [f"{SHORT.get(key, key)}={_setting(value)}" for key, value in values.items()]
+        return " ".join([self.method, *words])
 
     def figure(self, name: str | None, metric: str) -> Estimate | None:
         """The figure of a set, or of the summary if `name` is None; None if it was not measured."""
@@ -135,16 +140,22 @@ class Results:
             raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the evaluation.")
         return cls(**content | {"runs": [_run(run) for run in content["runs"]]})
 
-    def table(self) -> str:
-        """The runs as a Markdown table, one a row. Columns that no run has a figure for are left out."""
+    def table(self, further: dict[str, dict[str, str]] | None = None) -> str:
+        """The runs as a Markdown table, one a row. Columns that no run has a figure for are left out.
+
+        Args:
+            further: columns at the end: title -> name of a run -> text.
+        """
+        further = further or {}
         columns = {
             title: place for title, place in self._columns().items() if any(run.figure(*place) for run in self.runs)
         }
-        rows = [["method", *columns, "train s"]]
+        rows = [["method", *columns, "train s", *further]]
         for run in self.runs:
             found = [run.figure(*place) for place in columns.values()]
             figures = ["" if figure is None else _figure(figure.value) for figure in found]
-            rows.append([run.name, *figures, f"{run.train_seconds:.0f}"])
+            texts = [texts.get(run.name, "") for texts in further.values()]
+            rows.append([run.name, *figures, f"{run.train_seconds:.0f}", *texts])
         return markdown_table(rows)
 
     def details(self) -> str:
@@ -186,6 +197,16 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     ]
     rule = "|" + "|".join("-" * (w + 2) if t else "-" * (w + 1) + ":" for w, t in zip(widths, text, strict=True)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def parse_markdown_table(text: str) -> list[list[str]]:
+    """The cells of a table of `markdown_table`, the header first."""
+    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.strip().splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+def _setting(value: Any) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def _figure(value: float) -> str:

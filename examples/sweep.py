@@ -1,0 +1,130 @@
+"""Choose tau, and whatever else, by looking: unlearn with every combination, mark the Pareto front, select one.
+
+The embedded default (fictional authors, a tiny model, two CPU cores, a few minutes):
+
+    python examples/sweep.py
+
+LLaDA on TOFU, from a model that was fine-tuned on it:
+
+    accelerate launch examples/sweep.py --model_name_or_path PATH --dtype bfloat16 --use_peft \\
+        --dataset_name locuslab/TOFU --loss_type mdu npo --tau 0 0.25 0.5 --learning_rate 1e-5 3e-5 \\
+        --num_train_epochs 5 9 --select "retain>=0.95*base" --output_dir outputs/llada-sweep
+
+`loss_type`, `tau`, `learning_rate`, `max_steps` (or `num_train_epochs`) and `seed` take several values; tau is MDU's
+alone. The other options are those of examples/tofu.py. All runs unlearn from the same model: if it is fine-tuned here,
+with the first seed.
+
+Every run has a folder of its own. `--resume` finishes what was begun and killed, also with more or fewer values: a run
+that is finished is not trained or scored again.
+"""
+
+import sys
+from dataclasses import dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any, ClassVar
+
+# isort: off
+from tofu import CONFIGS, TofuArguments, TofuConfig, compare, present  # takes this folder off the path
+# isort: on
+
+from trl import ModelConfig, TrlParser
+
+from mdu_trainer import MDUConfig
+from mdu_trainer.analysis.frontier import frontier_table, parse_conditions, select
+from mdu_trainer.analysis.plots import plot_frontier
+from mdu_trainer.evaluation.report import SHORT
+from mdu_trainer.evaluation.runner import processes
+
+
+@dataclass
+class SweepArguments(TofuArguments):
+    """What to forget, how to measure it, and which run to keep."""
+
+    select: str = field(
+        default="", metadata={"help": "Bounds on the run to keep, e.g. retain>=0.95*base; of those, who forgets most."}
+    )
+
+
+@dataclass
+class SweepConfig(TofuConfig):
+    """MDUConfig with lists: one run for each combination of their values."""
+
+    learning_rate: list[float] = field(default_factory=lambda: [1e-5], metadata={"help": "Initial learning rates."})
+    max_steps: list[int] = field(default_factory=lambda: [-1], metadata={"help": "Update steps, in place of epochs."})
+    num_train_epochs: list[float] = field(default_factory=lambda: [3.0], metadata={"help": "Epochs."})
+    seed: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds; the first is the base's too."})
+
+    axes: ClassVar[tuple[str, ...]] = ("learning_rate", "max_steps", "num_train_epochs", "seed")
+
+    def __post_init__(self):
+        for name in ("loss_type", "tau", *self.axes):  # a configuration file may give one value, or one twice
+            value = getattr(self, name)
+            setattr(self, name, list(dict.fromkeys(value if isinstance(value, list) else [value])))
+
+    def runs(self) -> list[MDUConfig]:
+        """The configuration of each run, with a folder that is named after its values."""
+        if len(self.max_steps) > 1 and min(self.max_steps) <= 0:
+            raise SystemExit(f"--max_steps must be positive, got {' '.join(map(str, self.max_steps))}.")
+        if self.max_steps[0] > 0 and len(self.num_train_epochs) > 1:
+            raise SystemExit("Sweep over --max_steps or over --num_train_epochs: with steps, epochs do not count.")
+        values = {f.name: getattr(self, f.name) for f in fields(MDUConfig) if f.init}
+        methods = [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
+        runs = []
+        for (loss_type, tau), *point in product(methods, *(getattr(self, name) for name in self.axes)):
+            chosen = dict(zip(self.axes, point, strict=True))
+            folder = self.folder / _name({"tau": tau} | chosen if loss_type == "mdu" else chosen, loss_type)
+            chosen |= {"loss_type": loss_type, "tau": tau, "output_dir": str(folder)}
+            runs.append(MDUConfig(**values | chosen))
+        return runs
+
+    def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """All but the values that are swept over, which may become more or fewer; the first seed is the base's."""
+        swept = {"loss_type", "tau", *self.axes, "select"}
+        kept = {key: value for key, value in chosen.items() if key not in swept}
+        return kept | {"first seed": chosen.get("seed", [42])[0]}
+
+    def swept(self, run: MDUConfig) -> dict[str, Any]:
+        """The values that not all runs share, besides method and tau."""
+        return {name: getattr(run, name) for name in self.axes if len(getattr(self, name)) > 1}
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir or "outputs/sweep")
+
+
+def _name(values: dict[str, Any], loss_type: str) -> str:
+    """All values of a run, so that its folder keeps its name in a larger sweep."""
+    unused = "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
+    words = [f"{SHORT.get(key, key)}{value:.12g}" for key, value in values.items() if key != unused]
+    return "-".join([loss_type, *words])
+
+
+def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> None:
+    try:
+        parse_conditions(args.select)
+    except ValueError as error:
+        raise SystemExit(f"--select: {error}") from error
+    results, runs = compare(args, config, model_args)
+    if not processes().is_main_process:
+        return
+    present(results, runs, config.folder)
+    problem, selected = "", None
+    try:
+        selected = select(results.runs, args.select)
+    except ValueError as error:
+        problem = str(error)
+    for suffix in ("png", "svg"):
+        plot_frontier(results.runs, config.folder / f"frontier.{suffix}", selected=selected)
+    print(f"\n{frontier_table(results, selected)}\n\nWritten to {config.folder}")
+    if selected is None:
+        raise SystemExit(problem)
+    where = runs[results.runs[-len(runs) :].index(selected)].output_dir
+    print(f"Selected: {selected.name}, in {where}")
+
+
+if __name__ == "__main__":
+    given = {argument.split("=")[0] for argument in sys.argv[1:]}
+    if not given & {"--config", "--model_name_or_path", "--dataset_name", "-h", "--help"}:
+        sys.argv[1:1] = ["--config", str(CONFIGS / "sweep.yaml")]
+    main(*TrlParser((SweepArguments, SweepConfig, ModelConfig)).parse_args_and_config())
