@@ -8,14 +8,14 @@ Each makes the attacks that train nothing and cost some decoding: the plain ques
 words of the answer revealed, and samples (see `mdu_trainer.attacks`).
 
 The leak of a row is the score of the worst of these checks: the recall, 0 to 1, of what only the answer says, so that
-wording which any model would use does not count. The leak of a model is the mean over rows. The gate compares the upper
-end of its 95 % bootstrap interval with `--max-leak`: a model does not pass because there were few rows. (One row has no
-interval; its leak is compared.)
+wording which any model would use does not count. (What answers share is seen from ten rows on or so, not from one.)
+The leak of a model is the mean over rows. The gate compares the upper end of its 95 % bootstrap interval with
+`--max-leak`: a model does not pass because there were few rows. A single row has no interval; its leak is compared.
 
-On stdout comes one line of JSON, figures only; all else goes to stderr. Gate: `leak`, `low`, `high` (null for one row),
-`max_leak`, `passed`, `rows`, `checks` (mean score of each) and `seed`. Audit: the same without `max_leak` and `passed`,
-and `audit`, a list of `row` (its number, from 0), `leak` and `checks`, the row that is held most strongly first.
-`--show-forget-text` adds `question` and `answer` to that list, and the list to a gate.
+On stdout comes one line of JSON, figures only; all else goes to stderr. Gate: `leak`, `low`, `high` (null for a single
+row), `max_leak`, `passed`, `rows`, `checks` (mean score of each) and `seed`. Audit: the same without `max_leak` and
+`passed`, and `audit`, a list of `row` (its number, from 0), `leak` and `checks`, the row that is held most strongly
+first. `--show-forget-text` adds `question` and `answer` to that list, and the list to a gate.
 
 Exit status: 0 if the leak is not above `--max-leak`, and for an audit; 1 if it is above; 2 if nothing was measured.
 """
@@ -149,7 +149,7 @@ def _only_config(source: str) -> Dataset:
 
 
 def _read_rows(path: Path) -> Dataset:
-    """The rows of a JSON array or of JSON lines. They are read into memory: `datasets` would copy them to its cache."""
+    """The rows of a JSON array or of JSON lines, read into memory: `datasets` would copy them to its cache."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
@@ -205,11 +205,11 @@ def main(arguments: list[str] | None = None) -> int:
         line = json.dumps(_answer(leak, rows, options))
         if options.output is not None:
             write_whole(options.output, line + "\n")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
         parser.error(str(error))
-    except Exception:  # status 1 would say that the model leaks
-        traceback.print_exc()
-        return 2
+    except Exception as error:  # status 1 would say that the model leaks; the message might quote a row
+        traceback.print_tb(error.__traceback__)
+        parser.error(f"{type(error).__name__}: nothing was measured")
     print(line, flush=True)
     return 1 if options.max_leak is not None and leak.upper > options.max_leak else 0
 

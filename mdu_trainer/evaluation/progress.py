@@ -57,14 +57,17 @@ class ProgressFile:
             os.truncate(self.path, len(whole))
         self._file = self.path.open("a")
         if not whole:
-            self.append([header])
+            self._write([header])
         return done
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Keep these finished pieces."""
         if self._file is not None:
-            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-            self._file.flush()
+            self._write(lines)
+
+    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+        self._file.flush()
 
     def _check(self, line: str, header: dict[str, Any]) -> None:
         try:
