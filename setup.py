@@ -42,6 +42,7 @@ setup(
         "huggingface-hub>=1.0",
         "nltk>=3.8",
         "peft>=0.18",
+        "regex>=2024.4",
         "rouge-score>=0.1.2",
         "scipy>=1.15",
         "torch>=2.8",  # torch.mm(out_dtype=...)

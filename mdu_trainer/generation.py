@@ -13,7 +13,7 @@ published samplers, in the fields of `DiffusionGenerationConfig`:
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -175,6 +175,7 @@ def generate_ids(
     *,
     row_ids: Sequence[int] | None = None,
     given: Sequence[Sequence[int | None]] | None = None,
+    on_reveal: Callable[["Revealed"], None] | None = None,
     show_progress: bool = False,
 ) -> list[list[int]]:
     """Decode a response to each prompt, from token ids to token ids.
@@ -191,6 +192,7 @@ def generate_ids(
             it, so a part of the prompts is decoded as it would be among all.
         given: of each response what is revealed from the start: its first ids, None for those to decode. There must be
             one at least. The steps are those of a response of which nothing is.
+        on_reveal: called after each step of a batch with what the step revealed.
         show_progress: show a progress bar over prompts.
 
     Returns:
@@ -221,7 +223,7 @@ def generate_ids(
             for i, place in enumerate(places if given is not None else ()):
                 canvas.give(i, given[place])
             canvas = canvas.to(device)
-            for place, ids in _decode(model, canvas, config, backbone):
+            for place, ids in _decode(model, canvas, config, backbone, on_reveal):
                 responses[place] = ids
                 progress.update()
     return responses
@@ -257,6 +259,22 @@ def dream_shares(steps: int) -> list[float]:
     """The share 1 - s/t of what is masked that each step of Dream's schedule reveals; 1 in the last."""
     t = torch.linspace(1, DREAM_EPSILON, steps + 1)  # float32, as published: rounding down must round alike
     return [*(1 - t[1:-1] / t[:-2]).tolist(), 1.0]
+
+
+class Revealed(NamedTuple):
+    """What a step revealed of the prompts of a batch: M tokens.
+
+    Attributes:
+        step: number of the step, from 0.
+        place: `[M]`, place of the prompt in the call.
+        position: `[M]`, in the response.
+        token: `[M]`, its id.
+    """
+
+    step: int
+    place: Tensor
+    position: Tensor
+    token: Tensor
 
 
 class _Step(NamedTuple):
@@ -333,12 +351,18 @@ def _plan(config: DiffusionGenerationConfig) -> Iterator[_Step]:
 
 
 def _decode(
-    model: nn.Module, canvas: _Canvas, config: DiffusionGenerationConfig, backbone: Backbone
+    model: nn.Module,
+    canvas: _Canvas,
+    config: DiffusionGenerationConfig,
+    backbone: Backbone,
+    on_reveal: Callable[[Revealed], None] | None,
 ) -> Iterator[tuple[int, list[int]]]:
     """Decode a batch; yields (place of the prompt, response ids) as responses are settled."""
     ends = torch.tensor(backbone.end_token_ids, device=canvas.ids.device)
     for step in _plan(config):
-        _reveal(model, canvas, step, config, backbone)
+        revealed = _reveal(model, canvas, step, config, backbone)
+        if on_reveal is not None and revealed is not None:
+            on_reveal(revealed)
         response = canvas.response()
         first_end = _first(torch.isin(response, ends) & ~canvas.masked)
         settled = first_end <= _first(canvas.masked)  # equal only if there is neither
@@ -357,17 +381,17 @@ def _first(flags: Tensor) -> Tensor:
 
 def _reveal(
     model: nn.Module, canvas: _Canvas, step: _Step, config: DiffusionGenerationConfig, backbone: Backbone
-) -> None:
-    """One step, in place."""
+) -> Revealed | None:
+    """One step, in place; None if it reveals nothing."""
     chosen = canvas.masked.clone()
     chosen[:, : step.start] = chosen[:, step.stop :] = False
     if config.remasking == "random":  # no prediction decides, so only the tokens to reveal are predicted
         chosen = random_positions(chosen, canvas.row, step, config)
         if not chosen.any():
-            return
+            return None
         tokens, _ = _predict(model, canvas, chosen, step, config, backbone)
     elif step.count == 0:
-        return
+        return None
     else:
         tokens, scores = _predict(model, canvas, chosen, step, config, backbone)
         best = best_positions(chosen, scores, canvas.row, step, config)
@@ -375,6 +399,7 @@ def _reveal(
     row, position = chosen.nonzero(as_tuple=True)
     canvas.ids[row, canvas.start[row] + position] = tokens
     canvas.masked[row, position] = False
+    return Revealed(step.index, canvas.place[row], position, tokens)
 
 
 def _predict(
