@@ -174,6 +174,7 @@ def generate_ids(
     backbone: Backbone,
     *,
     row_ids: Sequence[int] | None = None,
+    given: Sequence[Sequence[int | None]] | None = None,
     on_reveal: Callable[["Revealed"], None] | None = None,
     show_progress: bool = False,
 ) -> list[list[int]]:
@@ -189,6 +190,8 @@ def generate_ids(
         backbone: facts of the model.
         row_ids: a number of each prompt, of at least 0, in place of its place in the call: what is random is drawn by
             it, so a part of the prompts is decoded as it would be among all.
+        given: of each response what is revealed from the start: its first ids, None for those to decode. There must be
+            one at least. The steps are those of a response of which nothing is.
         on_reveal: called after each step of a batch with what the step revealed.
         show_progress: show a progress bar over prompts.
 
@@ -216,7 +219,10 @@ def generate_ids(
             places = by_length[first : first + config.batch_size]
             prompts = [prompt_ids[place] for place in places]
             rows = places if row_ids is None else [row_ids[place] for place in places]
-            canvas = _blank(places, rows, prompts, config.max_new_tokens, backbone).to(device)
+            canvas = _blank(places, rows, prompts, config.max_new_tokens, backbone)
+            for i, place in enumerate(places if given is not None else ()):
+                canvas.give(i, given[place])
+            canvas = canvas.to(device)
             for place, ids in _decode(model, canvas, config, backbone, on_reveal):
                 responses[place] = ids
                 progress.update()
@@ -299,6 +305,13 @@ class _Canvas(NamedTuple):
         kept = _Canvas(*(part[rows] for part in self))
         width = int(kept.start.max()) + kept.masked.shape[1]
         return kept._replace(ids=kept.ids[:, :width], attention_mask=kept.attention_mask[:, :width])
+
+    def give(self, i: int, ids: Sequence[int | None]) -> None:
+        """Reveal the first ids of a response but for those that are None, in place."""
+        for position, token in enumerate(ids):
+            if token is not None:
+                self.ids[i, self.start[i] + position] = token
+                self.masked[i, position] = False
 
     def response(self) -> Tensor:
         """The response positions: ids `[B, N]`."""

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.metrics import RougeL
+from ..evaluation.metrics import RougeL, greedy_completions
 from ..evaluation.scoring import Question, encode_questions
 from ..evaluation.sources import check_texts
 from ..generation import DiffusionGenerationConfig, generate_ids
@@ -147,6 +147,17 @@ class Target:
     def plain(self) -> list[float]:
         """The score of each row with no attack at all: greedy decoding of the plain question."""
         return self.score(self.decode(self.prompts))
+
+    @cached_property
+    def completed(self) -> list[list[int]]:
+        """Ids of each answer as greedy decoding completes it at its true length, from nothing."""
+        return self.complete(range(len(self.rows)), None)
+
+    def complete(self, rows: Sequence[int], revealed: Sequence[Sequence[bool]] | None) -> list[list[int]]:
+        """Ids of the answers of some rows as greedy decoding completes them, where some of their tokens are revealed."""
+        prompts, answers = [self.prompts[row] for row in rows], [self.answer_ids[row] for row in rows]
+        size = self.settings.decoding.batch_size
+        return greedy_completions(self.model, prompts, answers, self.backbone, revealed=revealed, batch_size=size)[0]
 
     def encode(self, prompts: Sequence[str], rows: Dataset | None = None) -> list[Question]:
         """Other wordings of the rows' questions, with the rows' answers; or other rows."""

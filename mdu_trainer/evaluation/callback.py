@@ -1,5 +1,6 @@
 """Watch forgetting and retention while a model is trained, and stop in time."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,79 @@ from .tofu import check_sets, evaluate_tofu
 logger = logging.get_logger(__name__)
 
 
-class UnlearningEvalCallback(TrainerCallback):
+class ScoringCallback(TrainerCallback, ABC):
+    """Calls `score` on the weights in training, every so many updates or after each evaluation, and logs the figures.
+
+    When the figures belong to an evaluation of the trainer, they join its metrics. One state of the weights is scored
+    once. Subclasses must leave the model and all random states as they were.
+
+    Args:
+        trainer: the one that trains. Its model must be whole on every process (no FSDP, no ZeRO-3).
+        every_steps: score every so many updates. If None, after each evaluation of the trainer.
+
+    Raises:
+        ValueError: for a callback that would never be called, or a sharded model.
+    """
+
+    def __init__(self, trainer: MDLMTrainer, every_steps: int | None = None):
+        if every_steps is not None and every_steps < 1:
+            raise ValueError(f"every_steps must be at least 1, got {every_steps}.")
+        if every_steps is None and trainer.args.eval_strategy == "no":
+            raise ValueError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "The model is sharded over the processes (FSDP or ZeRO-3), and each would decode at its own pace and "
+                "wait for the others forever. Score the checkpoints after training instead."
+            )
+        self.trainer, self.every_steps = trainer, every_steps
+        self._scored: tuple[int, dict[str, float]] | None = None  # step, figures
+
+    @abstractmethod
+    def score(self) -> dict[str, float]:
+        """Figures of the present weights, by the names under which they are logged."""
+
+    def scored(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        """Called with new figures, once they are logged."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Score every `every_steps` updates."""
+        if self.every_steps is not None and state.global_step % self.every_steps == 0:
+            self._score(state, control)
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Score after an evaluation; one of several data sets counts once."""
+        if self.every_steps is None:
+            figures = self._score(state, control)
+            if metrics is not None:
+                metrics.update(figures)
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the last figures: the best weights may have been loaded at the same step."""
+        self._scored = None
+
+    def _score(self, state: TrainerState, control: TrainerControl) -> dict[str, float]:
+        if self._scored is None or self._scored[0] != state.global_step:
+            figures = self.score()
+            self.trainer.log(dict(figures))
+            self._scored = (state.global_step, figures)
+            self.scored(figures, state, control)
+        return self._scored[1]
+
+
+class UnlearningEvalCallback(ScoringCallback):
     """Scores forget and retain rows during training: decoded answers and likelihoods, not losses.
 
     Figures are logged as `eval_forget_rougeL_recall`, `eval_retain_probability` and so on. When they belong to an
@@ -68,76 +141,32 @@ class UnlearningEvalCallback(TrainerCallback):
         check_sets(self.sets)
         if stop_retain_below is not None and retain is None:
             raise ValueError(f"stop_retain_below = {stop_retain_below} needs retain rows to score: pass retain.")
-        if every_steps is not None and every_steps < 1:
-            raise ValueError(f"every_steps must be at least 1, got {every_steps}.")
-        if every_steps is None and trainer.args.eval_strategy == "no":
-            raise ValueError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
-        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "The model is sharded over the processes (FSDP or ZeRO-3), and each would decode at its own pace and "
-                "wait for the others forever. Score the checkpoints after training instead."
-            )
-        self.trainer = trainer
+        super().__init__(trainer, every_steps)
         self.generation_config = generation_config
         self.metrics, self.num_draws = tuple(metrics), num_draws
-        self.every_steps = every_steps
         self.limits = {"forget": stop_forget_below, "retain": stop_retain_below}
         self.stop_metric = stop_metric
         self.stopped_because: str | None = None
-        self._scored: tuple[int, dict[str, float]] | None = None  # step, figures
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Score every `every_steps` updates."""
-        if self.every_steps is not None and state.global_step % self.every_steps == 0:
-            self._score(state, control)
-        return control
+    def score(self) -> dict[str, float]:
+        """Figures of every set and metric."""
+        result = evaluate_tofu(
+            self.trainer.model,
+            self.trainer.processing_class,
+            self.sets,
+            self.generation_config,
+            metrics=self.metrics,
+            backbone=self.trainer.backbone,
+            num_draws=self.num_draws,
+        )
+        return {
+            f"eval_{name}_{metric}": estimate.value
+            for name, scores in result.run.scores.items()
+            for metric, estimate in scores.items()
+        }
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> TrainerControl:
-        """Score after an evaluation; one of several data sets counts once."""
-        if self.every_steps is None:
-            figures = self._score(state, control)
-            if metrics is not None:
-                metrics.update(figures)
-        return control
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Forget the last figures: the best weights may have been loaded at the same step."""
-        self._scored = None
-
-    def _score(self, state: TrainerState, control: TrainerControl) -> dict[str, float]:
-        """Figures of the present weights, logged; asks to stop if a limit is passed."""
-        if self._scored is None or self._scored[0] != state.global_step:
-            result = evaluate_tofu(
-                self.trainer.model,
-                self.trainer.processing_class,
-                self.sets,
-                self.generation_config,
-                metrics=self.metrics,
-                backbone=self.trainer.backbone,
-                num_draws=self.num_draws,
-            )
-            figures = {
-                f"eval_{name}_{metric}": estimate.value
-                for name, scores in result.run.scores.items()
-                for metric, estimate in scores.items()
-            }
-            self.trainer.log(dict(figures))
-            self._scored = (state.global_step, figures)
-            self._stop_if_passed(figures, state, control)
-        return self._scored[1]
-
-    def _stop_if_passed(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+    def scored(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        """Ask to stop if a limit is passed."""
         meaning = {"forget": "forgetting is reached", "retain": "retention is lost"}
         reasons = []
         for name, limit in self.limits.items():
