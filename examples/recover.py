@@ -22,6 +22,7 @@ from pathlib import Path
 
 from common import forget_and_retain, load
 from datasets import Dataset
+from tqdm import tqdm
 from trl import ModelConfig, TrlParser
 
 from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
@@ -164,6 +165,7 @@ def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
         seed=args.seed,
         progress_path=folder / "attacks.jsonl",
         show_progress=True,
+        left_out=None if args.attacks else lambda name, error: tqdm.write(f"Left out: {name}. {error}"),
     )
     recovery.save(folder / "recovery.json")
     for name in PICTURES:

@@ -33,6 +33,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .attacks import ATTACKS, AttackSettings, Target
 from .evaluation.metrics import bootstrap_interval
@@ -45,8 +46,10 @@ from .generation import DiffusionGenerationConfig
 from .models import base_of, load_checkpoint
 from .models.loading import load_config as load_model_config
 
+logger = logging.get_logger(__name__)
+
 PLAIN = "plain"
-CHECKS = ("paraphrase", "prefix", "leak@k")  # of ATTACKS: those that train nothing and cost some decoding
+CHECKS = ("paraphrase", "prefix", "leak-at-k")  # of ATTACKS: those that train nothing and cost some decoding
 FILES = (".json", ".jsonl")
 COLUMNS = ("question", "answer")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -57,15 +60,16 @@ class Leak:
     """What a model gives away of some rows. Figures only.
 
     Attributes:
-        checks: name of a check -> a score a row, 0 to 1, higher where more came out.
+        checks: name of a check -> number of a row -> score, 0 to 1, higher where more came out. "plain" has all rows;
+            a check that does not suit a row leaves it out.
     """
 
-    checks: dict[str, list[float]]
+    checks: dict[str, dict[int, float]]
 
     @property
     def rows(self) -> list[float]:
         """Of each row, the worst of the checks."""
-        return [max(scores) for scores in zip(*self.checks.values(), strict=True)]
+        return [max(self._of(row).values()) for row in self.checks[PLAIN]]
 
     @property
     def estimate(self) -> Estimate:
@@ -80,16 +84,19 @@ class Leak:
     def summary(self) -> dict[str, Any]:
         """The figures of the model as a whole, for JSON."""
         leak = self.estimate
-        checks = {name: _mean(scores).value for name, scores in self.checks.items()}
+        checks = {name: _mean(list(scores.values())).value for name, scores in self.checks.items()}
         return {"leak": leak.value, "low": leak.low, "high": leak.high, "rows": len(self.rows), "checks": checks}
 
     def ranking(self) -> list[dict[str, Any]]:
         """The rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks."""
         rows = [
-            {"row": row, "leak": leak, "checks": {name: scores[row] for name, scores in self.checks.items()}}
-            for row, leak in enumerate(self.rows)
+            {"row": row, "leak": leak, "checks": self._of(row)}
+            for row, leak in zip(self.checks[PLAIN], self.rows, strict=True)
         ]
-        return sorted(rows, key=lambda one: (-one["leak"], -sum(one["checks"].values()), one["row"]))
+        return sorted(rows, key=lambda one: (-one["leak"], -_mean(list(one["checks"].values())).value, one["row"]))
+
+    def _of(self, row: int) -> dict[str, float]:
+        return {name: scores[row] for name, scores in self.checks.items() if row in scores}
 
 
 def measure_leak(
@@ -109,11 +116,15 @@ def measure_leak(
     check_texts(rows, "forget", dict.fromkeys(COLUMNS, str))
     decoding = DiffusionGenerationConfig(max_new_tokens=longest_answer({"forget": rows}, tokenizer), seed=seed)
     target = Target(model, tokenizer, rows, AttackSettings(decoding=decoding))
-    checks = {PLAIN: lambda: target.plain} | {
-        name: lambda n=name: ATTACKS[n].run(target, seed).after for name in CHECKS
-    }
-    with tqdm(checks.items(), unit="check", disable=not show_progress) as bar:
-        return Leak({name: check() for name, check in bar})
+    checks = {PLAIN: dict(enumerate(target.plain))}
+    for name in tqdm(CHECKS, unit="check", disable=not show_progress):
+        try:
+            scores = ATTACKS[name].run(target, seed)
+        except ValueError as error:  # no row that it suits
+            logger.warning(f"The check {name} is left out: {error}")
+            continue
+        checks[name] = dict(zip(scores.rows, scores.after, strict=True))
+    return Leak(checks)
 
 
 def load_forget(source: str) -> Dataset:

@@ -242,6 +242,18 @@ def test_names_and_rows_are_checked(tmp_path):
         attack(tmp_path, attacks={"uneven": Attack(uneven, "")}, progress_path=None)
 
 
+def test_an_attack_that_refuses_the_rows_is_left_out_and_said(tmp_path):
+    def refusing(target, seed):
+        raise ValueError("no row is long enough")
+
+    attacks = fakes() | {"refusing": Attack(refusing, "")}
+    with pytest.raises(ValueError, match="no row is long enough"):
+        attack(tmp_path, attacks=attacks)
+    said = []
+    recovery = attack(tmp_path, attacks=attacks, left_out=lambda name, why: said.append(f"{name}: {why}"))
+    assert said == ["refusing: no row is long enough"] and list(recovery.attacks) == ["none", "one", "second"]
+
+
 def test_a_model_without_adapter_is_left_as_it_is(tmp_path):
     def with_adapter():
         model, tokenizer = loader(2)()

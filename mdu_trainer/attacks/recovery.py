@@ -174,12 +174,12 @@ class Recovery:
 
 
 class _Finished(NamedTuple):
-    """A finished attack on one model."""
+    """A finished attack on one model, or why it cannot be made."""
 
     model: str
     weights: str
     attack: str
-    scores: AttackScores
+    scores: AttackScores | ValueError
 
 
 def run_attacks(
@@ -194,6 +194,7 @@ def run_attacks(
     seed: int = 0,
     progress_path: str | Path | None = None,
     show_progress: bool = False,
+    left_out: Callable[[str, ValueError], None] | None = None,
 ) -> Recovery:
     """Attack every model, and compare.
 
@@ -212,10 +213,12 @@ def run_attacks(
         progress_path: file that keeps finished attacks, as figures only. Given again after a kill, it saves repeating
             them.
         show_progress: show a progress bar over attacks and models.
+        left_out: called with the name of an attack that refuses the rows, and why; the attack is then left out. If not
+            given, the error is raised.
 
     Raises:
-        ValueError: for no unlearned model or one of a reserved name, rows that cannot be asked, or a progress file of
-            other models, rows or settings.
+        ValueError: for no unlearned model or one of a reserved name, rows that cannot be asked, an attack that refuses
+            them, or a progress file of other models, rows or settings.
     """
     check_texts(rows, "forget", {"question": str, "answer": str})
     reserved = [name for name in (BASE, NEVER) if name in unlearned]
@@ -227,15 +230,18 @@ def run_attacks(
     content = [list(rows[column]) for column in COLUMNS if column in rows.column_names]
     header = {"progress": "attacks 1", "rows": digest(content), "settings": said | _digests(settings), "seed": seed}
     scores: dict[tuple[str, str], AttackScores] = {}
-    with ProgressFile(progress_path, "attack") as progress:
+    bar = tqdm(total=len(models) * len(attacks), unit="attack", disable=not show_progress)
+    with ProgressFile(progress_path, "attack") as progress, bar:
         done = {(one.model, one.attack): one for one in progress.resume(header, _finished)}
-        with tqdm(total=len(models) * len(attacks), unit="attack", disable=not show_progress) as bar:
-            for name, load in models.items():
-                for one, seconds in _attack(name, load, rows, settings, attacks, seed, done, progress_path):
-                    scores[name, one.attack] = one.scores
-                    if (name, one.attack) not in done:
-                        progress.append([one._asdict() | {"scores": asdict(one.scores), "seconds": seconds}])
-                    bar.update()
+        for name, load in models.items():
+            for one, seconds in _attack(name, load, rows, settings, attacks, seed, done, progress_path):
+                bar.update()
+                if isinstance(one.scores, ValueError):
+                    attacks = _without(attacks, one, left_out)
+                    continue
+                scores[name, one.attack] = one.scores
+                if (name, one.attack) not in done:
+                    progress.append([one._asdict() | {"scores": asdict(one.scores), "seconds": seconds}])
     outcomes = {
         name: _compare(attack.words, {model: scores[model, name] for model in models}, name)
         for name, attack in attacks.items()
@@ -294,8 +300,21 @@ def _attack(
             )
         if before is None:
             run = _no_attack if ADAPTER in entry.needs and not hasattr(target.model, "peft_config") else entry.run
-            before = _Finished(name, weights, attack, run(target, seed))
+            try:
+                before = _Finished(name, weights, attack, run(target, seed))
+            except ValueError as error:  # it cannot be made on these rows
+                before = _Finished(name, weights, attack, error)
         yield before, time.perf_counter() - start
+
+
+def _without(
+    attacks: Mapping[str, Attack], refused: _Finished, left_out: Callable[[str, ValueError], None] | None
+) -> dict[str, Attack]:
+    """The other attacks, once it is said why this one is left out."""
+    if left_out is None:
+        raise refused.scores
+    left_out(refused.attack, refused.scores)
+    return {name: attack for name, attack in attacks.items() if name != refused.attack}
 
 
 def _no_attack(target: Target, seed: int) -> AttackScores:
