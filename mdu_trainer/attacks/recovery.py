@@ -299,7 +299,7 @@ def _attack(
                 "delete this one to start anew."
             )
         if before is None:
-            run = _no_attack if ADAPTER in entry.needs and not hasattr(target.model, "peft_config") else entry.run
+            run = _no_attack if ADAPTER in entry.needs and not hasattr(target.model, "disable_adapter") else entry.run
             try:
                 before = _Finished(name, weights, attack, run(target, seed))
             except ValueError as error:  # it cannot be made on these rows
