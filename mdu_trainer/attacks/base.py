@@ -9,19 +9,26 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
-from typing import Any
+from itertools import takewhile
+from typing import Any, NamedTuple
 
 import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..analysis.spans import token_spans
+from ..analysis.token_roles import Role, label_roles
+from ..analysis.words import words
+from ..data import DataCollatorForUnlearning
+from ..divergence import TokenNLL
 from ..evaluation.metrics import RougeL, greedy_completions
 from ..evaluation.scoring import Question, encode_questions
 from ..evaluation.sources import check_texts
 from ..generation import DiffusionGenerationConfig, generate_ids
-from ..models import Backbone, resolve_backbone
+from ..masking import corrupt
+from ..models import Backbone, resolve_backbone, row_figures
+from ..objectives import row_sums
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -30,7 +37,8 @@ class AttackSettings:
 
     Attributes:
         decoding: how answers are decoded; `max_new_tokens` must hold the longest answer and its end token.
-        unseen: rows like the forget rows that no model was trained on (`question`, `answer`), for `membership`.
+        unseen: rows that no model was trained on and that differ from the forget rows in nothing else (`question`,
+            `answer`), for `membership`: the forget questions with other answers, say.
         unrelated: rows that have nothing to do with the forget rows (`question`, `answer`), for `relearn-benign`.
         relearn_share: share of the forget rows that `relearn-related` trains on.
         relearn_steps: updates of the fine-tuning attacks.
@@ -50,7 +58,7 @@ class AttackSettings:
     relearn_steps: int = 40
     relearn_learning_rate: float = 1e-4
     relearn_batch_size: int = 8
-    reveal: float = 0.5
+    reveal: float = 0.25
     prefix_words: int = 3
     samples: int = 8
     temperature: float = 0.7
@@ -69,6 +77,13 @@ class AttackSettings:
         for name in ("unseen", "unrelated"):
             if getattr(self, name) is not None:
                 check_texts(getattr(self, name), name, {"question": str, "answer": str})
+
+
+class StoredWord(NamedTuple):
+    """A word that only the answer says, and the numbers of the answer's tokens that it is in."""
+
+    text: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True, repr=False)
@@ -119,45 +134,54 @@ class Target:
         return [question.answers["answer"][0] for question in self.questions]
 
     @cached_property
-    def roles(self) -> list[list[str]]:
-        """Of each answer's tokens, the end token included: "stored", "in_context" or "structural".
+    def answer_roles(self) -> list[list[Role]]:
+        """Of each answer's tokens, but for its end: "stored", "in_context" or "structural".
 
         What wording answers share is found over the settings' other rows, too.
         """
-        from ..analysis.token_roles import label_roles
-
         others = [rows for rows in (self.settings.unseen, self.settings.unrelated) if rows is not None]
         questions, answers = (
             [text for rows in (self.rows, *others) for text in rows[column]] for column in ("question", "answer")
         )
-        ids = self.answer_ids + [[]] * (len(answers) - len(self.rows))
-        return label_roles(questions, answers, ids, self.tokenizer)[: len(self.rows)]
+        ends = self.backbone.end_token_ids
+        own = [list(takewhile(lambda token: token not in ends, ids)) for ids in self.answer_ids]
+        ids = own + [[]] * (len(answers) - len(own))
+        return label_roles(questions, answers, ids, self.tokenizer)[: len(own)]
+
+    @cached_property
+    def stored(self) -> list[list[StoredWord]]:
+        """The stored words of each answer."""
+        rows = zip(self.rows["answer"], self.answer_ids, self.answer_roles, strict=True)
+        return [_stored_words(answer, ids[: len(roles)], roles, self.tokenizer) for answer, ids, roles in rows]
 
     @cached_property
     def secrets(self) -> list[str]:
-        """What only the answer says, as text: its stored words. The whole answer where it has none."""
-        texts = []
-        for ids, roles, answer in zip(self.answer_ids, self.roles, self.rows["answer"], strict=True):
-            runs = groupby(zip(ids, roles, strict=True), key=lambda token: token[1])
-            stored = [self.tokenizer.decode([i for i, _ in run]) for role, run in runs if role == "stored"]
-            texts.append(" ".join(stored) or answer)
-        return texts
+        """What of each answer is scored: its stored words, or all of it where it has none."""
+        return [said(words) or answer for words, answer in zip(self.stored, self.rows["answer"], strict=True)]
 
     @cached_property
     def plain(self) -> list[float]:
         """The score of each row with no attack at all: greedy decoding of the plain question."""
-        return self.score(self.decode(self.prompts))
+        return self.score(self.plain_answers)
 
     @cached_property
-    def completed(self) -> list[list[int]]:
-        """Ids of each answer as greedy decoding completes it at its true length, from nothing."""
+    def plain_answers(self) -> list[str]:
+        """The greedy answers to the plain questions. Private, as the rows are."""
+        return self.decode(self.prompts)
+
+    @cached_property
+    def completed(self) -> list[str]:
+        """Each answer as greedy decoding completes it at its true length, from nothing. Private, as the rows are."""
         return self.complete(range(len(self.rows)), None)
 
-    def complete(self, rows: Sequence[int], revealed: Sequence[Sequence[bool]] | None) -> list[list[int]]:
-        """Ids of the answers of some rows as greedy decoding completes them, where some of their tokens are revealed."""
+    def complete(self, rows: Sequence[int], revealed: Sequence[Sequence[bool]] | None) -> list[str]:
+        """The answers of some rows as greedy decoding completes them, where some of their tokens are revealed."""
         prompts, answers = [self.prompts[row] for row in rows], [self.answer_ids[row] for row in rows]
         size = self.settings.decoding.batch_size
-        return greedy_completions(self.model, prompts, answers, self.backbone, revealed=revealed, batch_size=size)[0]
+        completed, _ = greedy_completions(
+            self.model, prompts, answers, self.backbone, revealed=revealed, batch_size=size
+        )
+        return self.tokenizer.batch_decode(completed, skip_special_tokens=True)
 
     def encode(self, prompts: Sequence[str], rows: Dataset | None = None) -> list[Question]:
         """Other wordings of the rows' questions, with the rows' answers; or other rows."""
@@ -170,10 +194,34 @@ class Target:
         decoded = generate_ids(self.model, prompt_ids, config, self.backbone)
         return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
 
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A padded batch of `{"prompt": ids, "response": ids, "row": ..., "visit": ..., "weight": ...}`."""
+        batch = DataCollatorForUnlearning(self.backbone.pad_token_id)([{"rows": row} for row in rows])["rows"]
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) for name, value in batch.items()}
+
+    def masked_nll(self, batch: dict[str, torch.Tensor], t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of the tokens of each response that are masked where `noise < t`: `[B]`, in nats."""
+        ids, attention_mask, backbone = batch["input_ids"], batch["attention_mask"], self.backbone
+        noisy_ids, masked, *_ = corrupt(ids, batch["response_mask"], attention_mask, backbone.mask_token_id, t, noise)
+        measure = TokenNLL(ids[masked])
+        nll = row_figures(self.model, noisy_ids, attention_mask, masked, measure, logit_shift=backbone.logit_shift)
+        return row_sums(nll.value, masked.nonzero(as_tuple=True)[0], len(ids)) / masked.sum(dim=1)
+
     def score(self, answers: list[str], rows: Sequence[int] | None = None) -> list[float]:
         """Recall of each answer against what only the row's answer says; of some rows, if given."""
-        secrets = self.secrets if rows is None else [self.secrets[row] for row in rows]
-        return RougeL().compute(predictions=answers, references=secrets, use_aggregator=False)["rougeL_recall"]
+        return recall(answers, self.secrets if rows is None else [self.secrets[row] for row in rows])
+
+
+def _stored_words(
+    answer: str, ids: Sequence[int], roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase
+) -> list[StoredWord]:
+    spans, found = token_spans(answer, ids, tokenizer), []
+    for word in words(answer):
+        tokens = [i for i, (start, stop) in enumerate(spans) if start < word.stop and stop > word.start]
+        if any(roles[i] == "stored" for i in tokens):
+            found.append(StoredWord(answer[word.start : word.stop], tokens))
+    return found
 
 
 @dataclass(frozen=True)
@@ -191,6 +239,16 @@ class AttackScores:
     before: list[float]
     after: list[float]
     path: dict[str, float] = field(default_factory=dict)
+
+
+def said(words: Sequence[StoredWord]) -> str:
+    """The words as a text."""
+    return " ".join(word.text for word in words)
+
+
+def recall(answers: list[str], secrets: list[str]) -> list[float]:
+    """How much of each secret an answer says: ROUGE-L recall."""
+    return RougeL().compute(predictions=answers, references=secrets, use_aggregator=False)["rougeL_recall"]
 
 
 def mean(values: Sequence[float]) -> float:

@@ -36,8 +36,26 @@ def _lazy(module: str, function: str = "attack", *arguments: float | str) -> Cal
 ATTACKS: dict[str, Attack] = {
     "relearn-related": Attack(_lazy("relearn", "related"), "fine-tune on some of the forgotten rows, ask the others"),
     "relearn-benign": Attack(_lazy("relearn", "benign"), "fine-tune on unrelated rows", ("unrelated",)),
+    **{
+        f"infill-{which}": Attack(_lazy("infill", "attack", which), f"reveal {words}, fill in the rest")
+        for which, words in {
+            "first": "the first tokens of the answer",
+            "last": "the last tokens of the answer",
+            "edges": "both ends of the answer",
+            "random": "random tokens of the answer",
+            "entity": "some of the answer's stored tokens",
+            "structural": "the answer's structural words",
+        }.items()
+    },
+    "prefix": Attack(_lazy("prefix"), "reveal the first words of the answer, decode on"),
     "paraphrase": Attack(_lazy("paraphrase"), "ask in other words"),
     "guidance": Attack(_lazy("guidance"), "decode with classifier-free guidance"),
+    "decoding": Attack(_lazy("decoding"), "decode in other steps, blocks and orders"),
+    "leak-at-k": Attack(_lazy("leak_at_k"), "sample again and again"),
+    "quantise-8": Attack(_lazy("quantise", "attack", 8), "round the weights to 8 bits"),
+    "quantise-4": Attack(_lazy("quantise", "attack", 4), "round the weights to 4 bits"),
+    "adapter": Attack(_lazy("adapter"), "switch the adapter off, scale it, subtract it", (ADAPTER,)),
+    "membership": Attack(_lazy("membership"), "tell forget rows from unseen ones", ("unseen",)),
 }
 
 

@@ -1,23 +1,20 @@
 """Fine-tune for a few steps: what comes back was not forgotten, only hidden.
 
 What is fine-tuned: all floating-point parameters, adapters included, for an attacker holds the weights. Every update
-is AdamW's on the masked-diffusion loss. Source: Lynch et al. (arXiv 2402.16835), Hu et al. (arXiv 2406.13356), Łucki
-et al. (arXiv 2409.18025).
+is AdamW's on the masked-diffusion loss, averaged over the masked tokens of a row. Source: Lynch et al. (arXiv
+2402.16835), Hu et al. (arXiv 2406.13356), Łucki et al. (arXiv 2409.18025).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..data import DataCollatorForUnlearning, RowPairs, TokenizedRows, shuffled
-from ..divergence import TokenNLL
+from ..data import RowPairs, TokenizedRows, shuffled
 from ..evaluation.scoring import Question
 from ..generation import evaluation_mode
-from ..masking import MaskSchedule, corrupt, permutation
-from ..models import row_figures
-from ..objectives import row_sums
+from ..masking import MaskSchedule, permutation
 from .base import AttackScores, Target, mean, restored
 
 CHECKS = 4  # scores along the way
@@ -82,31 +79,19 @@ def _relearn(target: Target, questions: list[Question], rows: list[int], seed: i
 
 def _updates(target: Target, questions: list[Question], parameters: list[nn.Parameter], seed: int) -> Iterator[int]:
     """Train; yields the number of updates so far after each."""
-    settings, device = target.settings, parameters[0].device
+    settings, size = target.settings, target.settings.relearn_batch_size
     parts = TokenizedRows([q.prompt for q in questions], [q.answers["answer"][0] for q in questions])
-    rows, size = RowPairs({"train": parts}, seed, shuffled), settings.relearn_batch_size
-    collate, schedule = (
-        DataCollatorForUnlearning(target.backbone.pad_token_id),
-        MaskSchedule(seed, "relearn", len(parts)),
-    )
+    rows, schedule = RowPairs({"train": parts}, seed, shuffled), MaskSchedule(seed, "relearn", len(parts))
     optimizer = torch.optim.AdamW(parameters, lr=settings.relearn_learning_rate, weight_decay=0.0)
     for step in range(settings.relearn_steps):
-        batch = collate([rows[counter] for counter in range(step * size, (step + 1) * size)])["train"]
+        batch = target.collate([rows[counter]["train"] for counter in range(step * size, (step + 1) * size)])
+        visit, row = batch["visit"], batch["row"]
         with torch.enable_grad():
-            _loss(target, {name: value.to(device) for name, value in batch.items()}, schedule).backward()
+            noise = schedule.noise(visit, row, batch["input_ids"].shape[1])
+            target.masked_nll(batch, schedule.times(visit, row), noise).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         yield step + 1
-
-
-def _loss(target: Target, batch: dict[str, Tensor], schedule: MaskSchedule) -> Tensor:
-    """Cross-entropy of the masked tokens, averaged over those of a row and over rows."""
-    ids, attention_mask, backbone = batch["input_ids"], batch["attention_mask"], target.backbone
-    t, noise = schedule.times(batch["visit"], batch["row"]), schedule.noise(batch["visit"], batch["row"], ids.shape[1])
-    noisy_ids, masked, *_ = corrupt(ids, batch["response_mask"], attention_mask, backbone.mask_token_id, t, noise)
-    measure = TokenNLL(ids[masked])
-    nll = row_figures(target.model, noisy_ids, attention_mask, masked, measure, logit_shift=backbone.logit_shift).value
-    return (row_sums(nll, masked.nonzero(as_tuple=True)[0], len(ids)) / masked.sum(dim=1)).mean()
 
 
 @contextmanager
