@@ -6,7 +6,8 @@ from ..analysis.style import new_figure, run_styles, save_figure
 from ..evaluation.report import Estimate
 from .recovery import Recovery
 
-OUTSIDE = 0.25  # how far the axis reaches beyond the points and the scale's two ends
+OUTSIDE = 0.3  # how far beyond the points the axis follows their intervals
+MARGIN = 0.08
 BAND = 0.7  # share of a row's height that its points take
 
 
@@ -28,7 +29,7 @@ def plot_recovery(recovery: Recovery, path: str | Path) -> None:
         raise ValueError(
             "No recovery is defined, so there is nothing to show: it needs a model that never saw the rows."
         )
-    figure, axes = new_figure(size=(6.4, 1.4 + len(attacks) * (0.25 + 0.13 * len(figures))))
+    figure, axes = new_figure(size=(6.4, 1.3 + len(attacks) * (0.2 + 0.09 * len(figures))))
     for row in range(0, len(attacks), 2):
         axes.axhspan(row - 0.5, row + 0.5, color="#000000", alpha=0.05, linewidth=0)
     for end in (0, 1):
@@ -40,10 +41,10 @@ def plot_recovery(recovery: Recovery, path: str | Path) -> None:
         ]
         x, y, widths = [e.value for _, e in shown], [place for place, _ in shown], _widths([e for _, e in shown])
         style = styles[name]
-        look = {"fmt": style.marker, "color": style.colour, "markerfacecolor": style.face, "markersize": 6}
+        look = {"fmt": style.marker, "color": style.colour, "markerfacecolor": style.face, "markersize": 5}
         axes.errorbar(x, y, xerr=widths, label=name, capsize=2, linewidth=1, zorder=2, **look)
-    values = [estimate.value for one in figures.values() for estimate in one.values()]
-    axes.set(xlim=(min(0, *values) - OUTSIDE, max(1, *values) + OUTSIDE), ylim=(len(attacks) - 0.5, -0.5))
+    axes.set(xlim=_limits([estimate for one in figures.values() for estimate in one.values()]))
+    axes.set(ylim=(len(attacks) - 0.5, -0.5))
     axes.set_yticks(range(len(attacks)), attacks)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("recovery (0: no more than a model that never saw the rows)")
@@ -58,3 +59,11 @@ def plot_recovery(recovery: Recovery, path: str | Path) -> None:
 def _widths(estimates: list[Estimate]) -> list[list[float]]:
     """Lengths of the error bars to the left and to the right; a value can lie beside a percentile interval."""
     return [[max(0.0, e.value - e.low) for e in estimates], [max(0.0, e.high - e.value) for e in estimates]]
+
+
+def _limits(estimates: list[Estimate]) -> tuple[float, float]:
+    """The scale's two ends, all points, and their intervals unless they are very wide."""
+    values = [0.0, 1.0, *(e.value for e in estimates)]
+    low = max(min(values) - OUTSIDE, min(e.low for e in estimates))
+    high = min(max(values) + OUTSIDE, max(e.high for e in estimates))
+    return min(*values, low) - MARGIN, max(*values, high) + MARGIN

@@ -170,6 +170,12 @@ class Recovery:
                 f"No recovery under {', '.join(undefined)}: the base and a model that never saw the rows cannot "
                 "be told apart there."
             )
+        if any(one.low == one.high for found in self.recoveries().values() for one in found.values()):
+            rows = max(outcome.rows for outcome in self.attacks.values())
+            parts.append(
+                f"An interval without width is not certainty: all rows agreed, and there are {rows} of them. What one "
+                f"row in {max(1, rows // 3)} gives away can be missed so."
+            )
         return "\n\n".join(parts)
 
 
