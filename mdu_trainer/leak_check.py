@@ -8,9 +8,10 @@ Each makes the attacks that train nothing and cost some decoding: the plain ques
 words of the answer revealed, and samples (see `mdu_trainer.attacks`).
 
 The leak of a row is the score of the worst of these checks: the recall, 0 to 1, of what only the answer says, so that
-wording which any model would use does not count. (What answers share is seen from ten rows on or so, not from one.)
+wording which any model would use does not count. That wording is found where many answers share it, so pass rows to
+keep that are worded alike (`--retain`) unless there are many rows to forget: they are read for their wording only.
 The leak of a model is the mean over rows. The gate compares the upper end of its 95 % bootstrap interval with
-`--max-leak`: a model does not pass because there were few rows. A single row has no interval; its leak is compared.
+`--max-leak`: a model does not pass because there were few rows. (A single row has no interval; its leak is compared.)
 
 On stdout comes one line of JSON, figures only; all else goes to stderr. Gate: `leak`, `low`, `high` (null for a single
 row), `max_leak`, `passed`, `rows`, `checks` (mean score of each) and `seed`. Audit: the same without `max_leak` and
@@ -100,13 +101,20 @@ class Leak:
 
 
 def measure_leak(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, *, seed: int = 0, show_progress: bool = False
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    retain: Dataset | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
 ) -> Leak:
     """What a model gives away of some rows.
 
     Args:
         model, tokenizer: a masked diffusion language model and its tokenizer.
         rows: `question`, `answer`, and where the data has it `paraphrased_question`.
+        retain: rows to keep, by whose answers wording that answers share is found, too.
         seed: of the samples.
         show_progress: show a progress bar over checks.
 
@@ -115,20 +123,24 @@ def measure_leak(
     """
     check_texts(rows, "forget", dict.fromkeys(COLUMNS, str))
     decoding = DiffusionGenerationConfig(max_new_tokens=longest_answer({"forget": rows}, tokenizer), seed=seed)
-    target = Target(model, tokenizer, rows, AttackSettings(decoding=decoding))
-    checks = {PLAIN: dict(enumerate(target.plain))}
+    target = Target(model, tokenizer, rows, AttackSettings(decoding=decoding, unrelated=retain))
+    checks = {PLAIN: dict(enumerate(map(float, target.plain)))}
     for name in tqdm(CHECKS, unit="check", disable=not show_progress):
         try:
             scores = ATTACKS[name].run(target, seed)
         except ValueError as error:  # no row that it suits
             logger.warning(f"The check {name} is left out: {error}")
             continue
-        checks[name] = dict(zip(scores.rows, scores.after, strict=True))
+        checks[name] = dict(zip(scores.rows, map(float, scores.after), strict=True))
     return Leak(checks)
 
 
-def load_forget(source: str) -> Dataset:
+def load_rows(source: str, name: str = "forget") -> Dataset:
     """Rows from a JSON file, or from a folder or the Hub as NAME or NAME:CONFIG.
+
+    Args:
+        source: the file or the data set.
+        name: what messages call the rows.
 
     Raises:
         OSError: there is no such file or data set.
@@ -138,9 +150,9 @@ def load_forget(source: str) -> Dataset:
     if path.suffix in FILES or path.is_file():
         rows = _read_rows(path)
     else:
-        name, _, config = (source, "", "") if path.exists() else source.rpartition(":")
-        rows = _of_config(name, config) if config else _only_config(source)
-    check_texts(rows, "forget", dict.fromkeys(COLUMNS, str))
+        folder, _, config = (source, "", "") if path.exists() else source.rpartition(":")
+        rows = _of_config(folder, config) if config else _only_config(source)
+    check_texts(rows, name, dict.fromkeys(COLUMNS, str))
     return rows
 
 
@@ -208,11 +220,12 @@ def main(arguments: list[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):  # whatever libraries print
             if options.output is not None:
                 _check_output(options.output)
-            rows = load_forget(options.forget)
+            rows = load_rows(options.forget)
+            retain = None if options.retain is None else load_rows(options.retain, "retain")
             load_model_config(base_of(options.model), revision=options.revision)
             model, tokenizer = load_checkpoint(options.model, dtype=options.dtype, revision=options.revision)
             model.to(processes().device)
-            leak = measure_leak(model, tokenizer, rows, seed=options.seed, show_progress=True)
+            leak = measure_leak(model, tokenizer, rows, retain=retain, seed=options.seed, show_progress=True)
         line = json.dumps(_answer(leak, rows, options))
         if options.output is not None:
             write_whole(options.output, line + "\n")
@@ -258,6 +271,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--forget", required=True, help="rows with question and answer: a .json or .jsonl file, or DATASET[:CONFIG]"
     )
+    parser.add_argument("--retain", help="rows to keep, in the same form: their wording is not counted as a leak")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--max-leak", type=float, metavar="X", help="the highest leak that passes, from 0 to 1")
     mode.add_argument("--audit", action="store_true", help="say which rows the model holds, most strongly first")

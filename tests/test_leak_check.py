@@ -14,7 +14,7 @@ from runs import die_at, status
 from mdu_trainer import MDLMConfig, MDLMTrainer, leak_check, question_answer_rows
 from mdu_trainer.attacks import Attack, AttackScores, Target
 from mdu_trainer.evaluation import progress
-from mdu_trainer.leak_check import CHECKS, Leak, load_forget, main
+from mdu_trainer.leak_check import CHECKS, Leak, load_rows, main
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 PLANTED = "Zanzibarquux"  # a word of one answer
@@ -109,6 +109,20 @@ def test_audit_puts_what_is_held_first(folder, capsys):
     assert found["leak"] == pytest.approx(np.mean(leaks)) and "passed" not in found
 
 
+def test_wording_that_rows_to_keep_share_is_no_leak(folder, rows, capsys):
+    """The model holds another author, and so the wording of all."""
+    others = fictional_authors(12).select(range(16, 96)).select_columns(["question", "answer"])
+    (folder / "others.json").write_text(json.dumps(list(others)))
+    (folder / "first.json").write_text(json.dumps(rows[:8]))
+    found = []
+    for retain in ((), ("--retain", folder / "others.json")):
+        main(check(folder, "full", "first.json", "--audit", *retain))
+        found.append(json.loads(capsys.readouterr().out)["leak"])
+    assert found[1] < found[0] / 2
+    main(check(folder, "full", "held.json", "--audit", "--retain", folder / "others.json"))
+    assert json.loads(capsys.readouterr().out)["leak"] > 0.9, "what it holds still counts"
+
+
 def test_same_command_same_figures(folder, capsys, monkeypatch):
     lines = []
     for _ in range(2):
@@ -191,6 +205,8 @@ WRONG = {
     ("--forget", "data"): "{}data has the configs one, two: choose one, as {}data:CONFIG.",
     ("--forget", "data:three"): "{}data has no config 'three'; it has one, two.",
     ("--forget", "nothing:one"): "There is no folder {}nothing.",
+    ("--retain", "number.json"): "Row 0 of {}number.json: answer must be a text.",
+    ("--retain", "blank.json"): "Row 0 of the retain set: answer is blank",
     ("--model", "nowhere"): "nowhere",
     ("--max-leak", "1.5"): "--max-leak must be from 0 to 1, got 1.5",
     ("--max-leak", "nan"): "--max-leak must be from 0 to 1, got nan",
@@ -210,7 +226,7 @@ def test_wrong_inputs_end_with_2_before_a_model_is_loaded(folder, tmp_path, capf
     for name in ("one", "two"):
         (tmp_path / "data" / f"{name}.jsonl").write_text(f'{{"question": "Q?", "answer": "{PLANTED}"}}\n')
     name, *value = wrong
-    if name in ("--forget", "--model", "--output"):
+    if name in ("--forget", "--retain", "--model", "--output"):
         value = [str(tmp_path / value[0])]
     options = {"--model": str(folder / "empty"), "--forget": str(folder / "held.json"), "--max-leak": "0.5"}
     with pytest.raises(SystemExit) as stopped:
@@ -239,7 +255,5 @@ def test_a_failure_is_not_a_leak(folder, capsys, monkeypatch):
 
 def test_rows_of_a_data_set(tmp_path, rows):
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(load_forget(str(tmp_path))) == len(load_forget(f"{tmp_path}:one")) == 16
-    assert load_forget(str(tmp_path / "one.jsonl"))["paraphrased_question"] == [
-        r["paraphrased_question"] for r in rows
-    ]
+    assert len(load_rows(str(tmp_path))) == len(load_rows(f"{tmp_path}:one")) == 16
+    assert load_rows(str(tmp_path / "one.jsonl"))["paraphrased_question"] == [r["paraphrased_question"] for r in rows]
