@@ -61,7 +61,7 @@ class AttackSettings:
     reveal: float = 0.25
     prefix_words: int = 3
     samples: int = 8
-    temperature: float = 0.7
+    temperature: float = 1.0
     num_draws: int = 16
 
     def __post_init__(self) -> None:
@@ -123,12 +123,12 @@ class Target:
         """The rows, tokenised: chat turns if the tokenizer has a chat template."""
         return self.encode(self.rows["question"])
 
-    @property
+    @cached_property
     def prompts(self) -> list[list[int]]:
         """Ids of the plain questions."""
         return [question.prompt for question in self.questions]
 
-    @property
+    @cached_property
     def answer_ids(self) -> list[list[int]]:
         """Ids of the true answers, end token included."""
         return [question.answers["answer"][0] for question in self.questions]
@@ -185,7 +185,7 @@ class Target:
 
     def encode(self, prompts: Sequence[str], rows: Dataset | None = None) -> list[Question]:
         """Other wordings of the rows' questions, with the rows' answers; or other rows."""
-        answers = [[text] for text in (rows or self.rows)["answer"]]
+        answers = [[text] for text in (self.rows if rows is None else rows)["answer"]]
         return encode_questions("attacked", prompts, answers, {"answer": answers}, self.tokenizer, self.backbone)
 
     def decode(self, prompt_ids: list[list[int]], **changes: Any) -> list[str]:
