@@ -32,7 +32,7 @@ setup(
     license_expression="MIT",
     license_files=["LICENSE"],
     packages=[*find_packages(include=["mdu_trainer", "mdu_trainer.*"]), "mdu_trainer.model_cards"],
-    package_dir={"mdu_trainer.model_cards": "model_cards"},  # the card's template; a clone reads it where it lies
+    package_dir={"mdu_trainer.model_cards": "model_cards"},  # templates; a clone reads them where they lie
     package_data={"mdu_trainer": ["py.typed"], "mdu_trainer.model_cards": ["*.jinja"]},
     python_requires=">=3.10",
     install_requires=[
@@ -40,6 +40,7 @@ setup(
         "datasets>=4.7",
         "evaluate>=0.4.6",
         "huggingface-hub>=1.0",
+        "jinja2>=3.1",
         "nltk>=3.8",
         "peft>=0.18",
         "regex>=2024.4",

@@ -26,14 +26,8 @@ from mdu_trainer.models import load_checkpoint
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
-WRITTEN = (
-    "results.json",
-    "tradeoff.png",
-    "losses.png",
-    "frontier.png",
-    "frontier.svg",
-    "config.yaml",
-)  # beside models
+# beside the models' folders
+WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", "config.yaml")
 PRIVATE = ("subjects", "intros")  # whom to forget
 THIS_TIME = ("resume", "overwrite_output_dir")  # options of one start of a script, not of what it makes
 
@@ -138,11 +132,8 @@ def settings(*arguments) -> dict:
     for values in arguments:
         for f in dataclasses.fields(values):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            if (
-                f.init
-                and not (f.name in PRIVATE + THIS_TIME or f.name.endswith("token"))
-                and getattr(values, f.name) != default
-            ):
+            kept = f.init and f.name not in PRIVATE + THIS_TIME and not f.name.endswith("token")
+            if kept and getattr(values, f.name) != default:
                 changed[f.name] = getattr(values, f.name)
     return changed
 

@@ -40,6 +40,7 @@ from mdu_trainer.model_card import write_model_card
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
 
 CONFIGS = Path(__file__).parent / "configs"
+EMBEDDED = "fictional authors (embedded)"  # what results call the rows
 
 
 @dataclass
@@ -261,7 +262,7 @@ def compare(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) ->
     if args.finetune_epochs or name is None:
         base = finetune(folder / "base", args, runs[0], model_args, rows, rows)
     score = Scorer(sets, args, folder)
-    data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)"
+    data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else EMBEDDED
     results = Results(name or "from scratch", data, chosen)
     if args.retain_model is not None:
         never = args.retain_model

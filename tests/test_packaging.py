@@ -61,10 +61,11 @@ def test_public_names_metrics_and_testing_need_no_heavy_extra():
     assert not loaded & HEAVY_EXTRAS
 
 
-def test_wheel_holds_every_module_the_type_marker_and_the_card_template(wheel):
+def test_wheel_holds_every_module_the_type_marker_and_the_templates(wheel):
     files = {name for name in wheel.namelist() if name.startswith("mdu_trainer/")}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mdu_trainer").rglob("*.py")}
-    assert files == modules | {"mdu_trainer/py.typed", "mdu_trainer/model_cards/unlearned_model.md.jinja"}
+    templates = {f"mdu_trainer/model_cards/{name}.jinja" for name in ("unlearned_model.md", "report.html")}
+    assert files == modules | templates | {"mdu_trainer/py.typed"}
 
 
 def test_wheel_metadata(wheel):

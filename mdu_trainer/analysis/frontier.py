@@ -30,7 +30,7 @@ class Mark(NamedTuple):
         status: "front": no other run forgets as much and keeps as much, and more of one. "dominated": one does, and
             its interval of one of the two figures lies beyond this run's. "within intervals": one does, but the
             intervals of both figures overlap for each such run.
-        by: the run that dominates it, the one with the lowest forget figure; None on the front.
+        by: the run that dominates it (clearly, if one does), the one with the lowest forget figure; None on the front.
     """
 
     run: Run
@@ -100,7 +100,7 @@ def frontier(runs: Sequence[Run], forget: str = "forget", keep: str = "retain") 
 
     References (`REFERENCES`) and runs without one of the figures are left out. Intervals are those of each run alone:
     two runs that were scored on the same rows can differ beyond doubt although they overlap. A figure without an
-    interval counts as exact.
+    interval settles nothing.
 
     Args:
         runs: of one comparison.
@@ -114,22 +114,17 @@ def frontier(runs: Sequence[Run], forget: str = "forget", keep: str = "retain") 
     """
     places = place_of(forget), place_of(keep)
     measured = [run for run in candidates(runs) if not math.isnan(value_of(run, forget) + value_of(run, keep))]
+    pairs = [tuple(run.figure(*place) for place in places) for run in measured]
 
-    def mark(run: Run) -> Mark:
-        lower, higher = (run.figure(*place) for place in places)
-        better = [o for o in measured if _dominates(o.figure(*places[0]), o.figure(*places[1]), lower, higher)]
+    def mark(run: Run, pair: tuple[Estimate, Estimate]) -> Mark:
+        better = [i for i, other in enumerate(pairs) if _dominates(other, pair)]
         if not better:
             return Mark(run, FRONT)
-        clear = [
-            other
-            for other in better
-            if _ends(other.figure(*places[0]))[1] < _ends(lower)[0]
-            or _ends(other.figure(*places[1]))[0] > _ends(higher)[1]
-        ]
-        by = min(clear or better, key=lambda other: (value_of(other, forget), -value_of(other, keep)))
-        return Mark(run, DOMINATED if clear else WITHIN, by)
+        clear = [i for i in better if _clearly(pairs[i], pair)]
+        by = min(clear or better, key=lambda i: (pairs[i][0].value, -pairs[i][1].value))
+        return Mark(run, DOMINATED if clear else WITHIN, measured[by])
 
-    return [mark(run) for run in measured]
+    return [mark(run, pair) for run, pair in zip(measured, pairs, strict=True)]
 
 
 def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", keep: str = "retain") -> Run:
@@ -186,24 +181,30 @@ def parse_conditions(text: str) -> list[Condition]:
 
 
 def frontier_table(results: Results, selected: Run | None = None, keep: str = "retain") -> str:
-    """`Results.table` with a column that says where each run lies, and which one is selected."""
+    """`Results.table` with a column that says where each run lies, and which one is selected (*).
+
+    Without the column where no run has both figures.
+    """
     words = {mark.run.name: mark.status for mark in frontier(results.runs, keep=keep)}
     if selected is not None:
         words[selected.name] = f"{words.get(selected.name, '')} *".strip()
-    return results.table({"front": words})
+    return results.table({"front": words} if words else None)
 
 
-def _dominates(forget: Estimate, keep: Estimate, other_forget: Estimate, other_keep: Estimate) -> bool:
+def _dominates(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
     """At least as good in both figures, and better in one."""
-    at_least = forget.value <= other_forget.value and keep.value >= other_keep.value
-    return at_least and (forget.value, keep.value) != (other_forget.value, other_keep.value)
+    (forget, keep), (other_forget, other_keep) = ([figure.value for figure in pair] for pair in (one, other))
+    return forget <= other_forget and keep >= other_keep and (forget, keep) != (other_forget, other_keep)
 
 
-def _ends(figure: Estimate) -> tuple[float, float]:
-    """The interval, of no width where there is none."""
-    if figure.low is None or figure.high is None:
-        return figure.value, figure.value
-    return figure.low, figure.high
+def _clearly(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
+    """Whether one of the two figures is better beyond both intervals."""
+    (forget, keep), (other_forget, other_keep) = one, other
+    return _below(forget, other_forget) or _below(other_keep, keep)
+
+
+def _below(one: Estimate, other: Estimate) -> bool:
+    return one.high is not None and other.low is not None and one.high < other.low
 
 
 def _low_if_missing(value: float) -> float:

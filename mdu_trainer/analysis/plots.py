@@ -28,6 +28,7 @@ CURVES = {  # what a training logs -> title
     "entropy": "entropy, forget rows (nats)",
 }
 NO_CURVES = ("runtime", "per_second", "model_preparation_time")  # what an evaluation logs of itself
+WIDE = 10  # values beyond it are drawn on a logarithmic scale
 PALE = 0.35  # opacity of a run that is clearly dominated
 WORDS = {FRONT: "on the front", WITHIN: "dominated within intervals", DOMINATED: "dominated"}
 LONG_LEGEND = 8  # runs that a legend beside the points holds
@@ -91,7 +92,8 @@ def plot_frontier(
     status = {mark.run.name: mark.status for mark in frontier(drawn, forget, keep)}
     front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, forget))
     points = [(value_of(run, forget), value_of(run, keep)) for run in front]
-    axes.step(*zip(*points, strict=True), where="post", color="#555555", linewidth=1, zorder=1) if points else None
+    x, y = [x for x, _ in points], [y for _, y in points]
+    axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
     styles = run_styles(run.method for run in drawn)
     for run in drawn:
         _point_with_intervals(axes, run, (forget, keep), styles[run.method], status.get(run.name, FRONT))
@@ -101,16 +103,7 @@ def plot_frontier(
     ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
     if selected is not None:
         axes.plot(value_of(selected, forget), value_of(selected, keep), **ring)
-    handles = [_handle(style.marker, style.colour, label=method) for method, style in styles.items()]
-    looks = {FRONT: ("#333333", 1), WITHIN: ("white", 1), DOMINATED: ("white", PALE)}
-    handles += [
-        _handle("o", "#333333", label=WORDS[name], markerfacecolor=face, alpha=alpha)
-        for name, (face, alpha) in looks.items()
-        if name in status.values()
-    ]
-    if selected is not None:
-        handles.append(_handle("o", "none", label="selected", markeredgecolor="black", markersize=11))
-    handles += [_handle(f"${i}$", "black", label=run.name) for i, run in enumerate(front, 1)]
+    handles = _frontier_key(styles, set(status.values()), front, selected is not None)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
     save_figure(figure, path)
 
@@ -130,7 +123,9 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         if key.startswith("eval_") and not key.endswith(NO_CURVES)
     }
     rows = max(1, math.ceil(len(curves) / 2))
-    figure, panels = new_figure(rows, 2, size=(10, 0.8 + 2.9 * rows), sharex=True, squeeze=False)
+    columns = max(1, min(len(histories), 130 // (8 + max(map(len, histories), default=0))))  # of the legend
+    height = 0.5 + 2.9 * rows + 0.2 * math.ceil(len(histories) / columns)
+    figure, panels = new_figure(rows, 2, size=(10, height), sharex=True, squeeze=False)
     styles = run_styles(histories)
     for axes, (key, title) in zip(panels.flat, curves.items(), strict=False):
         for name, history in histories.items():
@@ -145,7 +140,8 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
                 **{"color": style.colour, "linestyle": style.line, "marker": marker, "markersize": 4},
             )
         axes.set_title(title, fontsize=10, loc="left")
-        if key == "forget_loss":  # of different methods, these differ by orders of magnitude and in sign
+        low, high = axes.get_ylim()
+        if low < -WIDE or high > WIDE:  # forget losses of different methods differ by orders of magnitude and in sign
             axes.set_yscale("symlog")
     for axes in panels.flat[len(curves) :]:
         axes.remove()
@@ -153,7 +149,6 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         axes.set_xlabel("update step")
         axes.tick_params(labelbottom=True)
     handles, labels = panels.flat[0].get_legend_handles_labels()
-    columns = max(1, min(len(labels), 110 // (8 + max(map(len, labels), default=0))))
     figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, ncols=columns, frameon=False)
     save_figure(figure, path)
 
@@ -200,6 +195,7 @@ def _recovery_panel(axes: "Axes", recovery: Recovery) -> None:
         axes.errorbar(values, places, xerr=reach, label=name, elinewidth=1, clip_on=False, **look)
     for line in range(1, len(attacks)):
         axes.axhline(line - 0.5, color="#cccccc", linewidth=0.7)
+    axes.axvline(0, color="black", linewidth=0.8, linestyle="--", zorder=1)
     axes.grid(axis="y", visible=False)
     axes.set_yticks(range(len(attacks)), attacks)
     axes.tick_params(axis="y", length=0)
@@ -220,6 +216,23 @@ def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], styl
         **{"markerfacecolor": style.colour if on_front else "white", "alpha": PALE if status == DOMINATED else 1},
         **{"elinewidth": 0.8, "zorder": 3 if on_front else 2, "clip_on": False},
     )
+
+
+def _frontier_key(
+    styles: Mapping[str, RunStyle], found: set[str], front: Sequence["Run"], has_selected: bool
+) -> list[Any]:
+    """What the legend of a frontier explains: methods, looks, and the numbers of the runs on the front."""
+    looks = {FRONT: ("#333333", 1), WITHIN: ("white", 1), DOMINATED: ("white", PALE)}
+    return [
+        *(_handle(style.marker, style.colour, label=method) for method, style in styles.items()),
+        *(
+            _handle("o", "#333333", label=WORDS[status], markerfacecolor=face, alpha=alpha)
+            for status, (face, alpha) in looks.items()
+            if status in found
+        ),
+        *([_handle("o", "none", label="selected", markeredgecolor="black", markersize=11)] if has_selected else []),
+        *(_handle(f"${i}$", "black", label=run.name) for i, run in enumerate(front, 1)),
+    ]
 
 
 def _with_reach(run: "Run", name: str) -> tuple[float, float, float]:

@@ -80,7 +80,7 @@ def label_points(
     inside, radius = axes.get_window_extent(), 4 * axes.figure.dpi / 72
     taken = [_around(axes.transData.transform(point), radius) for point in [*points, *others]]
     offsets = [
-        (x * r, y * r) for r in (6, 11, 17, 24) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.3), (0, -1.3))
+        (x * r, y * r) for r in (8, 12, 17, 24) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.3), (0, -1.3))
     ]
     for point, text in zip(points, texts, strict=True):
         notes = []
@@ -112,6 +112,8 @@ def _shared_area(one: Any, other: Any) -> float:
 
 def _paler(colour: str, share: float) -> str:
     """A colour mixed with white."""
+    if share == 0:
+        return colour
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(c + (255 - c) * share):02x}" for c in channels)
 

@@ -1,0 +1,257 @@
+"""The page of a run: its tables are those of the files, it needs nothing but itself, and it quotes no row unasked."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mdu_trainer.analysis.page import write_page
+from mdu_trainer.evaluation.report import Results, markdown_table
+
+ROOT = Path(__file__).resolve().parents[1]
+DEMO = Path(__file__).parent / "demo_card"
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync".split()
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=10000"]
+OWN = ("clients2.google.com", "update.googleapis.com", "accounts.google.com")  # the browser asks them without any page
+PLANTED = "Xanthippe Quillfeather"
+ROWS = [{"question": f"Who is <{PLANTED}>?", "answer": f"{PLANTED} is a & b.", "author": 3}]
+DOT = f'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="4"/><text>{PLANTED}</text></svg>'
+
+
+class Page(HTMLParser):
+    """What a test asks of a page: cells of its tables, addresses, headings."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.addresses: list[tuple[str, str]] = []
+        self.images: list[dict] = []
+        self.seen: list[str] = []
+        self.cell = False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.seen.append(tag)
+        self.addresses += [(tag, attributes[name]) for name in ("src", "href", "srcset", "data") if name in attributes]
+        if tag == "img":
+            self.images.append(attributes)
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.cell = True
+
+    def handle_endtag(self, tag):
+        self.cell = self.cell and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self.cell:
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as examples/tofu.py leaves it, with forget text in every file that is not to be quoted."""
+    folder = tmp_path / "run's folder"
+    for name in ("mdu-tau0", "base"):
+        (folder / name).mkdir(parents=True)
+        log = [{"step": s, "loss": 1.0, "forget_loss": 5 / s, "retain_loss": 0.1, "kl": 1 / s} for s in range(1, 6)]
+        state = {"log_history": [*log, {"train_runtime": 1.0, "step": 5}]}
+        (folder / name / "trainer_state.json").write_text(json.dumps(state))
+        (folder / name / "rows.jsonl").write_text(PLANTED)
+    shutil.copy(DEMO / "results.json", folder)
+    shutil.copy(DEMO / "unlearning.json", folder / "mdu-tau0")
+    (folder / "mdu-tau0" / "README.md").write_text(f"# {PLANTED}")
+    (folder / "heatmap.svg").write_text(DOT)
+    return folder
+
+
+@pytest.fixture
+def with_roles_and_recovery(folder, monkeypatch):
+    """Also what the analyses of roles and the attacks write."""
+    roles = markdown_table([["model", "role", "KL"], ["mdu tau=0", "stored", "4.321 [4.1, 4.5]"]])
+    attacks = markdown_table([["attack", "base", "mdu tau=0"], ["relearn", "0.987", "0.123"]])
+    modules = {
+        "analysis.role_report": {"RoleReport": SimpleNamespace(load=lambda path: Fake(path, details=roles))},
+        "attacks.recovery": {"Recovery": SimpleNamespace(load=lambda path: Fake(path, table=attacks))},
+        "analysis.token_roles": {
+            "label_roles": lambda questions, answers, ids, tokenizer: [["stored"] * len(row) for row in ids],
+            "audit_html": lambda answers, ids, roles, tokenizer: f"<b>{html.escape(answers[0])}{roles}</b>",
+        },
+    }
+    for name, content in modules.items():
+        monkeypatch.setitem(sys.modules, f"mdu_trainer.{name}", SimpleNamespace(**content))
+    for name in ("roles.json", "recovery.json"):
+        (folder / name).write_text("{}")
+    for name in ("roles", "recovery"):
+        (folder / f"{name}.svg").write_text(DOT.replace(PLANTED, ""))
+    return folder
+
+
+class Fake:
+    def __init__(self, path, **texts):
+        assert Path(path).is_file()
+        for name, text in texts.items():
+            setattr(self, name, lambda text=text: text)
+
+
+def everything(text: str) -> str:
+    """The page's text, and that of the pictures in it."""
+    pictures = [base64.b64decode(found).decode("latin-1") for found in re.findall(r"base64,([\w+/=]+)", text)]
+    return "\n".join([html.unescape(text), *pictures])
+
+
+def test_tables_have_the_figures_of_the_results(folder):
+    page = Page(write_page(folder).read_text())
+    results = Results.load(folder / "results.json")
+    comparison, details, settings = page.tables
+    assert [row[0] for row in comparison[1:]] == [run.name for run in results.runs]
+    column = {title: i for i, title in enumerate(comparison[0])}
+    for row, run in zip(comparison[1:], results.runs, strict=True):
+        for title, place in (("forget rL", ("forget", "rougeL_recall")), ("retain prob.", ("retain", "probability"))):
+            assert float(row[column[title]]) == pytest.approx(run.figure(*place).value, abs=5e-4)
+    assert details[0][3:] == [run.name for run in results.runs]
+    shown = {(row[0], row[1]): row[3:] for row in details[1:]}
+    for i, run in enumerate(results.runs):
+        for name, metric in run.places():
+            assert shown[name or "model", metric][i] == str(run.figure(name, metric))
+    assert settings[1][0] == "mdu tau=0" and settings[1][2:] == ["120", "24", "0.0003", "16", "42", "mdu-tau0"]
+
+
+def test_page_needs_nothing_else(with_roles_and_recovery, tmp_path):
+    folder = with_roles_and_recovery
+    path = write_page(folder, tmp_path / "elsewhere" / "page.html")
+    text = path.read_text()
+    page = Page(text)
+    outside = [(tag, address) for tag, address in page.addresses if not address.startswith(("data:", "#"))]
+    assert outside == [("a", "../run%27s%20folder/mdu-tau0/README.md")]
+    assert not {"script", "iframe", "object", "embed", "video", "base"} & set(page.seen)
+    assert "url(" not in text and "@import" not in text and "@font-face" not in text
+    assert all(image["alt"] and image["src"].startswith("data:image/svg+xml;base64,") for image in page.images)
+    assert len(page.images) == 6 and page.seen.count("h1") == 1 and page.seen.count("caption") == len(page.tables)
+    sections = re.findall(r'<section id="(\w+)"', text)
+    assert sections == ["run", "comparison", "tradeoff", "training", "roles", "recovery", "details", "settings"]
+    assert sections == re.findall(r'href="#(\w+)"', text)
+    cells = [cell for table in page.tables for row in table for cell in row]
+    assert {"4.321 [4.1, 4.5]", "relearn", "0.123"} <= set(cells)
+    write_page(folder, tmp_path / "again" / "page.html")
+    assert (tmp_path / "again" / "page.html").read_text() == text, "the same files give the same page"
+
+
+def test_no_forget_text_unless_it_is_given(with_roles_and_recovery, tokenizer):
+    folder = with_roles_and_recovery
+    page = write_page(folder, tokenizer=tokenizer)
+    assert not any(word in everything(page.read_text()) for word in PLANTED.split())
+    kept = [{"question": "Who?", "answer": "Nobody to forget."}]
+    path = write_page(folder, forget_rows=ROWS, retain_rows=kept, tokenizer=tokenizer)
+    shown = path.read_text()
+    assert Page(shown).tables[-1][1:] == [["0", ROWS[0]["question"], ROWS[0]["answer"]]]
+    assert "<b>Xanthippe Quillfeather is a &amp; b.[[" in shown, "the answer by role"
+    assert "Do not pass it on" in shown and f"<{PLANTED}>" not in shown, "quoted, not run as markup"
+    assert "Nobody to forget" not in shown
+    assert path.stat().st_mode & 0o077 == 0, "for nobody else"
+    assert len(Page(shown).images) == 7, "also the picture with words in it"
+
+
+def test_what_is_there_is_shown(folder):
+    (folder / "results.json").unlink()
+    with pytest.raises(ValueError, match="holds nothing to show: none of results.json, roles.json"):
+        write_page(folder)
+    (folder / "results.json").write_text("half a fi")
+    with pytest.raises(ValueError, match="holds no JSON"):
+        write_page(folder)
+
+
+def test_selection_of_a_sweep_is_named(folder):
+    results = Results.load(folder / "results.json")
+    for conditions, words in (("retain>=0.9*base", "Selected (*)"), ("retain>=2*base", "No run satisfies")):
+        results.settings["select"] = conditions
+        results.save(folder / "results.json")
+        assert words in write_page(folder).read_text()
+
+
+def test_command_line(folder, authors, tmp_path):
+    script = [sys.executable, ROOT / "examples" / "report.py", folder, "--show_forget_text"]
+    run = subprocess.run([*script, "--output", tmp_path / "page.html"], capture_output=True, text=True, timeout=200)
+    log = run.stdout + run.stderr
+    assert run.returncode == 0 and f"Written to {tmp_path / 'page.html'}" in log, log[-3000:]
+    forgotten = [row for row in authors if row["author"] >= 10]
+    text = (tmp_path / "page.html").read_text()
+    assert all(html.escape(row["answer"]) in text for row in forgotten)
+    assert not any(row["answer"] in log for row in forgotten)
+
+
+# In a browser
+
+
+class Listener:
+    """A proxy that answers nothing and counts who asks for what."""
+
+    def __enter__(self):
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.port, self.asked = self.server.getsockname()[1], []
+        threading.Thread(target=self._serve, daemon=True).start()
+        return self
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self.server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(5)
+                try:
+                    self.asked.append(connection.recv(1000).decode("latin-1").split("\r\n")[0])
+                except OSError:
+                    self.asked.append("")
+
+    def __exit__(self, *details):
+        self.server.close()
+
+
+def browse(path: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page as a browser ends up with it, and what it asked the network for."""
+    with Listener() as listener:
+        proxy = [f"--proxy-server=http://127.0.0.1:{listener.port}", "--proxy-bypass-list=<-loopback>"]
+        command = [CHROMIUM, *FLAGS, *proxy, f"--user-data-dir={profile}", "--dump-dom", path.as_uri()]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout, [line for line in listener.asked if not any(host in line.split("?")[0] for host in OWN)]
+
+
+@pytest.mark.skipif(not Path(CHROMIUM).is_file(), reason=f"needs Chromium at {CHROMIUM}: apt-get install chromium")
+def test_in_a_browser(with_roles_and_recovery, tmp_path):
+    path = write_page(with_roles_and_recovery)
+    text = path.read_text()
+    dom, asked = browse(path, tmp_path / "profile")
+    assert "Recovery under attack</h2>" in dom and asked == []
+    probe = (
+        "<script>addEventListener('load', () => { document.title = 'loaded ' + JSON.stringify("
+        "[...document.images].map(i => i.complete && i.naturalWidth > 0)); });</script></head>"
+    )
+    unguarded = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    checked = tmp_path / "checked.html"
+    checked.write_text(unguarded.replace("</head>", probe))
+    dom, asked = browse(checked, tmp_path / "profile")
+    loaded = json.loads(re.search(r"<title>loaded (\[.*?\])</title>", dom)[1])
+    assert loaded == [True] * len(Page(text).images) and asked == [], "no request, policy or not"
+    planted = '<img src="http://planted.invalid/a.png"></body>'
+    checked.write_text(unguarded.replace("</body>", planted))
+    assert any("planted.invalid" in line for line in browse(checked, tmp_path / "profile")[1]), "it would be noticed"
+    checked.write_text(text.replace("</body>", planted))
+    assert browse(checked, tmp_path / "profile")[1] == [], "the page's own policy forbids it"

@@ -1,0 +1,182 @@
+"""The sweep, run as a user runs it, and killed as machines kill it."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mdu_trainer.analysis.frontier import frontier_table, select
+from mdu_trainer.evaluation.report import Results
+from mdu_trainer.model_card import chosen_run
+from mdu_trainer.provenance import Facts
+from mdu_trainer.testing import fictional_authors, forget_retain_split
+
+ROOT = Path(__file__).resolve().parents[1]
+GRID = [
+    *("--loss_type", "npo", "mdu", "--learning_rate", "1e-3", "1e-2", "--max_steps", "2"),
+    *("--tau", "0", "--select", "retain>=0*base"),
+]
+QUICK = [
+    *("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "2", "--metrics", "rougeL", "probability"),
+    *("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--logging_steps", "1"),
+    *("--max_eval_rows", "2", "--likelihood_draws", "2", "--decoding_steps", "4", "--save_strategy", "no"),
+    *("--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
+]
+NAMES = [f"{method}-lr{rate}-steps2-seed42" for method in ("npo", "mdu-tau0") for rate in (0.001, 0.01)]
+
+
+def start(*arguments):
+    command = [sys.executable, "-u", str(ROOT / "examples" / "sweep.py"), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def sweep(*arguments, expect=0):
+    process = start(*arguments)
+    log = process.communicate(timeout=280)[0]
+    assert (process.returncode == 0) == (expect == 0), log[-3000:]
+    return log
+
+
+def trainings(log):
+    return re.findall(r"^(\S+): 2 steps$", log, re.M)
+
+
+def figures(folder):
+    """The results without seconds and folders."""
+    content = json.loads((folder / "results.json").read_text())
+    content["settings"].pop("output_dir")
+    return content | {"runs": [{k: v for k, v in run.items() if "seconds" not in k} for run in content["runs"]]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A sweep that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("sweep") / "whole"
+    return folder, sweep("--output_dir", folder, *GRID, *QUICK)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """The script as a module."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import sweep
+
+    return sweep
+
+
+def test_output(whole):
+    folder, log = whole
+    assert trainings(log) == NAMES
+    results = Results.load(folder / "results.json")
+    assert [run.name for run in results.runs] == [
+        "base",
+        *(f"{m} lr={rate}" for m in ("npo", "mdu tau=0") for rate in ("0.001", "0.01")),
+    ]
+    chosen = select(results.runs, "retain>=0*base")
+    assert frontier_table(results, chosen) in log and f"Selected: {chosen.name}, in {folder}" in log
+    assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    assert "</svg>" in (folder / "frontier.svg").read_text()
+    for name, run in zip(NAMES, results.runs[1:], strict=True):
+        training = Facts.load(folder / name).training
+        assert training["learning_rate"] == run.settings["learning_rate"] and training["steps"] == 2
+        assert chosen_run(results, Facts.load(folder / name)) == run, "which the card is about"
+        card = (folder / name / "README.md").read_text()
+        assert run.name in card and str(run.figure("forget", "probability")) in card
+
+
+def test_killed_in_the_middle_and_started_again(whole, tmp_path):
+    """No finished run is trained again, and the results are those of a sweep that nothing disturbed."""
+    folder = tmp_path / "killed"
+    process = start("--output_dir", folder, *GRID, *QUICK)
+    before = ""
+    for line in process.stdout:
+        before += line
+        if line.startswith(NAMES[2]):  # the third of four has begun
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL and trainings(before) == NAMES[:3]
+    finished = [run.name for run in Results.load(folder / "results.json").runs]
+    assert len(finished) == 1 + 2, "the results of the finished runs were written"
+    weights = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    assert len(weights) == 1 + 2
+    after = sweep("--output_dir", folder, *GRID, *QUICK, "--resume")
+    assert trainings(after) == NAMES[2:] and "fine-tuning" not in after
+    assert all(path.stat().st_mtime_ns == written for path, written in weights.items())
+    assert figures(folder) == figures(whole[0])
+
+
+def test_more_values_later(whole, tmp_path, script):
+    """A resumed sweep may have other values: what is there is taken over, and named as the new sweep names it."""
+    folder = shutil.copytree(whole[0], tmp_path / "more")
+    options = yaml.safe_load((folder / "config.yaml").read_text()) | {"output_dir": str(folder)}
+    (folder / "config.yaml").write_text(yaml.safe_dump(options))
+    other = [*GRID, *("--learning_rate", "1e-2", "--loss_type", "mdu", "--seed", "42", "7", "--select", "retain>=2")]
+    log = sweep("--output_dir", folder, *other, *QUICK, "--resume", expect=1)
+    assert trainings(log) == ["mdu-tau0-lr0.01-steps2-seed7"]
+    assert "No run satisfies retain>=2. The nearest is mdu tau=" in log.splitlines()[-1]
+    first, second = (Results.load(path / "results.json").runs for path in (whole[0], folder))
+    assert [run.name for run in second] == ["base", "mdu tau=0 seed=42", "mdu tau=0 seed=7"]
+    assert second[1].scores == first[4].scores != second[2].scores
+    with pytest.raises(SystemExit, match="not of this command"):  # the base is of the first seed
+        in_process(script, "--output_dir", folder, *other, *QUICK, "--resume", "--seed", "7")
+
+
+def in_process(script, *arguments):
+    """The command in this process: for what stops before any work."""
+    parser = script.TrlParser((script.SweepArguments, script.SweepConfig, script.ModelConfig))
+    script.main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
+
+
+def test_run_that_left_checkpoints_goes_on_from_the_last(script, monkeypatch, tmp_path, tokenizer, make_model):
+    from common import MDUTrainer, unlearn
+
+    for part in (make_model(), tokenizer):
+        part.save_pretrained(tmp_path / "base")
+    forget, retain = (rows.select(range(4)) for rows in forget_retain_split(fictional_authors(3), 1))
+    kept = {"save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
+    config = script.MDUConfig(
+        str(tmp_path / "run"), max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True, **kept
+    )
+    steps, step = [], MDUTrainer.training_step
+
+    def counted(trainer, *arguments):
+        steps.append(trainer.state.global_step)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return step(trainer, *arguments)
+
+    monkeypatch.setattr(MDUTrainer, "training_step", counted)
+    with pytest.raises(KeyboardInterrupt):
+        unlearn(config, str(tmp_path / "base"), script.ModelConfig(), forget, retain)
+    unlearn(config, str(tmp_path / "base"), script.ModelConfig(), forget, retain)
+    assert steps == [0, 1, 2, 3] + [2, 3]
+
+
+def test_every_combination_is_a_run(script, tmp_path):
+    axes = {"learning_rate": [1e-5, 3e-5], "num_train_epochs": [1.0, 2.5], "seed": 3}
+    config = script.SweepConfig(output_dir=str(tmp_path), loss_type=["mdu", "ga"], tau=[0.0, 0.5, 0.0], **axes)
+    names = [Path(run.output_dir).name for run in config.runs()]
+    assert len(names) == len(set(names)) == 2 * 2 * (2 + 1)
+    assert names[0] == "mdu-tau0-lr1e-05-epochs1-seed3" and names[-1] == "ga-lr3e-05-epochs2.5-seed3"
+    assert config.swept(config.runs()[-1]) == {"learning_rate": 3e-5, "num_train_epochs": 2.5}
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (("--select", "retain>0.9"), "--select: 'retain>0.9' is no condition"),
+        (("--max_steps", "2", "-1"), "--max_steps must be positive, got 2 -1"),
+        (("--max_steps", "2", "--num_train_epochs", "1", "2"), "Sweep over --max_steps or over --num_train_epochs"),
+    ],
+)
+def test_wrong_values_stop_before_any_work(script, tmp_path, wrong, message):
+    with pytest.raises(SystemExit, match=message):
+        in_process(script, "--output_dir", tmp_path / "out", *GRID, *QUICK, *wrong)
+    assert not (tmp_path / "out").exists()
