@@ -35,7 +35,7 @@ from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.models import base_of, is_adapter
 from mdu_trainer.models.loading import load_config
 from mdu_trainer.provenance import Facts
-from mdu_trainer.testing import fictional_authors
+from mdu_trainer.testing import unseen_answers
 
 PICTURES = ("recovery.png", "recovery.svg")
 
@@ -54,7 +54,7 @@ class RecoveryArguments:
     forget_split: str = field(default="forget10", metadata={"help": "Config name of the rows to forget."})
     retain_split: str = field(default="retain90", metadata={"help": "Config name of the rows to keep."})
     unseen_split: str | None = field(
-        default=None, metadata={"help": "Config name of rows like these that no model was trained on."}
+        default=None, metadata={"help": "Config name of the forget questions with other answers, never trained on."}
     )
     max_rows: int | None = field(default=400, metadata={"help": "Use N evenly spaced rows of each set."})
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
@@ -92,9 +92,7 @@ def load_sets(args: RecoveryArguments) -> tuple[dict[str, Dataset], Dataset | No
     sets = forget_and_retain(args.dataset_name, args.forget_split, args.retain_split, args.max_rows)
     if args.dataset_name is not None:
         return sets, args.unseen_split and load_rows(args.dataset_name, args.unseen_split)
-    trained = len(set(fictional_authors()["author"]))
-    further = fictional_authors(trained + len(set(sets["forget"]["author"])))
-    return sets, further.select([row for row, author in enumerate(further["author"]) if author >= trained])
+    return sets, unseen_answers(sets["forget"])
 
 
 def attack_settings(args: RecoveryArguments, sets: dict[str, Dataset], unseen: Dataset | None) -> AttackSettings:
