@@ -303,7 +303,11 @@ def test_adapter_finds_nothing_where_the_base_forgot(attack, tokenizer, rows, un
 def test_quantisation_merges_adapters_first(attack):
     model = switch_adapter(attack.stand_in(by_switch), adds=0.003)  # beside a weight of 1 it is rounded away
     assert attack("quantise-8", by_switch, model=model) == (0, 1)
-    assert attack("quantise-8", by_switch, model=switch_adapter(attack.stand_in(by_switch), adds=0.5)) == (0, 0)
+    model = switch_adapter(attack.stand_in(by_switch), adds=0.5)
+    assert attack("quantise-8", by_switch, model=model) == (0, 0)
+    model.merge_adapter()
+    assert attack("quantise-8", by_switch, model=model) == (0, 0)
+    assert model.base_model.model.switch.merged
 
 
 # Fine-tuning

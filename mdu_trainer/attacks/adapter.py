@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .base import AttackScores, Target, worst_case
+from .base import AttackScores, Target, is_merged, worst_case
 
 SCALES = (0.5, 2.0, -1.0)  # of what the adapter adds; -1 subtracts it
 
@@ -19,7 +19,7 @@ def attack(target: Target, seed: int) -> AttackScores:
     model = target.model
     if not hasattr(model, "disable_adapter"):
         raise ValueError("The attack 'adapter' needs a PEFT model, and this one has no adapter: leave the attack out.")
-    if any(getattr(module, "merged", False) for module in model.modules()):
+    if is_merged(model):
         raise ValueError("The adapter is merged into the weights: call unmerge_adapter first.")
     tries = {}
     with model.disable_adapter():

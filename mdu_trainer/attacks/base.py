@@ -264,6 +264,11 @@ def worst_case(target: Target, tries: dict[str, list[float]]) -> AttackScores:
     )
 
 
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into the model's weights."""
+    return any(getattr(module, "merged", False) for module in model.modules())
+
+
 @contextmanager
 def restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Put back the values of these tensors afterwards, to the bit."""

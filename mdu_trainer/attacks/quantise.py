@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .base import AttackScores, Target, mean, restored
+from .base import AttackScores, Target, is_merged, mean, restored
 
 
 def attack(target: Target, seed: int, bits: int) -> AttackScores:
@@ -40,7 +40,7 @@ def quantised(model: nn.Module, bits: int) -> Iterator[float]:
     ]
     if not weights:
         raise ValueError("The model has no linear layers with floating-point weights: load it unquantised.")
-    merge = getattr(model, "merge_adapter", None)
+    merge = None if is_merged(model) else getattr(model, "merge_adapter", None)
     with restored(weights), torch.no_grad():
         if merge is not None:
             merge()

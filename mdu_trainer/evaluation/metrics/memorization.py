@@ -115,8 +115,7 @@ def greedy_completions(
         prompt_ids: ids of each prompt, generation prompt included.
         response_ids: ids of each response, with the end token if the model was trained on it.
         backbone: facts of the model.
-        revealed: of each response, the first tokens that are given (True) and not decoded; none if not set. One token
-            at least must be left to decode.
+        revealed: of each response, which of its first tokens are given (True) and not decoded; none if not set.
         batch_size: rows a forward pass. Rows share one if their responses are equally long.
         show_progress: show a progress bar over rows.
 
