@@ -236,6 +236,14 @@ def test_wrong_inputs_end_with_2_before_a_model_is_loaded(folder, tmp_path, capf
     assert WRONG[wrong].format(*[f"{tmp_path}/"] * 2) in err
 
 
+def test_options_of_loading(folder, capsys, monkeypatch):
+    given = []
+    load = leak_check.load_checkpoint
+    monkeypatch.setattr(leak_check, "load_checkpoint", lambda *args, **how: given.append(how) or load(*args, **how))
+    main(check(folder, "empty", "held.json", "--max-leak", 1, "--dtype", "bfloat16", "--revision", "v2"))
+    assert given == [{"dtype": "bfloat16", "revision": "v2"}] and json.loads(capsys.readouterr().out)["rows"] == 8
+
+
 def test_one_of_two_modes(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(check(folder, "empty", "held.json"))

@@ -318,10 +318,12 @@ QUICK = ("--max_rows", "4", "--decoding_steps", "1", "--relearn_steps", "1", "--
 def test_script(checkpoints, tmp_path, authors):
     models = ("--model", checkpoints / "adapter", checkpoints / "other", "--base", checkpoints / "base")
     gold = ("--never_trained", checkpoints / "never")
-    log = recover(*models, *gold, "--output_dir", tmp_path, *QUICK)
+    options = ("--seed", "3", "--relearn_learning_rate", "0.001", "--batch_size", "2")
+    log = recover(*models, *gold, *options, "--output_dir", tmp_path, *QUICK)
     recovery = Recovery.load(tmp_path / "recovery.json")
     assert recovery.models == ["adapter", "other"] and list(recovery.attacks) == ["none", *ATTACKS]
     assert recovery.settings["decoding"]["steps"] == 1 and recovery.settings["relearn_steps"] == 1
+    assert recovery.settings["seed"] == 3 and recovery.settings["relearn_learning_rate"] == 0.001
     assert recovery.text() in log and "attack/s" in log or "s/attack" in log
     written = log + "".join(path.read_text() for path in tmp_path.glob("*.json*"))
     names = {word for text in fictional_authors(16)["answer"] for word in text.split()[:2] if word[0].isupper()}
@@ -358,3 +360,7 @@ def test_script_refuses_before_a_model_is_loaded(checkpoints, tmp_path, monkeypa
         with pytest.raises((SystemExit, ValueError), match=message):
             script.main(*parsed)
     assert not (tmp_path / "out").exists()
+    given = ["--unseen_split", "keep", "--batch_size", "2"]
+    parsed, _ = TrlParser((script.RecoveryArguments, ModelConfig)).parse_args_and_config([*models, *data, *given])
+    settings = script.attack_settings(parsed, *script.load_sets(parsed))
+    assert settings.unseen["answer"] == ["A."] and settings.decoding.batch_size == 2
