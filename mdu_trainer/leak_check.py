@@ -11,8 +11,8 @@ The leak of a row is the score of the worst of these checks: the recall, 0 to 1,
 wording which any model would use does not count. That wording is found where many answers share it, so pass rows to
 keep that are worded alike (`--retain`) unless there are many rows to forget: they are read for their wording only.
 The leak of a model is the mean over rows. The gate compares the upper end of its 95 % bootstrap interval with
-`--max-leak`: a model does not pass because there were few rows. (A single row has no interval; its leak is compared. Where no row leaks, the interval has no width: then it speaks of
-these rows only.)
+`--max-leak`: a model does not pass because there were few rows. (A single row has no interval; its leak is compared.
+Where no row leaks, the interval has no width: then it speaks of these rows only.)
 
 On stdout comes one line of JSON, figures only; all else goes to stderr. Gate: `leak`, `low`, `high` (null for a single
 row), `max_leak`, `passed`, `rows`, `checks` (mean score of each) and `seed`. Audit: the same without `max_leak` and
