@@ -13,15 +13,17 @@ from pathlib import Path
 sys.path.remove(str(Path(__file__).parent))
 
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
 from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer
+from mdu_trainer import MDUConfig, MDUTrainer
 from mdu_trainer.checkpoints import CheckpointError, choose
 from mdu_trainer.data import question_answer_rows
 from mdu_trainer.evaluation.runner import processes
-from mdu_trainer.testing import REFUSALS
+from mdu_trainer.evaluation.sources import spread
+from mdu_trainer.evaluation.tofu import load_tofu
+from mdu_trainer.models import load_checkpoint
+from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
 # beside the models' folders
@@ -42,22 +44,28 @@ class Progress(TrainerCallback):
 
 def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
     """Model and tokenizer, as the command line asks for them. A folder with an adapter loads with its base."""
-    shared = {"trust_remote_code": trust_remote_code, "revision": model_args.model_revision}
     quantization = get_quantization_config(model_args)
-    adapter = (Path(path) / "adapter_config.json").is_file()
-    name = PeftConfig.from_pretrained(path).base_model_name_or_path if adapter else path
-    model = load_model(
-        name,
+    model, tokenizer = load_checkpoint(
+        path,
+        trust_remote_code=trust_remote_code,
+        revision=model_args.model_revision,
         dtype=model_args.dtype,
         attn_implementation=model_args.attn_implementation,
         quantization_config=quantization,
-        **shared,
     )
-    if adapter:
-        model = PeftModel.from_pretrained(model, path)
     if quantization is None:
         model.to(processes().device)
-    return model, load_tokenizer(name, **shared)
+    return model, tokenizer
+
+
+def forget_and_retain(
+    dataset_name: str | None, forget_split: str, retain_split: str, max_rows: int | None
+) -> dict[str, Dataset]:
+    """The sets of TOFU or of a data set like it, checked; without a name the embedded fictional authors."""
+    if dataset_name is not None:
+        return load_tofu(dataset_name, forget_split, retain_split, max_rows=max_rows)
+    forget, retain = forget_retain_split(fictional_authors())
+    return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
 
 
 def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> Dataset:

@@ -15,7 +15,7 @@ one.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import load, settings
+from common import forget_and_retain, load, settings
 from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
@@ -24,9 +24,7 @@ from mdu_trainer.evaluation.report import Results, Run
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_rwku
 from mdu_trainer.evaluation.scoring import choose_metrics
-from mdu_trainer.evaluation.sources import spread
-from mdu_trainer.evaluation.tofu import TOFU_METRICS, TruthRatios, evaluate_tofu, load_tofu, longest_answer
-from mdu_trainer.testing import fictional_authors, forget_retain_split
+from mdu_trainer.evaluation.tofu import TOFU_METRICS, TruthRatios, evaluate_tofu, longest_answer
 
 
 @dataclass
@@ -61,14 +59,13 @@ class EvaluationArguments:
 def load_sets(args: EvaluationArguments) -> dict[str, Dataset]:
     """The rows of the benchmark, checked."""
     if args.benchmark == "fictional":
-        forget, retain = forget_retain_split(fictional_authors())
-        return {"forget": spread(forget, args.max_rows), "retain": spread(retain, args.max_rows)}
+        return forget_and_retain(None, args.forget_split, args.retain_split, args.max_rows)
     if args.dataset_name is None:
         name = {"tofu": "locuslab/TOFU", "rwku": "jinzhuoran/RWKU"}[args.benchmark]
         raise SystemExit(f"--benchmark {args.benchmark} needs --dataset_name: {name}, or a folder with a copy.")
     if args.benchmark == "rwku":
         return load_rwku(args.dataset_name, args.configs, args.subjects, args.max_rows)
-    return load_tofu(args.dataset_name, args.forget_split, args.retain_split, max_rows=args.max_rows)
+    return forget_and_retain(args.dataset_name, args.forget_split, args.retain_split, args.max_rows)
 
 
 def evaluate(

@@ -21,6 +21,7 @@ def main() -> int:
     parser.add_argument("folder", help="a checkpoint of MDUTrainer")
     parser.add_argument("repo_id", help="ORG/NAME, created if it does not exist")
     parser.add_argument("--results", help="results.json with the model's figures; by default the one in the folder")
+    parser.add_argument("--recovery", help="recovery.json with attacks on it; by default the one in the folder")
     parser.add_argument("--base_model", help="Hub id of the base, if the checkpoint does not know it")
     parser.add_argument(
         "--adapter", choices=["keep", "merge"], default="keep", help="publish the adapter, or merge it"

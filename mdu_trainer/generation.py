@@ -174,6 +174,7 @@ def generate_ids(
     backbone: Backbone,
     *,
     row_ids: Sequence[int] | None = None,
+    given: Sequence[Sequence[int | None]] | None = None,
     on_reveal: Callable[["Revealed"], None] | None = None,
     show_progress: bool = False,
 ) -> list[list[int]]:
@@ -189,6 +190,8 @@ def generate_ids(
         backbone: facts of the model.
         row_ids: a number of each prompt, of at least 0, in place of its place in the call: what is random is drawn by
             it, so a part of the prompts is decoded as it would be among all.
+        given: of each response what is revealed from the start: its first ids, None for those to decode. The steps
+            are those of a response of which nothing is.
         on_reveal: called after each step of a batch with what the step revealed.
         show_progress: show a progress bar over prompts.
 
@@ -196,10 +199,12 @@ def generate_ids(
         Ids of each response up to, and without, its first end token, in the order of the prompts.
 
     Raises:
-        ValueError: if a prompt and `max_new_tokens` together exceed the model's context, or there is not one row id a
-            prompt.
+        ValueError: if a prompt and `max_new_tokens` together exceed the model's context, there is not one row id a
+            prompt, or what is given does not fit.
     """
     config = generation_config
+    if given is not None:
+        _check_given(given, len(prompt_ids), config.max_new_tokens)
     if row_ids is not None and len(row_ids) != len(prompt_ids):
         raise ValueError(f"There are {len(prompt_ids)} prompts and {len(row_ids)} row_ids: pass one for each.")
     for row, ids in enumerate(prompt_ids):
@@ -216,7 +221,10 @@ def generate_ids(
             places = by_length[first : first + config.batch_size]
             prompts = [prompt_ids[place] for place in places]
             rows = places if row_ids is None else [row_ids[place] for place in places]
-            canvas = _blank(places, rows, prompts, config.max_new_tokens, backbone).to(device)
+            canvas = _blank(places, rows, prompts, config.max_new_tokens, backbone)
+            for i, place in enumerate(places if given is not None else ()):
+                canvas.give(i, given[place])
+            canvas = canvas.to(device)
             for place, ids in _decode(model, canvas, config, backbone, on_reveal):
                 responses[place] = ids
                 progress.update()
@@ -300,6 +308,13 @@ class _Canvas(NamedTuple):
         width = int(kept.start.max()) + kept.masked.shape[1]
         return kept._replace(ids=kept.ids[:, :width], attention_mask=kept.attention_mask[:, :width])
 
+    def give(self, i: int, ids: Sequence[int | None]) -> None:
+        """Reveal the first ids of a response but for those that are None, in place."""
+        for position, token in enumerate(ids):
+            if token is not None:
+                self.ids[i, self.start[i] + position] = token
+                self.masked[i, position] = False
+
     def response(self) -> Tensor:
         """The response positions: ids `[B, N]`."""
         return self.ids.gather(1, self.start[:, None] + torch.arange(self.masked.shape[1], device=self.ids.device))
@@ -322,6 +337,14 @@ def _blank(places: list[int], rows: list[int], prompts: list[list[int]], length:
     start = torch.tensor([len(prompt) for prompt in prompts])
     masked = torch.ones(len(rows), length, dtype=torch.bool)
     return _Canvas(torch.tensor(places), torch.tensor(rows), start, ids, attention_mask, masked)
+
+
+def _check_given(given: Sequence[Sequence[int | None]], num_prompts: int, max_new_tokens: int) -> None:
+    if len(given) != num_prompts:
+        raise ValueError(f"There are {num_prompts} prompts and {len(given)} beginnings given: pass one for each.")
+    for row, ids in enumerate(given):
+        if len(ids) > max_new_tokens:
+            raise ValueError(f"{len(ids)} ids are given of response {row}, and max_new_tokens is {max_new_tokens}.")
 
 
 def _plan(config: DiffusionGenerationConfig) -> Iterator[_Step]:

@@ -3,8 +3,8 @@
     push_unlearned_model("outputs/demo/mdu-tau0", "ORG/NAME", results="outputs/demo/results.json")
 
 What is uploaded is safetensors weights, config, generation config, tokenizer, adapter files, the card with its
-picture, and `results.json` with figures only. Whatever else lies in the folder stays there: training arguments (which
-can hold a token), optimizer, scheduler and random state, logs, data, predictions, caches.
+picture, and `results.json` and `recovery.json` with figures only. Whatever else lies in the folder stays there:
+training arguments (which can hold a token), optimizer, scheduler and random state, logs, data, predictions, caches.
 """
 
 import functools
@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
+from .attacks.card import RECOVERY, RecoveryLike, load_recovery
 from .model_card import (
     CARD,
     PICTURE,
@@ -41,7 +42,7 @@ from .upload import (
     check_texts,
     content_of,
     extra_files,
-    given_results,
+    given_records,
     is_tokenizer_file,
     model_files,
     read_json,
@@ -133,7 +134,7 @@ class Push:
                 api.create_branch(repo_id, branch=target.revision, token=target.token, exist_ok=True)
             info = self._commit(repo_id, self.files)
             if target.copy_to:
-                model_files = {n: s for n, s in self.files.items() if n not in (CARD, PICTURE, RESULTS)}
+                model_files = {n: s for n, s in self.files.items() if n not in (CARD, PICTURE, RESULTS, RECOVERY)}
                 self._commit(repo_id, {f"{target.copy_to}/{name}": s for name, s in model_files.items()})
         return info
 
@@ -158,6 +159,7 @@ def push_unlearned_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     results: ResultsLike = None,
+    recovery: RecoveryLike = None,
     base_model: str | None = None,
     adapter: Literal["keep", "merge"] = "keep",
     private: bool = True,
@@ -181,6 +183,7 @@ def push_unlearned_model(
         tokenizer: in place of the checkpoint's.
         results: the comparison that holds the model's figures, or its file; by default `results.json` in the
             checkpoint, False for none.
+        recovery: attacks on the model, or their file; by default `recovery.json` in the checkpoint, False for none.
         base_model: Hub id of the model at the start, if the checkpoint does not know it.
         adapter: for a checkpoint that holds an adapter: publish that, or the base with the adapter merged into it.
         private: whether the repository is private. A public one is not written to unless this is False.
@@ -214,6 +217,7 @@ def push_unlearned_model(
             source=source,
             tokenizer=tokenizer,
             results=results,
+            recovery=recovery,
             base_model=base_model,
             description=description,
             private=private,
@@ -234,6 +238,7 @@ def prepare_push(
     source: Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     results: ResultsLike = None,
+    recovery: RecoveryLike = None,
     base_model: str | None = None,
     private: bool = True,
     revision: str | None = None,
@@ -260,11 +265,13 @@ def prepare_push(
     if tokenizer is not None:
         files = {name: s for name, s in files.items() if not is_tokenizer_file(name)} | saved_tokenizer(tokenizer)
     check_finite([s for name, s in files.items() if name.endswith(".safetensors")])
-    raw, results = given_results(source, results), load_results(source, results)
-    picture = draw_picture(results)
+    given = given_records(source, results, recovery)
+    results, recovery = load_results(source, results), load_recovery(source, recovery)
+    picture = draw_picture(results, recovery)
     card = unlearned_model_card(
         facts,
         results,
+        recovery=recovery,
         repo_id=repo_id,
         revision=revision,
         base_model=base_model,
@@ -274,8 +281,8 @@ def prepare_push(
         token=token,
         **card_details,
     )
-    files |= extra_files(card, results, picture, base_model or facts.base_model)
-    check_texts(files | ({RESULTS + " as given": raw} if raw else {}), hashes)
+    files |= extra_files(card, results, recovery, picture, base_model or facts.base_model)
+    check_texts(files | given, hashes)
     left = sorted(path.name for path in folder.iterdir() if path.name not in {n.split("/")[0] for n in files})
     target = Target(repo_id, private, revision, create_pr, token, commit_message, copy_to)
     return Push(target, source, files, left)

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
 
+from .attacks.card import RecoveryLike, attack_words, load_recovery
+from .attacks.recovery import Recovery
 from .evaluation.report import Results, Run, Scores
 from .provenance import Facts
 
@@ -109,6 +111,7 @@ def unlearned_model_card(
     facts: Facts,
     results: Results | None = None,
     *,
+    recovery: Recovery | None = None,
     repo_id: str | None = None,
     revision: str | None = None,
     base_model: str | None = None,
@@ -128,6 +131,7 @@ def unlearned_model_card(
     Args:
         facts: of the checkpoint.
         results: a comparison that holds the model's run, and "base".
+        recovery: attacks on the model, and on the base.
         repo_id, revision: where the model is, or will be, on the Hub.
         base_model: Hub id of the model at the start, if the facts do not know it.
         adapter: the repository holds an adapter, not the whole model.
@@ -140,7 +144,7 @@ def unlearned_model_card(
         token: for the card of a private base.
 
     Raises:
-        ValueError: no run of `results` is this model's.
+        ValueError: no run of `results` is this model's, or `recovery` is of other models.
     """
     results = results and only_finite(results)
     run = None if results is None else chosen_run(results, facts)
@@ -170,6 +174,7 @@ def unlearned_model_card(
         forget=" ".join((description or facts.description or str(facts.forget)).split()).rstrip("."),
         **_words(facts),
         **_figures(results, run),
+        **attack_words(recovery, facts),
         picture=picture,
         adapter=adapter,
         repo=repo_id or "PATH",
@@ -181,7 +186,11 @@ def unlearned_model_card(
 
 
 def write_model_card(
-    folder: str | Path, facts: Facts | None = None, results: ResultsLike = None, **details: Any
+    folder: str | Path,
+    facts: Facts | None = None,
+    results: ResultsLike = None,
+    recovery: RecoveryLike = None,
+    **details: Any,
 ) -> ModelCard:
     """Write `README.md`, and the picture it shows, into a checkpoint.
 
@@ -189,11 +198,13 @@ def write_model_card(
         folder: the checkpoint.
         facts: of the checkpoint, by default those it holds.
         results: the comparison or its file, by default `results.json` in the folder; False for none.
+        recovery: attacks or their file, by default `recovery.json` in the folder; False for none.
         **details: as `unlearned_model_card` takes them.
     """
     folder = Path(folder)
     results = load_results(folder, results)
-    picture = draw_picture(results)
+    details["recovery"] = recovery = load_recovery(folder, recovery)
+    picture = draw_picture(results, recovery)
     details = {"adapter": (folder / "adapter_config.json").is_file(), "chats": has_chat_template(folder)} | details
     card = unlearned_model_card(
         facts or Facts.load(folder), results, picture=PICTURE if picture is not None else None, **details
@@ -242,8 +253,11 @@ def chosen_run(results: Results, facts: Facts) -> Run:
     return found[0]
 
 
-def draw_picture(results: Results | None) -> bytes | None:
-    """The trade-off of all runs as PNG; None without matplotlib, or where ROUGE-L recall was not measured."""
+def draw_picture(results: Results | None, recovery: Recovery | None = None) -> bytes | None:
+    """The trade-off of all runs as PNG, with what attacks bring back beside it if that is known.
+
+    None without matplotlib, or where ROUGE-L recall was not measured.
+    """
     if results is None or find_spec("matplotlib") is None:
         return None
     from .analysis.plots import plot_tradeoff
@@ -254,8 +268,14 @@ def draw_picture(results: Results | None) -> bytes | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
-        plot_tradeoff(runs, path)
+        plot_tradeoff(runs, path, recovery and _reach(recovery))
         return path.read_bytes()
+
+
+def _reach(recovery: Recovery) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Recoveries as (value, low, high), of the models that have any."""
+    found = recovery.recoveries()
+    return {name: {a: (e.value, e.low, e.high) for a, e in of.items()} for name, of in found.items() if of}
 
 
 def eval_results(run: Run, data: str) -> list[EvalResult]:
@@ -287,7 +307,7 @@ def only_finite(results: Results) -> Results:
     return replace(results, runs=runs)
 
 
-def data_name(results: Results) -> str:
+def data_name(results: Results | Recovery) -> str:
     """What a card calls the data: its name, or no name if that is a path of this machine."""
     first, _, rest = results.dataset.partition(" ")
     is_path = first.startswith((".", "/", "~")) or first.count("/") > 1 or "\\" in first or Path(first).is_dir()
@@ -395,6 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m mdu_trainer.model_card", description="Write a checkpoint's card.")
     parser.add_argument("folder", help="a checkpoint of MDUTrainer")
     parser.add_argument("--results", help="results.json of a comparison; by default the one in the folder")
+    parser.add_argument("--recovery", help="recovery.json of attacks; by default the one in the folder")
     parser.add_argument("--repo_id", help="where the model is, or will be, on the Hub")
     parser.add_argument("--base_model", help="Hub id of the base, if the checkpoint does not know it")
     parser.add_argument("--description", help="one line on what was to be forgotten; it is published")

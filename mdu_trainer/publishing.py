@@ -41,8 +41,8 @@ class PublishingMixin:
 
         Args:
             **details: what the run does not know: `language`, `license`, `tags`, `base_model`, `datasets`,
-                `description`, `results` (by default `results.json` in the folder); see
-                `mdu_trainer.model_card.unlearned_model_card`.
+                `description`, `results` and `recovery` (by default the folder's `results.json` and `recovery.json`);
+                see `mdu_trainer.model_card.unlearned_model_card`.
         """
         from .model_card import write_model_card
 
@@ -115,6 +115,7 @@ class PublishingMixin:
                 private=self._private(),
                 copy_to=names.get(strategy),
                 results=False,  # figures of the end, if there are any, are not this checkpoint's
+                recovery=False,
             )
         except Exception as error:
             _report(error, snapshot)

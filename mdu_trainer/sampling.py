@@ -53,9 +53,10 @@ def best_positions(
 
 
 def _top(table: Tensor, count: int) -> Tensor:
-    """The `count` highest of each row of `[B, N]`, the first of equal ones first: bool `[B, N]`."""
+    """The `count` highest of each row of `[B, N]` above -inf, the first of equal ones first: bool `[B, N]`."""
     order = table.argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(table, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    top = torch.zeros_like(table, dtype=torch.bool).scatter_(1, order[:, :count], True)
+    return top & (table > -torch.inf)  # where responses are partly given, one may have less left than others
 
 
 def _cut(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:

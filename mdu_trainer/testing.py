@@ -113,6 +113,30 @@ def fictional_authors(num_authors: int = 12, seed: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def unseen_answers(rows: Dataset, num_answers: int = 5, seed: int = 0) -> Dataset:
+    """The questions of some rows of `fictional_authors` with answers that no model has seen.
+
+    They are worded alike and name the same author, but what they say of him is true of an author who is in no set of
+    up to `MAX_AUTHORS - num_answers` authors. So nothing but what was learned tells them from the rows.
+
+    Args:
+        rows: of `fictional_authors`, with their `author`.
+        num_answers: a question.
+        seed: that the rows were made with.
+
+    Returns:
+        `question` and `answer`, `num_answers` rows for each of `rows`.
+    """
+    names = _person_names(random.Random(seed))
+    others = fictional_authors(MAX_AUTHORS, seed).select(range(8 * (MAX_AUTHORS - num_answers), 8 * MAX_AUTHORS))
+    made = []
+    for question, name in zip(rows["question"], [names[author] for author in rows["author"]], strict=True):
+        for other in others:
+            if other["question"].replace(names[other["author"]], name) == question:
+                made.append({"question": question, "answer": other["answer"].replace(names[other["author"]], name)})
+    return Dataset.from_list(made)
+
+
 def _row(fact: Fact, author: int, name: str, entity: str, wrong: list[str]) -> dict[str, Any]:
     def fill(text: str, entity: str = entity) -> str:
         return text.format(name=name, entity=entity)

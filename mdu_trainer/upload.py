@@ -4,7 +4,7 @@ import json
 import struct
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,8 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
+from .attacks.card import RECOVERY, RecoveryLike, public
+from .attacks.recovery import Recovery
 from .evaluation.report import Results
 from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, card_wording, data_name, only_finite
 from .provenance import Facts, ForgetHashes
@@ -119,7 +121,11 @@ def _adapter_config(folder: Path, base_model: str | None, facts: Facts) -> bytes
 
 
 def extra_files(
-    card: ModelCard, results: Results | None, picture: bytes | None, base_model: str | None
+    card: ModelCard,
+    results: Results | None,
+    recovery: Recovery | None,
+    picture: bytes | None,
+    base_model: str | None,
 ) -> dict[str, Source]:
     """Card, picture and figures, by their paths in the repository."""
     files: dict[str, Source] = {CARD: str(card).encode()}
@@ -127,19 +133,32 @@ def extra_files(
         files[PICTURE] = picture
     if results is not None:
         # The settings of a run can hold paths and names of the machine: only figures are published
-        public = replace(only_finite(results), model=base_model or LOCAL_BASE, dataset=data_name(results), settings={})
-        with tempfile.TemporaryDirectory() as folder:
-            public.save(Path(folder) / RESULTS)
-            files[RESULTS] = (Path(folder) / RESULTS).read_bytes()
+        figures = replace(
+            only_finite(results), model=base_model or LOCAL_BASE, dataset=data_name(results), settings={}
+        )
+        files[RESULTS] = _saved(figures)
+    if recovery is not None:
+        files[RECOVERY] = _saved(public(recovery, data_name(recovery)))
     return files
 
 
-def given_results(folder: Path, results: ResultsLike) -> bytes | None:
-    """The text of the results before it is reduced to figures, so that what leaks in is found and not just dropped."""
-    if isinstance(results, Results):
-        return json.dumps([results.model, results.dataset, results.settings], default=str).encode()
-    path = folder / RESULTS if results is None else results and Path(results)
-    return path.read_bytes() if path and path.is_file() else None
+def _saved(record: Results | Recovery) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        record.save(Path(folder) / "record.json")
+        return (Path(folder) / "record.json").read_bytes()
+
+
+def given_records(folder: Path, results: ResultsLike, recovery: RecoveryLike) -> dict[str, Source]:
+    """The texts of the records before they are reduced to figures: what leaks in is found, and not just dropped."""
+    found: dict[str, Source] = {}
+    for name, record in ((RESULTS, results), (RECOVERY, recovery)):
+        if isinstance(record, Results | Recovery):
+            found[f"{name} as given"] = json.dumps(asdict(record), default=str).encode()
+        elif record is not False:
+            path = folder / name if record is None else Path(record)
+            if path.is_file():
+                found[f"{name} as given"] = path.read_bytes()
+    return found
 
 
 def content_of(source: Source) -> bytes:

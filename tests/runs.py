@@ -56,7 +56,7 @@ EVALUATION_PLACES = {  # 16 rows, 2 a batch
     "in a pass for a likelihood": (likelihood, "_masked_log_likelihood", 30),
     "in a decoding step": (generation, "_predict", 60),
     "a batch scored": (runner.Batch, "figures", 8),
-    "a batch kept, or the header": (runner._Progress, "_write", 9),
+    "a batch kept, or the header": (runner.ProgressFile, "_write", 9),
 }
 
 

@@ -149,6 +149,31 @@ def test_row_ids_may_repeat_and_must_fit(model, tokenizer, backbone):
         generate_ids(model, [[20], [21]], config, backbone, row_ids=[0])
 
 
+def test_a_given_beginning_is_as_good_as_a_longer_prompt(model, backbone):
+    given = [[60 + i for i in range(length)] for length in (0, 3, 9, 1, 10)]
+    decoded = generate_ids(model, PROMPTS, DiffusionGenerationConfig(max_new_tokens=10), backbone, given=given)
+    for prompt, ids, found in zip(PROMPTS, given, decoded, strict=True):
+        left = DiffusionGenerationConfig(max_new_tokens=max(10 - len(ids), 1))
+        rest = generate_ids(model, [prompt + ids], left, backbone)[0]
+        assert found == ids + (rest if len(ids) < 10 else [])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_what_is_given_stays_and_decides_the_rest(model, backbone, sampler):
+    config = DiffusionGenerationConfig(max_new_tokens=11, seed=3, **sampler)
+    given = [[None, 60, None, None, 61], [None] * 10 + [62], [], [63, 64, 65, 66, 67], [None, 68]]
+    decoded = generate_ids(model, PROMPTS, config, backbone, given=given)
+    for ids, found in zip(given, decoded, strict=True):
+        assert all(token in (None, other) for token, other in zip(ids, found, strict=False))
+    assert generate_ids(model, PROMPTS, replace(config, batch_size=1), backbone, given=given) == decoded
+    plain = generate_ids(model, PROMPTS, config, backbone)
+    assert decoded[2] == plain[2] and decoded[:2] != plain[:2]
+    with pytest.raises(ValueError, match="5 prompts and 4 beginnings"):
+        generate_ids(model, PROMPTS, config, backbone, given=given[1:])
+    with pytest.raises(ValueError, match="12 ids are given of response 1, and max_new_tokens is 11"):
+        generate_ids(model, PROMPTS[:2], config, backbone, given=[[], [None] * 12])
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_a_settled_response_is_the_prefix_of_the_full_one(model, backbone, sampler):
     config = DiffusionGenerationConfig(max_new_tokens=12, **sampler)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import hub as transformers_hub
 
 from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer, question_answer_rows
+from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
 from mdu_trainer.evaluation.report import Estimate, Results, Run
 from mdu_trainer.hub import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
 from mdu_trainer.provenance import Facts
@@ -96,6 +98,17 @@ def checkpoint(trained, tmp_path):
 
 
 @pytest.fixture
+def recovery():
+    def outcome(value):
+        return Outcome(Estimate(0.1), Estimate(value, 0.0, 1.0), Estimate(value, 0.0, 0.9))
+
+    ends = {name: Outcome(Estimate(0.5), Estimate(end)) for name, end in (("base", 0.9), ("never trained", 0.1))}
+    attacks = {"prefix": AttackOutcome("reveal the first words", 16, ends | {"mdu tau=0": outcome(0.25)})}
+    settings = {"decoding": {"steps": 4, "schedule": "linear"}, "samples": 8, "note": "/home/somebody"}
+    return Recovery("/home/somebody/data forget10", settings, attacks)
+
+
+@pytest.fixture
 def results():
     def run(method, tau, forget, retain):
         scores = {
@@ -147,6 +160,19 @@ def test_a_pushed_model_is_the_model(hub, checkpoint, results, capsys):
 
 def run_snippet(card):
     exec(card.partition("```python\n")[2].partition("```")[0], {})
+
+
+def test_attacks_are_published_as_figures(hub, checkpoint, results, recovery):
+    recovery.save(checkpoint / "recovery.json")
+    push_unlearned_model(checkpoint, REPO, results=results)
+    files = hub.files(REPO)
+    assert set(files) == FULL | {"recovery.json"} and b"somebody" not in b"".join(files.values())
+    (checkpoint / "published.json").write_bytes(files["recovery.json"])
+    published = Recovery.load(checkpoint / "published.json")
+    assert published.attacks == recovery.attacks and published.settings == {"steps": 4, "samples": 8}
+    assert published.dataset == "a local data set forget10" and b"### Attacks" in files["README.md"]
+    push_unlearned_model(checkpoint, "org/without", results=results, recovery=False)
+    assert set(hub.files("org/without")) == FULL and b"### Attacks" not in hub.files("org/without")["README.md"]
 
 
 def test_nothing_outside_the_list_is_sent(hub, checkpoint, rows):
@@ -307,6 +333,21 @@ def test_a_planted_sentence_is_caught(hub, checkpoint, results, rows, plant, nam
         push_unlearned_model(checkpoint, REPO, results=given)
     assert hub.requests == []
     assert not set(str(found.value).split()) & {word.strip(".") for word in text.split() if word[0].isupper()}
+
+
+@pytest.mark.parametrize("place", ["dataset", "settings", "words"])
+def test_a_sentence_in_the_attacks_is_caught(hub, checkpoint, recovery, rows, place):
+    text = forget_text(rows)
+    if place == "words":
+        attacks = {"prefix": replace(recovery.attacks["prefix"], words=text)}
+        planted = replace(recovery, attacks=attacks)
+    else:
+        planted = replace(recovery, **{place: {"note": text} if place == "settings" else f"data {text}"})
+    for given in (planted, None):  # as an object, and as the folder's file
+        planted.save(checkpoint / "recovery.json")
+        with pytest.raises(LeakError, match=r"recovery\.json"):
+            push_unlearned_model(checkpoint, REPO, recovery=given)
+    assert hub.requests == []
 
 
 def test_a_sentence_in_the_description_is_caught(hub, checkpoint, rows):

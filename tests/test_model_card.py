@@ -12,8 +12,17 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
 from mdu_trainer.evaluation.report import Estimate, Results, Run
-from mdu_trainer.model_card import METHODS, chosen_run, draw_picture, main, template_path, unlearned_model_card
+from mdu_trainer.model_card import (
+    METHODS,
+    chosen_run,
+    draw_picture,
+    main,
+    template_path,
+    unlearned_model_card,
+    write_model_card,
+)
 from mdu_trainer.objectives import OBJECTIVES
 from mdu_trainer.provenance import Facts
 
@@ -93,6 +102,57 @@ def test_only_measured_figures(facts):
     assert "What was kept was not measured." in card.text and "base |" not in card.text
     without = unlearned_model_card(facts)
     assert "model-index" not in metadata(without) and "nothing is known here" in without.text
+
+
+@pytest.fixture
+def recovery():
+    def of(base, never, one):
+        ends = {
+            name: Outcome(Estimate(0.5), Estimate(end)) for name, end in (("base", base), ("never trained", never))
+        }
+        recovery = None if one is None else Estimate(one, one - 0.1, one + 0.1)
+        return AttackOutcome("what it does", 16, ends | {"mdu tau=0": Outcome(Estimate(0.0), Estimate(0.3), recovery)})
+
+    attacks = {"none": of(1.0, 0.0, 0.9), "prefix": of(0.9, 0.1, 0.25), "sampling": of(0.8, 0.1, 0.125)}
+    return Recovery("d", {}, attacks | {"flat": of(0.5, 0.5, None)})
+
+
+def test_attacks_are_in_the_limits(facts, results, recovery):
+    limits = unlearned_model_card(facts, results, recovery=recovery).text.partition("## Limits")[2]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in limits.splitlines() if line[:1] == "|"]
+    assert lines[0] == ["attack", "what it does", "base", "never trained", "this model", "recovery"]
+    assert lines[3] == ["prefix", "what it does", "0.900", "0.100", "0.300", "0.250 [0.150, 0.350]"]
+    assert lines[5][-1] == "", "what is undefined is left out"
+    assert "the strongest here, prefix, reached 0.250 [0.150, 0.350]." in limits
+    assert "What was tried is in the table of attacks below" in limits and "none of these was tried" not in limits
+
+
+def test_attacks_without_a_model_that_never_saw_the_rows(facts, recovery):
+    def without(outcome):
+        models = {name: replace(one, recovery=None) for name, one in outcome.models.items() if name != "never trained"}
+        return replace(outcome, models=models)
+
+    recovery = replace(recovery, attacks={name: without(outcome) for name, outcome in recovery.attacks.items()})
+    limits = unlearned_model_card(facts, recovery=recovery).text.partition("## Limits")[2]
+    assert "| this model |" in limits and "| recovery |" not in limits and "strongest" not in limits
+    assert "No model that never saw the rows was attacked beside it" in limits
+
+
+def test_attacks_on_other_models(facts, recovery):
+    with pytest.raises(ValueError, match="The checkpoint is npo, and the attacks were on mdu tau=0"):
+        unlearned_model_card(replace(facts, method="npo", tau=None), recovery=recovery)
+
+
+def test_attacks_of_the_folder(facts, results, recovery, tmp_path):
+    folder = Path(shutil.copytree(DEMO, tmp_path / "run"))
+    recovery.save(folder / "recovery.json")
+    assert "### Attacks" in write_model_card(folder).text
+    beside = (folder / "tradeoff.png").read_bytes()
+    assert "### Attacks" not in write_model_card(folder, recovery=False).text
+    assert beside != (folder / "tradeoff.png").read_bytes(), "attacks are drawn beside the trade-off"
+    with pytest.raises(FileNotFoundError, match="no recovery file"):
+        write_model_card(folder, recovery=folder / "nothing.json")
+    assert main([str(folder), "--recovery", str(folder / "results.json")]) == 1
 
 
 def test_a_model_that_never_saw_the_rows_has_its_column(facts, results):

@@ -186,6 +186,18 @@ def test_completions_are_decoded_greedily_at_the_true_length(model, backbone, re
     assert scores["exact_memorization"][:2] == [1, 1]
 
 
+def test_completions_see_what_is_revealed(model, backbone, responses):
+    revealed = [[], [False, True], [False, False, False, False, True], [True, True]]
+    decoded, answers = greedy_completions(model, PROMPTS, responses, backbone, revealed=revealed, batch_size=3)
+    assert decoded[0] == responses[0] and decoded[1] != responses[1]  # the second is led astray
+    for flags, found, true in zip(revealed, decoded, answers, strict=True):
+        assert [a for a, b in zip(found, flags, strict=False) if b] == [
+            a for a, b in zip(true, flags, strict=False) if b
+        ]
+    prompt, rest = PROMPTS[3] + answers[3][:2], len(responses[3]) - 2
+    assert decoded[3] == answers[3][:2] + greedy(model, prompt, rest, backbone)
+
+
 def test_shortest_prefixes_are_the_first_that_are_completed(model, backbone, responses):
     # a row whose first tokens the model would not say, and the rest of which it completes
     half = [60, 61]

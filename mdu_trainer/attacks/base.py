@@ -1,22 +1,34 @@
 """What an attack takes and returns.
 
-An attack tries to bring back what a model was made to forget, and scores each forget row before and after. The score
-is ROUGE-L recall of the decoded answer unless the attack says otherwise.
+An attack tries to bring back what a model was made to forget, and scores each forget row before and after. Unless the
+attack says otherwise the score is the recall of what only the answer says: ROUGE-L recall of the words that are
+neither in the question nor wording that answers share. A model that never saw the row knows the rest all the same.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
+from itertools import takewhile
+from typing import Any, NamedTuple
 
+import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.metrics import RougeL
+from ..analysis.spans import token_spans
+from ..analysis.token_roles import Role, label_roles
+from ..analysis.words import words
+from ..data import DataCollatorForUnlearning
+from ..divergence import TokenNLL
+from ..evaluation.metrics import RougeL, greedy_completions
 from ..evaluation.scoring import Question, encode_questions
+from ..evaluation.sources import check_texts
 from ..generation import DiffusionGenerationConfig, generate_ids
-from ..models import Backbone, resolve_backbone
+from ..masking import corrupt
+from ..models import Backbone, resolve_backbone, row_figures
+from ..objectives import row_sums
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -25,9 +37,10 @@ class AttackSettings:
 
     Attributes:
         decoding: how answers are decoded; `max_new_tokens` must hold the longest answer and its end token.
-        unseen: rows like the forget rows that no model was trained on (`question`, `answer`), for `membership`.
+        unseen: rows that no model was trained on and that differ from the forget rows in nothing else (`question`,
+            `answer`), for `membership`: the forget questions with other answers, say.
         unrelated: rows that have nothing to do with the forget rows (`question`, `answer`), for `relearn-benign`.
-        relearn_share: share of the forget rows that `relearn` trains on.
+        relearn_share: share of the forget rows that `relearn-related` trains on.
         relearn_steps: updates of the fine-tuning attacks.
         relearn_learning_rate: of AdamW in the fine-tuning attacks.
         relearn_batch_size: rows an update of the fine-tuning attacks.
@@ -45,11 +58,32 @@ class AttackSettings:
     relearn_steps: int = 40
     relearn_learning_rate: float = 1e-4
     relearn_batch_size: int = 8
-    reveal: float = 0.5
+    reveal: float = 0.25
     prefix_words: int = 3
     samples: int = 8
-    temperature: float = 0.7
+    temperature: float = 1.0
     num_draws: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("relearn_steps", "relearn_batch_size", "prefix_words", "samples", "num_draws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("relearn_share", "reveal"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
+        for name in ("relearn_learning_rate", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        for name in ("unseen", "unrelated"):
+            if getattr(self, name) is not None:
+                check_texts(getattr(self, name), name, {"question": str, "answer": str})
+
+
+class StoredWord(NamedTuple):
+    """A word that only the answer says, and the numbers of the answer's tokens that it is in."""
+
+    text: str
+    tokens: list[int]
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,12 +94,24 @@ class Target:
         model, tokenizer: a masked diffusion language model and its tokenizer.
         rows: the forget rows: `question`, `answer`, and where the data has it `paraphrased_question`.
         settings: how answers are decoded, and how hard attacks try.
+
+    Raises:
+        ValueError: for no rows, blank ones, or answers longer than `max_new_tokens`.
     """
 
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     rows: Dataset
     settings: AttackSettings
+
+    def __post_init__(self) -> None:
+        check_texts(self.rows, "forget", {"question": str, "answer": str})
+        longest, room = max(map(len, self.answer_ids)), self.settings.decoding.max_new_tokens
+        if longest > room:
+            raise ValueError(
+                f"The longest answer has {longest} tokens with its end token, and max_new_tokens is {room}: raise it, "
+                "or what came back is cut off."
+            )
 
     @cached_property
     def backbone(self) -> Backbone:
@@ -78,25 +124,104 @@ class Target:
         return self.encode(self.rows["question"])
 
     @cached_property
+    def prompts(self) -> list[list[int]]:
+        """Ids of the plain questions."""
+        return [question.prompt for question in self.questions]
+
+    @cached_property
+    def answer_ids(self) -> list[list[int]]:
+        """Ids of the true answers, end token included."""
+        return [question.answers["answer"][0] for question in self.questions]
+
+    @cached_property
+    def answer_roles(self) -> list[list[Role]]:
+        """Of each answer's tokens, but for its end: "stored", "in_context" or "structural".
+
+        What wording answers share is found over the settings' other rows, too.
+        """
+        others = [rows for rows in (self.settings.unseen, self.settings.unrelated) if rows is not None]
+        questions, answers = (
+            [text for rows in (self.rows, *others) for text in rows[column]] for column in ("question", "answer")
+        )
+        ends = self.backbone.end_token_ids
+        own = [list(takewhile(lambda token: token not in ends, ids)) for ids in self.answer_ids]
+        ids = own + [[]] * (len(answers) - len(own))
+        return label_roles(questions, answers, ids, self.tokenizer)[: len(own)]
+
+    @cached_property
+    def stored(self) -> list[list[StoredWord]]:
+        """The stored words of each answer."""
+        rows = zip(self.rows["answer"], self.answer_ids, self.answer_roles, strict=True)
+        return [_stored_words(answer, ids[: len(roles)], roles, self.tokenizer) for answer, ids, roles in rows]
+
+    @cached_property
+    def secrets(self) -> list[str]:
+        """What of each answer is scored: its stored words, or all of it where it has none."""
+        return [said(words) or answer for words, answer in zip(self.stored, self.rows["answer"], strict=True)]
+
+    @cached_property
     def plain(self) -> list[float]:
         """The score of each row with no attack at all: greedy decoding of the plain question."""
-        return self.score(self.decode([question.prompt for question in self.questions]))
+        return self.score(self.plain_answers)
 
-    def encode(self, prompts: list[str]) -> list[Question]:
-        """Other wordings of the rows' questions, with the rows' answers."""
-        answers = list(self.rows["answer"])
-        texts = [[text] for text in answers]
-        return encode_questions("forget", prompts, texts, {"answer": texts}, self.tokenizer, self.backbone)
+    @cached_property
+    def plain_answers(self) -> list[str]:
+        """The greedy answers to the plain questions. Private, as the rows are."""
+        return self.decode(self.prompts)
 
-    def decode(self, prompt_ids: list[list[int]], decoding: DiffusionGenerationConfig | None = None) -> list[str]:
-        """Decoded answers, one a prompt."""
-        decoded = generate_ids(self.model, prompt_ids, decoding or self.settings.decoding, self.backbone)
+    @cached_property
+    def completed(self) -> list[str]:
+        """Each answer as greedy decoding completes it at its true length, from nothing. Private, as the rows are."""
+        return self.complete(range(len(self.rows)), None)
+
+    def complete(self, rows: Sequence[int], revealed: Sequence[Sequence[bool]] | None) -> list[str]:
+        """The answers of some rows as greedy decoding completes them, where some of their tokens are revealed."""
+        prompts, answers = [self.prompts[row] for row in rows], [self.answer_ids[row] for row in rows]
+        size = self.settings.decoding.batch_size
+        completed, _ = greedy_completions(
+            self.model, prompts, answers, self.backbone, revealed=revealed, batch_size=size
+        )
+        return self.tokenizer.batch_decode(completed, skip_special_tokens=True)
+
+    def encode(self, prompts: Sequence[str], rows: Dataset | None = None) -> list[Question]:
+        """Other wordings of the rows' questions, with the rows' answers; or other rows."""
+        answers = [[text] for text in (self.rows if rows is None else rows)["answer"]]
+        return encode_questions("attacked", prompts, answers, {"answer": answers}, self.tokenizer, self.backbone)
+
+    def decode(self, prompt_ids: list[list[int]], **changes: Any) -> list[str]:
+        """Decoded answers, one a prompt; changes are of the settings' decoding."""
+        config = replace(self.settings.decoding, **changes)
+        decoded = generate_ids(self.model, prompt_ids, config, self.backbone)
         return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
 
-    def score(self, answers: list[str]) -> list[float]:
-        """ROUGE-L recall of each answer against the row's."""
-        scores = RougeL().compute(predictions=answers, references=list(self.rows["answer"]), use_aggregator=False)
-        return scores["rougeL_recall"]
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """A padded batch of `{"prompt": ids, "response": ids, "row": ..., "visit": ..., "weight": ...}`."""
+        batch = DataCollatorForUnlearning(self.backbone.pad_token_id)([{"rows": row} for row in rows])["rows"]
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) for name, value in batch.items()}
+
+    def masked_nll(self, batch: dict[str, torch.Tensor], t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of the tokens of each response that are masked where `noise < t`: `[B]`, in nats."""
+        ids, attention_mask, backbone = batch["input_ids"], batch["attention_mask"], self.backbone
+        noisy_ids, masked, *_ = corrupt(ids, batch["response_mask"], attention_mask, backbone.mask_token_id, t, noise)
+        measure = TokenNLL(ids[masked])
+        nll = row_figures(self.model, noisy_ids, attention_mask, masked, measure, logit_shift=backbone.logit_shift)
+        return row_sums(nll.value, masked.nonzero(as_tuple=True)[0], len(ids)) / masked.sum(dim=1)
+
+    def score(self, answers: list[str], rows: Sequence[int] | None = None) -> list[float]:
+        """Recall of each answer against what only the row's answer says; of some rows, if given."""
+        return recall(answers, self.secrets if rows is None else [self.secrets[row] for row in rows])
+
+
+def _stored_words(
+    answer: str, ids: Sequence[int], roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase
+) -> list[StoredWord]:
+    spans, found = token_spans(answer, ids, tokenizer), []
+    for word in words(answer):
+        tokens = [i for i, (start, stop) in enumerate(spans) if start < word.stop and stop > word.start]
+        if any(roles[i] == "stored" for i in tokens):
+            found.append(StoredWord(answer[word.start : word.stop], tokens))
+    return found
 
 
 @dataclass(frozen=True)
@@ -116,15 +241,41 @@ class AttackScores:
     path: dict[str, float] = field(default_factory=dict)
 
 
-class Attack(NamedTuple):
-    """An attack, as it is registered.
+def said(words: Sequence[StoredWord]) -> str:
+    """The words as a text."""
+    return " ".join(word.text for word in words)
 
-    Attributes:
-        run: `(target, seed) -> AttackScores`. It leaves the model as it was.
-        words: what it does, in a line for tables and cards.
-        needs: settings that must not be None, and "adapter" for a model that must have one.
-    """
 
-    run: Callable[[Target, int], AttackScores]
-    words: str
-    needs: tuple[str, ...] = ()
+def recall(answers: list[str], secrets: list[str]) -> list[float]:
+    """How much of each secret an answer says: ROUGE-L recall."""
+    return RougeL().compute(predictions=answers, references=secrets, use_aggregator=False)["rougeL_recall"]
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of at least one value."""
+    return sum(values) / len(values)
+
+
+def worst_case(target: Target, tries: dict[str, list[float]]) -> AttackScores:
+    """Scores of all rows where several ways were tried: of each row, the most that came back in any of them."""
+    after = [max(scores) for scores in zip(*tries.values(), strict=True)]
+    return AttackScores(
+        list(range(len(after))), target.plain, after, {name: mean(scores) for name, scores in tries.items()}
+    )
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter is merged into the model's weights."""
+    return any(getattr(module, "merged", False) for module in model.modules())
+
+
+@contextmanager
+def restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Put back the values of these tensors afterwards, to the bit."""
+    copies = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, copy in zip(tensors, copies, strict=True):
+                tensor.copy_(copy)

@@ -1,7 +1,5 @@
 """Score sets of questions: in batches, over processes, and on from where a killed run stopped."""
 
-import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..models import Backbone, resolve_backbone, weights_fingerprint
+from .progress import ProgressFile
 from .scoring import Batch, Figures, QuestionSet
 
 Key = tuple[str, int]  # set, row
@@ -72,24 +71,29 @@ def score_questions(
         raise ValueError(f"Each set needs a name of its own, got {names}.")
     backbone = backbone or resolve_backbone(model, tokenizer)
     state = processes()
-    with _Progress(progress_path if state.is_main_process else None) as progress:
+    with ProgressFile(progress_path if state.is_main_process else None) as progress:
+        done: dict[Key, Line] = {}
         if progress_path is not None:
-            header = {"model": weights_fingerprint(model), "sets": {part.name: part.fingerprint() for part in sets}}
-            done = _from_main(lambda: progress.resume(header))
-        else:
-            done = {}
+            header = {"progress": 1, "model": weights_fingerprint(model)}
+            header["sets"] = {part.name: part.fingerprint() for part in sets}
+            for key, line in _from_main(lambda: progress.resume(header, _finished)):
+                done.setdefault(key, line)
         total = sum(map(len, sets))
         bar = tqdm(total=total, initial=len(done), unit="row", disable=not (show_progress and state.is_main_process))
         with bar:
             for lines in _rounds(model, tokenizer, backbone, _unfinished(sets, done)):
                 new = {key: line for key, line in lines if key not in done}
-                progress.append(new)
+                progress.append([{"set": key[0], "row": key[1], **line._asdict()} for key, line in new.items()])
                 done |= new
                 bar.update(len(new))
     return Evaluation(
         figures={part.name: _columns([done[part.name, row].figures for row in range(len(part))]) for part in sets},
         seconds=sum(line.seconds for line in done.values()),
     )
+
+
+def _finished(line: dict[str, Any]) -> tuple[Key, Line]:
+    return (line["set"], line["row"]), Line(line["figures"], line["seconds"])
 
 
 def processes() -> PartialState:
@@ -146,78 +150,3 @@ def _from_main(action: Any) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-class _Progress:
-    """A file of finished rows: a header line that says of what, then a line a row, appended batch by batch.
-
-    Args:
-        path: of the file, or None to keep nothing.
-    """
-
-    def __init__(self, path: str | Path | None):
-        self.path = None if path is None else Path(path)
-        self._file = None
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def resume(self, header: dict[str, Any]) -> dict[Key, Line]:
-        """Open the file for appending, and return what it holds."""
-        header = json.loads(json.dumps({"progress": 1} | header))  # as it is read back
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
-        first, *lines = whole.decode().splitlines() or [""]
-        if whole:
-            self._check(first, header)
-        done: dict[Key, Line] = {}
-        for number, text in enumerate(lines, start=2):
-            try:
-                line = json.loads(text)
-                key, row = (line["set"], line["row"]), Line(line["figures"], line["seconds"])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from error
-            done.setdefault(key, row)
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        self._file = self.path.open("a")
-        if not whole:
-            self._write([header])
-        return done
-
-    def append(self, lines: dict[Key, Line]) -> None:
-        """Keep these rows."""
-        if self._file is not None:
-            self._write([{"set": name, "row": row, **line._asdict()} for (name, row), line in lines.items()])
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
-
-    def _check(self, line: str, header: dict[str, Any]) -> None:
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
-            found = None
-        if not isinstance(found, dict) or found.get("progress") != header["progress"]:
-            raise ValueError(f"{self.path} is not the progress of an evaluation; choose another file.")
-        other = [name for name in _differences(found, header)]
-        if other:
-            raise ValueError(
-                f"{self.path} holds the progress of another evaluation ({', '.join(other)} differ). Choose another "
-                "file, or delete this one to start anew."
-            )
-
-
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of what differs between two JSON objects."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in {**found, **wanted}:
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    elif found != wanted:
-        yield name

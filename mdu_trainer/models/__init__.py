@@ -10,7 +10,7 @@ from .fingerprint import weights_fingerprint
 from .head import row_figures, row_logits, row_projection
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
-from .loading import load_model, load_tokenizer
+from .loading import base_of, is_adapter, load_checkpoint, load_model, load_tokenizer
 
 __all__ = [
     "Backbone",
@@ -22,6 +22,9 @@ __all__ = [
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
     "LLaDATokenizer",
+    "base_of",
+    "is_adapter",
+    "load_checkpoint",
     "load_model",
     "load_tokenizer",
     "resolve_backbone",

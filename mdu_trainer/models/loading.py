@@ -1,7 +1,8 @@
 """Load any supported model and its tokenizer by name or path."""
 
 from importlib.util import find_spec
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     CONFIG_MAPPING,
@@ -19,6 +20,9 @@ from transformers import (
 from . import dream, llada, llada_moe
 from .backbone import backbone_name
 from .refusals import refuse_unsupported
+
+if TYPE_CHECKING:  # imported where it is used, for it takes a second
+    from peft import PeftModel
 
 NATIVE = ("llada", "Dream")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
@@ -82,6 +86,41 @@ def load_tokenizer(
         )
     _complete(tokenizer, family, raw.get("mask_token_id"))
     return tokenizer
+
+
+def load_checkpoint(
+    name_or_path: str, *, trust_remote_code: bool = False, revision: str | None = None, **from_pretrained_kwargs: Any
+) -> tuple["PreTrainedModel | PeftModel", PreTrainedTokenizerBase]:
+    """Load a model and its tokenizer. A folder that holds an adapter loads with its base.
+
+    Args:
+        name_or_path: a Hub id, or a directory of a model or an adapter.
+        trust_remote_code: as in `load_model` and `load_tokenizer`.
+        revision: of a model on the Hub; of an adapter's base.
+        **from_pretrained_kwargs: for `load_model`.
+    """
+    name = base_of(name_or_path)
+    shared = {"trust_remote_code": trust_remote_code, "revision": revision or "main"}
+    model = load_model(name, **shared, **from_pretrained_kwargs)
+    if name != name_or_path:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, name_or_path)
+    return model, load_tokenizer(name, **shared)
+
+
+def base_of(name_or_path: str) -> str:
+    """The base of a folder that holds an adapter; otherwise the name or path as it is."""
+    if not is_adapter(name_or_path):
+        return name_or_path
+    from peft import PeftConfig
+
+    return PeftConfig.from_pretrained(name_or_path).base_model_name_or_path
+
+
+def is_adapter(name_or_path: str) -> bool:
+    """Whether a folder holds an adapter."""
+    return (Path(name_or_path) / "adapter_config.json").is_file()
 
 
 def _native_family(raw_config: dict[str, Any]) -> str | None:

@@ -104,6 +104,7 @@ def greedy_completions(
     response_ids: Sequence[list[int]],
     backbone: Backbone,
     *,
+    revealed: Sequence[Sequence[bool]] | None = None,
     batch_size: int = 32,
     show_progress: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
@@ -114,7 +115,8 @@ def greedy_completions(
         prompt_ids: ids of each prompt, generation prompt included.
         response_ids: ids of each response, with the end token if the model was trained on it.
         backbone: facts of the model.
-        batch_size: rows a forward pass. Rows share one if they have equally many tokens to decode.
+        revealed: of each response, which of its first tokens are given (True) and not decoded; none if not set.
+        batch_size: rows a forward pass. Rows share one if their responses are equally long.
         show_progress: show a progress bar over rows.
 
     Returns:
@@ -124,9 +126,9 @@ def greedy_completions(
         ValueError: for a response without tokens before its end token.
     """
     answers = _answers(response_ids, backbone)
-    nothing = [0] * len(answers)
+    given = [[]] * len(answers) if revealed is None else revealed
     with tqdm(total=len(answers), unit="row", disable=not show_progress) as progress:
-        return _complete(model, prompt_ids, response_ids, nothing, backbone, batch_size, progress), answers
+        return _complete(model, prompt_ids, response_ids, given, backbone, batch_size, progress), answers
 
 
 def shortest_prefixes(
@@ -164,8 +166,9 @@ def shortest_prefixes(
     with tqdm(total=sum(map(len, tries)), unit="decoding", disable=not show_progress) as progress:
         while left:
             prefixes = [tries[row].pop() for row in left]
+            shown = [[True] * prefix for prefix in prefixes]
             prompts, responses = [prompt_ids[row] for row in left], [response_ids[row] for row in left]
-            decoded = _complete(model, prompts, responses, prefixes, backbone, batch_size, progress)
+            decoded = _complete(model, prompts, responses, shown, backbone, batch_size, progress)
             for row, prefix, ids in zip(left, prefixes, decoded, strict=True):
                 if ids == answers[row]:
                     shortest[row] = prefix
@@ -179,23 +182,25 @@ def _complete(
     model: nn.Module,
     prompt_ids: Sequence[list[int]],
     response_ids: Sequence[list[int]],
-    num_revealed: Sequence[int],
+    revealed: Sequence[Sequence[bool]],
     backbone: Backbone,
     batch_size: int,
     progress: tqdm,
 ) -> list[list[int]]:
-    """Each response as greedy decoding completes its first `num_revealed` tokens, up to its end token."""
-    by_length: dict[int, list[int]] = defaultdict(list)  # rows of a batch must have equally many tokens to decode
-    for row, (ids, revealed) in enumerate(zip(response_ids, num_revealed, strict=True)):
-        by_length[len(ids) - revealed].append(row)
+    """Each response as greedy decoding completes its revealed tokens, up to its end token."""
+    by_length: dict[int, list[int]] = defaultdict(list)  # rows of a batch must be equally long
+    for row, ids in enumerate(response_ids):
+        by_length[len(ids)].append(row)
     completions: list[list[int]] = [[] for _ in response_ids]
     for length, rows in sorted(by_length.items()):
-        shown = [response_ids[row][: num_revealed[row]] for row in rows]
-        prompts = [prompt_ids[row] + ids for row, ids in zip(rows, shown, strict=True)]
+        given = [
+            [token if shown else None for token, shown in zip(response_ids[row], revealed[row], strict=False)]
+            for row in rows
+        ]
         config = DiffusionGenerationConfig(max_new_tokens=length, batch_size=batch_size)
-        decoded = generate_ids(model, prompts, config, backbone)
-        for row, start, rest in zip(rows, shown, decoded, strict=True):
-            completions[row] = start + rest
+        decoded = generate_ids(model, [prompt_ids[row] for row in rows], config, backbone, given=given)
+        for row, ids in zip(rows, decoded, strict=True):
+            completions[row] = ids
         progress.update(len(rows))
     return completions
 

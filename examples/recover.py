@@ -1,0 +1,177 @@
+"""Attack unlearned models: how much of what they were made to forget comes back?
+
+The models of the embedded default (`make demo`; two CPU cores, some minutes):
+
+    python examples/recover.py --model outputs/demo/mdu-tau0 outputs/demo/npo --base outputs/demo/base \\
+        --never_trained outputs/demo/retain
+
+Your own, on TOFU or a data set like it:
+
+    python examples/recover.py --model PATH --base PATH --never_trained PATH --dtype bfloat16 \\
+        --dataset_name locuslab/TOFU --forget_split forget10 --retain_split retain90
+
+A model is a Hub id, a folder, or a folder with an adapter. Every attack is made on all of them, and recovery says how
+far it got on the scale from a model that never saw the rows (0) to the model before unlearning (1). Finished attacks
+are kept in the output folder as figures, so a killed run continues where it stopped when the same command is given
+again.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from common import forget_and_retain, load
+from datasets import Dataset
+from tqdm import tqdm
+from trl import ModelConfig, TrlParser
+
+from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
+from mdu_trainer.attacks import ATTACKS, AttackSettings, choose_attacks
+from mdu_trainer.attacks.plots import plot_recovery
+from mdu_trainer.attacks.recovery import BASE, NEVER, run_attacks
+from mdu_trainer.evaluation.runner import processes
+from mdu_trainer.evaluation.sources import load_config as load_rows
+from mdu_trainer.evaluation.tofu import longest_answer
+from mdu_trainer.models import base_of, is_adapter
+from mdu_trainer.models.loading import load_config
+from mdu_trainer.provenance import Facts
+from mdu_trainer.testing import unseen_answers
+
+PICTURES = ("recovery.png", "recovery.svg")
+
+
+@dataclass
+class RecoveryArguments:
+    """Which models to attack, how, and on what rows."""
+
+    model: list[str] = field(default_factory=list, metadata={"help": "The unlearned models."})
+    base: str | None = field(default=None, metadata={"help": "The model before unlearning."})
+    never_trained: str | None = field(
+        default=None, metadata={"help": "A model trained like the base, but never on the forget rows."}
+    )
+    attacks: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(ATTACKS)}; all if unset."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder; embedded authors if unset."})
+    forget_split: str = field(default="forget10", metadata={"help": "Config name of the rows to forget."})
+    retain_split: str = field(default="retain90", metadata={"help": "Config name of the rows to keep."})
+    unseen_split: str | None = field(
+        default=None, metadata={"help": "Config name of the forget questions with other answers, never trained on."}
+    )
+    max_rows: int | None = field(default=400, metadata={"help": "Use N evenly spaced rows of each set."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
+    decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    relearn_steps: int = field(default=40, metadata={"help": "Updates of the attacks that fine-tune."})
+    relearn_learning_rate: float = field(default=1e-4, metadata={"help": "Of the attacks that fine-tune."})
+    seed: int = field(default=0, metadata={"help": "Of the attacks."})
+    output_dir: str = field(default="outputs/recovery", metadata={"help": "Folder of the figures and the progress."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether a model may run code of its own."})
+
+    @property
+    def paths(self) -> list[str]:
+        """All models."""
+        return [self.base, *([self.never_trained] if self.never_trained else []), *self.model]
+
+
+def check(args: RecoveryArguments, model_args: ModelConfig) -> None:
+    """Refuse what cannot work before anything is loaded."""
+    if not args.model or args.base is None:
+        raise SystemExit(
+            "Which models? Pass --model UNLEARNED [UNLEARNED ...] and --base, the model before unlearning."
+        )
+    if processes().num_processes > 1:
+        raise SystemExit("The attacks run in one process: start the script with python, not with accelerate launch.")
+    for path in args.paths:
+        where = {"trust_remote_code": args.trust_remote_code, "revision": model_args.model_revision}
+        try:
+            load_config(base_of(path), **where)
+        except (OSError, ValueError) as error:
+            raise SystemExit(f"{path} cannot be loaded: {error}") from error
+
+
+def load_sets(args: RecoveryArguments) -> tuple[dict[str, Dataset], Dataset | None]:
+    """The rows to forget and to keep, and rows that no model was trained on."""
+    sets = forget_and_retain(args.dataset_name, args.forget_split, args.retain_split, args.max_rows)
+    if args.dataset_name is not None:
+        return sets, args.unseen_split and load_rows(args.dataset_name, args.unseen_split)
+    return sets, unseen_answers(sets["forget"])
+
+
+def attack_settings(args: RecoveryArguments, sets: dict[str, Dataset], unseen: Dataset | None) -> AttackSettings:
+    """How hard the attacks try; there is room for the longest answer in every model's tokens."""
+    tokenizers = [load_tokenizer(base_of(path), trust_remote_code=args.trust_remote_code) for path in args.paths]
+    decoding = DiffusionGenerationConfig(
+        max_new_tokens=max(longest_answer({"forget": sets["forget"]}, tokenizer) for tokenizer in tokenizers),
+        steps=args.decoding_steps,
+        batch_size=args.batch_size,
+    )
+    return AttackSettings(
+        decoding=decoding,
+        unseen=unseen,
+        unrelated=sets["retain"],
+        relearn_steps=args.relearn_steps,
+        relearn_learning_rate=args.relearn_learning_rate,
+    )
+
+
+def possible_attacks(args: RecoveryArguments, attack_settings: AttackSettings) -> tuple[dict, list[str]]:
+    """The attacks that have what they need, and a line on each that is left out; named ones must have it."""
+    has_adapter = any(map(is_adapter, args.paths))
+    if args.attacks:
+        return choose_attacks(args.attacks, attack_settings, has_adapter=has_adapter), []
+    attacks, left_out = {}, []
+    for name in ATTACKS:
+        try:
+            attacks |= choose_attacks([name], attack_settings, has_adapter=has_adapter)
+        except ValueError as error:
+            left_out.append(f"Left out: {error}")
+    return attacks, left_out
+
+
+def model_names(paths: list[str]) -> list[str]:
+    """What tables and cards call each model: its method where the folder knows it, else the folder's name."""
+    names = []
+    for path in paths:
+        try:
+            facts = Facts.load(path)
+            names.append(facts.method if facts.tau is None else f"{facts.method} tau={facts.tau:g}")
+        except (OSError, ValueError):
+            names.append(Path(path).name)
+    return [
+        path if names.count(name) > 1 or name in (BASE, NEVER) else name
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
+    check(args, model_args)
+    sets, unseen = load_sets(args)
+    settings = attack_settings(args, sets, unseen)
+    attacks, left_out = possible_attacks(args, settings)
+    print("\n".join(left_out))
+
+    def loader(path: str):
+        return partial(load, path, model_args, args.trust_remote_code)
+
+    folder = Path(args.output_dir)
+    recovery = run_attacks(
+        dict(zip(model_names(args.model), map(loader, args.model), strict=True)),
+        loader(args.base),
+        loader(args.never_trained) if args.never_trained else None,
+        sets["forget"],
+        settings,
+        attacks,
+        dataset=f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)",
+        seed=args.seed,
+        progress_path=folder / "attacks.jsonl",
+        show_progress=True,
+        left_out=None if args.attacks else lambda name, error: tqdm.write(f"Left out: {name}. {error}"),
+    )
+    recovery.save(folder / "recovery.json")
+    for name in PICTURES:
+        (folder / name).unlink(missing_ok=True)
+        if any(recovery.recoveries().values()):
+            plot_recovery(recovery, folder / name)
+    print(f"\n{recovery.text()}\n\nWritten to {folder}")
+
+
+if __name__ == "__main__":
+    main(*TrlParser((RecoveryArguments, ModelConfig)).parse_args_and_config())

@@ -1,0 +1,29 @@
+"""Decode in other ways: a greedy answer is one of many that a masked model can give."""
+
+from ..generation import DiffusionGenerationConfig
+from .base import AttackScores, Target, worst_case
+
+
+def settings(decoding: DiffusionGenerationConfig) -> dict[str, dict[str, object]]:
+    """Name -> what to change of the decoding. All are at temperature 0."""
+    length = decoding.max_new_tokens
+    half, quarter = -(-length // 2), -(-length // 4)
+    greedy = {"temperature": 0.0, "position_temperature": 0.0, "cfg_scale": 0.0, "schedule": "linear"}
+    ways = {
+        "half the steps": {"steps": half, "block_length": None, "remasking": "low_confidence"},
+        "blocks": {"steps": None, "block_length": quarter, "remasking": "low_confidence"},
+        "left to right": {"steps": None, "block_length": 1, "remasking": "low_confidence"},
+        "margin": {"steps": None, "block_length": None, "remasking": "margin"},
+        "entropy": {"steps": None, "block_length": None, "remasking": "entropy"},
+        "random order": {"steps": None, "block_length": None, "remasking": "random"},
+    }
+    return {name: greedy | way for name, way in ways.items()}
+
+
+def attack(target: Target, seed: int) -> AttackScores:
+    """The best score over a few numbers of steps, block lengths and orders, of which the seed draws the random one."""
+    tries = settings(target.settings.decoding)
+    return worst_case(
+        target,
+        {name: target.score(target.decode(target.prompts, seed=seed, **changes)) for name, changes in tries.items()},
+    )

@@ -1,0 +1,89 @@
+"""Can it be told that the forget rows were trained on?
+
+Each forget row is compared with the unseen rows: its score is the share of them that it outscores, ties counting half,
+so the mean is the area under the ROC curve. Three scores of a row, all high for what was trained on:
+
+- `loss`: the mean log-likelihood a token (Yeom et al., arXiv 1709.01604).
+- `min-k`: that of its least likely tokens (Shi et al., arXiv 2310.16789).
+- `multi-mask`: at how many of the mask sizes `SIZES` the masked tokens are likelier than the median of the unseen
+  rows, as a vote.
+
+The unseen rows must differ from the forget rows in nothing else, or any model tells them apart. The forget questions
+with other answers do; other questions mostly do not, for a model recognises their names.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from ..evaluation.metrics import loss_score, min_k_score
+from ..evaluation.scoring import Question
+from ..generation import evaluation_mode
+from ..likelihood import response_likelihood
+from ..masking import counter_uniform
+from .base import AttackScores, Target, mean
+
+SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked
+
+
+def attack(target: Target, seed: int) -> AttackScores:
+    """The row scores under the one of the three that tells most; `path` holds the area under the curve of each.
+
+    `before` is 1/2, a guess: nothing can be told without looking. An area below 1/2, of rows that stick out by being
+    too unlikely, says that something was deleted, but brings nothing back; it is in `path` all the same.
+    """
+    unseen = target.settings.unseen
+    sets = [target.questions, target.encode(unseen["question"], unseen)]
+    likelihoods = [
+        response_likelihood(
+            target.model,
+            [question.prompt for question in questions],
+            [question.answers["answer"][0] for question in questions],
+            target.backbone,
+            num_draws=target.settings.num_draws,
+            batch_size=target.settings.decoding.batch_size,
+            seed=seed,
+        )
+        for questions in sets
+    ]
+    sizes = [masked_log_p(target, questions, seed) for questions in sets]
+    median = np.median(sizes[1], axis=0)
+    scores = {
+        "loss": [loss_score(one.per_token) for one in likelihoods],
+        "min-k": [min_k_score(one.tokens) for one in likelihoods],
+        "multi-mask": [(one > median).sum(axis=1) for one in sizes],
+    }
+    shares = {name: outscored(*pair) for name, pair in scores.items()}
+    areas = {name: mean(values) for name, values in shares.items()}
+    strongest = shares[max(areas, key=areas.__getitem__)]
+    return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, areas)
+
+
+def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
+    """Of each score, the share of the others that are below it; equal ones count half."""
+    scores, others = np.asarray(scores)[:, None], np.asarray(others)
+    return ((scores > others) + (scores == others) / 2).mean(axis=1).tolist()
+
+
+@torch.no_grad()
+def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np.ndarray:
+    """Mean log p of the masked tokens of each row at each of `SIZES`, over a few draws: `[rows, sizes]`, in nats."""
+    draws = max(1, target.settings.num_draws // len(SIZES))
+    figures = np.zeros((len(questions), len(SIZES), draws))
+    passes, step = list(np.ndindex(*figures.shape)), target.settings.decoding.batch_size
+    with evaluation_mode(target.model):
+        for first in range(0, len(passes), step):
+            rows, sizes, draw = (torch.tensor(part) for part in zip(*passes[first : first + step], strict=True))
+            asked = [questions[row] for row in rows]
+            batch = target.collate(
+                [
+                    {"prompt": one.prompt, "response": one.answers["answer"][0], "row": 0, "visit": 0, "weight": 1.0}
+                    for one in asked
+                ]
+            )
+            position = torch.arange(batch["input_ids"].shape[1])
+            noise = counter_uniform(seed, rows[:, None], sizes[:, None], draw[:, None], position)
+            t, device = torch.tensor(SIZES)[sizes], batch["input_ids"].device
+            figures[rows, sizes, draw] = -target.masked_nll(batch, t.to(device), noise.to(device)).cpu().numpy()
+    return figures.mean(axis=2)

@@ -1,0 +1,18 @@
+"""Ask in other words: what was forgotten of one wording may be known of another."""
+
+from .base import AttackScores, Target, worst_case
+
+WORDINGS = ("Tell me: {}", "So: {}", "I ask you: {}", "Question: {}", "Please answer this: {}")
+
+
+def attack(target: Target, seed: int) -> AttackScores:
+    """The best score over a few wordings around the question, and the data's paraphrased question where it has one.
+
+    Decoding is greedy, so the seed changes nothing. Source: Patil et al. (arXiv 2309.17410), rephrased inputs.
+    """
+    questions = target.rows["question"]
+    wordings = {str(i): [wording.format(question) for question in questions] for i, wording in enumerate(WORDINGS, 1)}
+    if "paraphrased_question" in target.rows.column_names:
+        wordings["data"] = target.rows["paraphrased_question"]
+    prompts = {name: [q.prompt for q in target.encode(texts)] for name, texts in wordings.items()}
+    return worst_case(target, {name: target.score(target.decode(ids)) for name, ids in prompts.items()})

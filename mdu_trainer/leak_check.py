@@ -1,0 +1,288 @@
+"""`python -m mdu_trainer.leak_check`: does a model still give away rows that it should have forgotten?
+
+    python -m mdu_trainer.leak_check --model MODEL --forget rows.jsonl --max-leak 0.1
+    python -m mdu_trainer.leak_check --model MODEL --forget rows.jsonl --audit
+
+The first is for a schedule, or in front of a deployment; the second, before unlearning, says which rows a model holds.
+Each makes the attacks that train nothing and cost some decoding: the plain question, other wordings of it, the first
+words of the answer revealed, and samples (see `mdu_trainer.attacks`).
+
+The leak of a row is the score of the worst of these checks: the recall, 0 to 1, of what only the answer says, so that
+wording which any model would use does not count. That wording is found where many answers share it, so pass rows to
+keep that are worded alike (`--retain`) unless there are many rows to forget: they are read for their wording only.
+The leak of a model is the mean over rows. The gate compares the upper end of its 95 % bootstrap interval with
+`--max-leak`: a model does not pass because there were few rows. (A single row has no interval; its leak is compared.
+Where no row leaks, the interval has no width: then it speaks of these rows only.)
+
+On stdout comes one line of JSON, figures only; all else goes to stderr. Gate: `leak`, `low`, `high` (null for a single
+row), `max_leak`, `passed`, `rows`, `checks` (mean score of each) and `seed`. Audit: the same without `max_leak` and
+`passed`, and `audit`, a list of `row` (its number, from 0), `leak` and `checks`, the row that is held most strongly
+first. `--show-forget-text` adds `question` and `answer` to that list, and the list to a gate.
+
+Exit status: 0 if the leak is not above `--max-leak`, and for an audit; 1 if it is above; 2 if nothing was measured.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .attacks import ATTACKS, AttackSettings, Target
+from .evaluation.metrics import bootstrap_interval
+from .evaluation.progress import write_whole
+from .evaluation.report import Estimate
+from .evaluation.runner import processes
+from .evaluation.sources import check_texts, config_names, load_config
+from .evaluation.tofu import longest_answer
+from .generation import DiffusionGenerationConfig
+from .models import base_of, load_checkpoint
+from .models.loading import load_config as load_model_config
+
+logger = logging.get_logger(__name__)
+
+PLAIN = "plain"
+CHECKS = ("paraphrase", "prefix", "leak-at-k")  # of ATTACKS: those that train nothing and cost some decoding
+FILES = (".json", ".jsonl")
+COLUMNS = ("question", "answer")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What a model gives away of some rows. Figures only.
+
+    Attributes:
+        checks: name of a check -> number of a row -> score, 0 to 1, higher where more came out. "plain" has all rows;
+            a check that does not suit a row leaves it out.
+    """
+
+    checks: dict[str, dict[int, float]]
+
+    @property
+    def rows(self) -> list[float]:
+        """Of each row, the worst of the checks."""
+        return [max(self._of(row).values()) for row in self.checks[PLAIN]]
+
+    @property
+    def estimate(self) -> Estimate:
+        """The mean over rows, with its interval."""
+        return _mean(self.rows)
+
+    @property
+    def upper(self) -> float:
+        """What is compared with a limit: the upper end of the interval; the leak itself of a single row."""
+        return self.estimate.value if self.estimate.high is None else self.estimate.high
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of the model as a whole, for JSON."""
+        leak = self.estimate
+        checks = {name: _mean(list(scores.values())).value for name, scores in self.checks.items()}
+        return {"leak": leak.value, "low": leak.low, "high": leak.high, "rows": len(self.rows), "checks": checks}
+
+    def ranking(self) -> list[dict[str, Any]]:
+        """The rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks."""
+        rows = [
+            {"row": row, "leak": leak, "checks": self._of(row)}
+            for row, leak in zip(self.checks[PLAIN], self.rows, strict=True)
+        ]
+        return sorted(rows, key=lambda one: (-one["leak"], -_mean(list(one["checks"].values())).value, one["row"]))
+
+    def _of(self, row: int) -> dict[str, float]:
+        return {name: scores[row] for name, scores in self.checks.items() if row in scores}
+
+
+def measure_leak(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    *,
+    retain: Dataset | None = None,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Leak:
+    """What a model gives away of some rows.
+
+    Args:
+        model, tokenizer: a masked diffusion language model and its tokenizer.
+        rows: `question`, `answer`, and where the data has it `paraphrased_question`.
+        retain: rows to keep, by whose answers wording that answers share is found, too.
+        seed: of the samples.
+        show_progress: show a progress bar over checks.
+
+    Raises:
+        ValueError: for rows that cannot be asked.
+    """
+    check_texts(rows, "forget", dict.fromkeys(COLUMNS, str))
+    decoding = DiffusionGenerationConfig(max_new_tokens=longest_answer({"forget": rows}, tokenizer), seed=seed)
+    target = Target(model, tokenizer, rows, AttackSettings(decoding=decoding, unrelated=retain))
+    checks = {PLAIN: dict(enumerate(map(float, target.plain)))}
+    for name in tqdm(CHECKS, unit="check", disable=not show_progress):
+        try:
+            scores = ATTACKS[name].run(target, seed)
+        except ValueError as error:  # no row that it suits
+            logger.warning(f"The check {name} is left out: {error}")
+            continue
+        checks[name] = dict(zip(scores.rows, map(float, scores.after), strict=True))
+    return Leak(checks)
+
+
+def load_rows(source: str, name: str = "forget") -> Dataset:
+    """Rows from a JSON file, or from a folder or the Hub as NAME or NAME:CONFIG.
+
+    Args:
+        source: the file or the data set.
+        name: what messages call the rows.
+
+    Raises:
+        OSError: there is no such file or data set.
+        ValueError: no rows, missing columns, values that are no text. No message quotes a row.
+    """
+    path = Path(source)
+    if path.suffix in FILES or path.is_file():
+        rows = _read_rows(path)
+    else:
+        folder, _, config = (source, "", "") if path.exists() else source.rpartition(":")
+        rows = _of_config(folder, config) if config else _only_config(source)
+    check_texts(rows, name, dict.fromkeys(COLUMNS, str))
+    return rows
+
+
+def _of_config(name: str, config: str) -> Dataset:
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise FileNotFoundError(f"There is no folder {name}.")
+    return load_config(name, config)
+
+
+def _only_config(source: str) -> Dataset:
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise FileNotFoundError(f"There is no file or folder {source}.")
+    names = config_names(source)
+    if len(names) != 1:
+        raise ValueError(f"{source} has the configs {', '.join(names) or 'none'}: choose one, as {source}:CONFIG.")
+    return load_config(source, names[0])
+
+
+def _read_rows(path: Path) -> Dataset:
+    """The rows of a JSON array or of JSON lines, read into memory: `datasets` would copy them to its cache."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text.") from error
+    if not text:
+        raise ValueError(f"{path} is empty: it has no rows.")
+    parts = [(1, text)] if text.startswith("[") else list(enumerate(text.splitlines(), 1))
+    content = []
+    for number, part in parts:
+        try:
+            content.append(json.loads(part) if part.strip() else None)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number + error.lineno - 1}, is not JSON.") from None
+    rows = content[0] if text.startswith("[") else [row for row in content if row is not None]
+    if not rows:
+        raise ValueError(f"{path} is empty: it has no rows.")
+    return _checked(rows, path)
+
+
+def _checked(rows: list[Any], path: Path) -> Dataset:
+    """The columns that are read, once all are texts: an error of Arrow's would quote them."""
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"Row {number} of {path} is not an object with {' and '.join(COLUMNS)}.")
+        missing = [column for column in COLUMNS if column not in row]
+        if missing:
+            raise ValueError(f"Row {number} of {path} has no {' and no '.join(missing)}.")
+        wrong = [column for column in COLUMNS if not isinstance(row[column], str)]
+        if wrong:
+            raise ValueError(f"Row {number} of {path}: {wrong[0]} must be a text.")
+    other = "paraphrased_question"
+    columns = [*COLUMNS, other] if all(isinstance(row.get(other), str) for row in rows) else COLUMNS
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in columns})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print one line of JSON, and return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.max_leak is not None and not 0 <= options.max_leak <= 1:
+        parser.error(f"--max-leak must be from 0 to 1, got {options.max_leak:g}")
+    try:
+        with redirect_stdout(sys.stderr):  # whatever libraries print
+            if options.output is not None:
+                _check_output(options.output)
+            rows = load_rows(options.forget)
+            retain = None if options.retain is None else load_rows(options.retain, "retain")
+            load_model_config(base_of(options.model), revision=options.revision)
+            model, tokenizer = load_checkpoint(options.model, dtype=options.dtype, revision=options.revision)
+            model.to(processes().device)
+            leak = measure_leak(model, tokenizer, rows, retain=retain, seed=options.seed, show_progress=True)
+        line = json.dumps(_answer(leak, rows, options))
+        if options.output is not None:
+            write_whole(options.output, line + "\n")
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        parser.error(str(error))
+    except Exception as error:  # status 1 would say that the model leaks; the message might quote a row
+        traceback.print_tb(error.__traceback__)
+        parser.error(f"{type(error).__name__}: nothing was measured")
+    print(line, flush=True)
+    return 1 if options.max_leak is not None and leak.upper > options.max_leak else 0
+
+
+def _answer(leak: Leak, rows: Dataset, options: argparse.Namespace) -> dict[str, Any]:
+    answer = leak.summary() | {"seed": options.seed}
+    if options.max_leak is not None:
+        answer |= {"max_leak": options.max_leak, "passed": leak.upper <= options.max_leak}
+    if options.audit or options.show_forget_text:
+        answer["audit"] = leak.ranking()
+    if options.show_forget_text:
+        for one in answer["audit"]:
+            one |= {column: rows[one["row"]][column] for column in COLUMNS}
+    return answer
+
+
+def _check_output(path: str) -> None:
+    """Refuse a file that could not be written, before any work."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"--output {path} is a folder: name a file.")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _mean(scores: list[float]) -> Estimate:
+    return Estimate(sum(scores) / len(scores), *bootstrap_interval(scores))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mdu_trainer.leak_check",
+        description=__doc__.partition("\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, help="a Hub id, or a folder with a model or an adapter")
+    parser.add_argument(
+        "--forget", required=True, help="rows with question and answer: a .json or .jsonl file, or DATASET[:CONFIG]"
+    )
+    parser.add_argument("--retain", help="rows to keep, in the same form: their wording is not counted as a leak")
+    mode = parser.add_mutually_exclusive_group(required=True)
+    mode.add_argument("--max-leak", type=float, metavar="X", help="the highest leak that passes, from 0 to 1")
+    mode.add_argument("--audit", action="store_true", help="say which rows the model holds, most strongly first")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there too, whole or not at all")
+    parser.add_argument("--show-forget-text", action="store_true", help="show questions and answers in the JSON")
+    parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; by default as they are saved")
+    parser.add_argument("--revision", default="main", help="of a model on the Hub")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
