@@ -28,6 +28,7 @@ _ROOMS = {
     "response_likelihood": "likelihood",
     "Results": "evaluation.report",
     "UnlearningEvalCallback": "evaluation.callback",
+    "TokenRoleCallback": "analysis.callback",
     "LeakError": "hub",
     "PushError": "hub",
     "push_unlearned_model": "hub",

@@ -7,7 +7,8 @@ from datasets import Dataset
 
 from ..evaluation.callback import ScoringCallback
 from ..mdlm import MDLMTrainer
-from .role_report import RoleSettings, check_rows, role_data
+from .role_analysis import check_rows, role_data
+from .role_report import RoleSettings
 from .token_roles import ROLES, Labeller
 from .trajectories import FIGURES, by_row, measure_paths, true_paths
 

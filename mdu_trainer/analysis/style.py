@@ -12,7 +12,7 @@ COLOURS |= {"simnpo": "#CC79A7", "wga": "#E69F00", "dpo": "#56B4E9", "retain mod
 MARKERS = {"base": "*", "mdu": "o", "ga": "v", "npo": "s", "simnpo": "D", "wga": "^", "dpo": "P"}
 MARKERS |= {"retain model": "X"}
 LINE_STYLES = ("-", "--", ":", "-.")
-ROLE_COLOURS = {"stored": "#D55E00", "in_context": "#0072B2", "structural": "#999999"}  # of tokens, see token_roles
+ROLE_COLOURS = {"stored": "#D55E00", "in_context": "#0072B2", "structural": "#666666"}  # of tokens, see token_roles
 ROLE_MARKERS = {"stored": "o", "in_context": "s", "structural": "^"}
 ROLE_HATCHES = {"stored": "///", "in_context": "...", "structural": ""}
 

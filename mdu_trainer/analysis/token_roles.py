@@ -59,7 +59,8 @@ def label_roles(
     Args:
         questions: of each row, as a text.
         answers: of each row. Template words are found over all of them.
-        answer_ids: the tokens of each answer, end tokens included if there are any.
+        answer_ids: the tokens of each answer, end tokens included if there are any. An empty list for answers that are
+            given for their template words alone.
         tokenizer: that made them; slow ones, and those without offsets, are decoded and matched.
         labeller: your own, `(question, answer) -> [(start, stop, role), ...]` in characters of the answer. What it
             leaves out keeps the role of the rule; a later span overrides an earlier one.
@@ -82,6 +83,9 @@ def label_roles(
     template = template_words(answer_words)
     labelled = []
     for row, (question, answer, ids) in enumerate(zip(questions, answers, answer_ids, strict=True)):
+        if not ids:  # an answer that only helps to find template words
+            labelled.append([])
+            continue
         asked = {word.key for word in words(question)}
         characters: list[Role | None] = [None] * len(answer)
         for word in answer_words[row]:
