@@ -25,6 +25,7 @@ from ..masking import counter_uniform
 from .base import AttackScores, Target, mean
 
 SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked
+DECIMALS = 4  # closer log-likelihoods are a tie, or the rounding of a batched forward would tell rows apart
 
 
 def attack(target: Target, seed: int) -> AttackScores:
@@ -50,8 +51,8 @@ def attack(target: Target, seed: int) -> AttackScores:
     sizes = [masked_log_p(target, questions, seed) for questions in sets]
     median = np.median(sizes[1], axis=0)
     scores = {
-        "loss": [loss_score(one.per_token) for one in likelihoods],
-        "min-k": [min_k_score(one.tokens) for one in likelihoods],
+        "loss": [np.round(loss_score(one.per_token), DECIMALS) for one in likelihoods],
+        "min-k": [np.round(min_k_score(one.tokens), DECIMALS) for one in likelihoods],
         "multi-mask": [(one > median).sum(axis=1) for one in sizes],
     }
     shares = {name: outscored(*pair) for name, pair in scores.items()}
@@ -71,19 +72,19 @@ def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np
     """Mean log p of the masked tokens of each row at each of `SIZES`, over a few draws: `[rows, sizes]`, in nats."""
     draws = max(1, target.settings.num_draws // len(SIZES))
     figures = np.zeros((len(questions), len(SIZES), draws))
-    passes, step = list(np.ndindex(*figures.shape)), target.settings.decoding.batch_size
+    passes = np.stack(np.unravel_index(np.arange(figures.size), figures.shape))  # [3, passes]
+    step = target.settings.decoding.batch_size
     with evaluation_mode(target.model):
-        for first in range(0, len(passes), step):
-            rows, sizes, draw = (torch.tensor(part) for part in zip(*passes[first : first + step], strict=True))
-            asked = [questions[row] for row in rows]
+        for first in range(0, figures.size, step):
+            row, size, draw = places = passes[:, first : first + step]
             batch = target.collate(
                 [
                     {"prompt": one.prompt, "response": one.answers["answer"][0], "row": 0, "visit": 0, "weight": 1.0}
-                    for one in asked
+                    for one in (questions[i] for i in row)
                 ]
             )
-            position = torch.arange(batch["input_ids"].shape[1])
-            noise = counter_uniform(seed, rows[:, None], sizes[:, None], draw[:, None], position)
-            t, device = torch.tensor(SIZES)[sizes], batch["input_ids"].device
-            figures[rows, sizes, draw] = -target.masked_nll(batch, t.to(device), noise.to(device)).cpu().numpy()
-    return figures.mean(axis=2)
+            position, device = torch.arange(batch["input_ids"].shape[1]), batch["input_ids"].device
+            noise = counter_uniform(seed, *torch.from_numpy(places)[:, :, None], position)
+            t = torch.tensor(SIZES)[size]
+            figures[row, size, draw] = -target.masked_nll(batch, t.to(device), noise.to(device)).cpu().numpy()
+    return figures.mean(axis=2).round(DECIMALS)
