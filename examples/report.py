@@ -18,9 +18,9 @@ from tofu import EMBEDDED, TofuArguments, load_rows  # takes this folder off the
 from datasets import Dataset
 
 from mdu_trainer import load_tokenizer
-from mdu_trainer.analysis.page import write_page
 from mdu_trainer.evaluation.report import Results
 from mdu_trainer.model_card import RESULTS
+from mdu_trainer.page import write_page
 
 
 def load_private_rows(folder: Path) -> tuple[Dataset, Dataset]:

@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .models import Backbone, resolve_backbone, row_logits
 from .sampling import SCORES, best_positions, propose, random_positions
+from .schedule import Step, plan
 
-DREAM_EPSILON = 1e-3  # where Dream's timesteps end
 CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
 
 Prompt = str | list[dict[str, Any]]
@@ -243,26 +243,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def reveal_schedule(num_tokens: int, steps: int, schedule: str) -> list[int]:
-    """How many of `num_tokens` masked tokens each of `steps` steps reveals; they sum to `num_tokens`.
-
-    "linear" spreads them evenly, the remainder over the first steps (LLaDA). "dream" takes the share 1 - s/t of what
-    is left, rounded down, and all of it in the last step.
-    """
-    if schedule == "linear":
-        return [num_tokens // steps + (step < num_tokens % steps) for step in range(steps)]
-    counts = []
-    for share in dream_shares(steps):
-        counts.append(int((num_tokens - sum(counts)) * share))
-    return counts
-
-
-def dream_shares(steps: int) -> list[float]:
-    """The share 1 - s/t of what is masked that each step of Dream's schedule reveals; 1 in the last."""
-    t = torch.linspace(1, DREAM_EPSILON, steps + 1)  # float32, as published: rounding down must round alike
-    return [*(1 - t[1:-1] / t[:-2]).tolist(), 1.0]
-
-
 class Revealed(NamedTuple):
     """What a step revealed of the prompts of a batch: M tokens.
 
@@ -277,16 +257,6 @@ class Revealed(NamedTuple):
     place: Tensor
     position: Tensor
     token: Tensor
-
-
-class _Step(NamedTuple):
-    """A step of the plan: where it reveals, and how much."""
-
-    index: int
-    start: int
-    stop: int
-    count: int
-    share: float
 
 
 class _Canvas(NamedTuple):
@@ -347,19 +317,6 @@ def _check_given(given: Sequence[Sequence[int | None]], num_prompts: int, max_ne
             raise ValueError(f"{len(ids)} ids are given of response {row}, and max_new_tokens is {max_new_tokens}.")
 
 
-def _plan(config: DiffusionGenerationConfig) -> Iterator[_Step]:
-    blocks = config.blocks
-    steps = [stop - start for start, stop in blocks]
-    if config.steps is not None:
-        steps = reveal_schedule(config.steps, len(blocks), "linear")
-    index = 0
-    for (start, stop), block_steps in zip(blocks, steps, strict=True):
-        counts = reveal_schedule(stop - start, block_steps, config.schedule)
-        for count, share in zip(counts, dream_shares(block_steps), strict=True):
-            yield _Step(index, start, stop, count, share)
-            index += 1
-
-
 def _decode(
     model: nn.Module,
     canvas: _Canvas,
@@ -369,7 +326,7 @@ def _decode(
 ) -> Iterator[tuple[int, list[int]]]:
     """Decode a batch; yields (place of the prompt, response ids) as responses are settled."""
     ends = torch.tensor(backbone.end_token_ids, device=canvas.ids.device)
-    for step in _plan(config):
+    for step in plan(config.blocks, config.steps, config.schedule):
         revealed = _reveal(model, canvas, step, config, backbone)
         if on_reveal is not None and revealed is not None:
             on_reveal(revealed)
@@ -390,7 +347,7 @@ def _first(flags: Tensor) -> Tensor:
 
 
 def _reveal(
-    model: nn.Module, canvas: _Canvas, step: _Step, config: DiffusionGenerationConfig, backbone: Backbone
+    model: nn.Module, canvas: _Canvas, step: Step, config: DiffusionGenerationConfig, backbone: Backbone
 ) -> Revealed | None:
     """One step, in place; None if it reveals nothing."""
     chosen = canvas.masked.clone()
@@ -416,7 +373,7 @@ def _predict(
     model: nn.Module,
     canvas: _Canvas,
     positions: Tensor,
-    step: _Step,
+    step: Step,
     config: DiffusionGenerationConfig,
     backbone: Backbone,
 ) -> tuple[Tensor, Tensor]:

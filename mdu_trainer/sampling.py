@@ -8,7 +8,8 @@ from torch import Tensor
 from .masking import counter_uniform
 
 if TYPE_CHECKING:
-    from .generation import DiffusionGenerationConfig, _Step
+    from .generation import DiffusionGenerationConfig
+    from .schedule import Step
 
 SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions
 
@@ -30,7 +31,7 @@ def propose(
     return tokens, score(sharpened if config.schedule == "dream" else logits, tokens)
 
 
-def random_positions(masked: Tensor, row: Tensor, step: "_Step", config: "DiffusionGenerationConfig") -> Tensor:
+def random_positions(masked: Tensor, row: Tensor, step: "Step", config: "DiffusionGenerationConfig") -> Tensor:
     """The positions of bool `[B, N]` that random remasking reveals."""
     position = torch.arange(masked.shape[1], device=masked.device)
     noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
@@ -40,7 +41,7 @@ def random_positions(masked: Tensor, row: Tensor, step: "_Step", config: "Diffus
 
 
 def best_positions(
-    masked: Tensor, scores: Tensor, row: Tensor, step: "_Step", config: "DiffusionGenerationConfig"
+    masked: Tensor, scores: Tensor, row: Tensor, step: "Step", config: "DiffusionGenerationConfig"
 ) -> Tensor:
     """The positions of bool `[B, N]` with the highest of the scores `[M]`, or sampled by them."""
     position = torch.arange(masked.shape[1], device=masked.device)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from mdu_trainer.generation import DiffusionGenerationConfig, generate, generate_ids, reveal_schedule
+from mdu_trainer.generation import DiffusionGenerationConfig, generate, generate_ids
 from mdu_trainer.models import Backbone
+from mdu_trainer.schedule import reveal_schedule
 
 VOCABULARY, END, PAD, MASK = 12, 0, 10, 11
 SCRIPTED = Backbone("scripted", MASK, (END,), PAD, False, VOCABULARY, None, [], None)

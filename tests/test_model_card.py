@@ -13,9 +13,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
+from mdu_trainer.descriptions import METHODS
 from mdu_trainer.evaluation.report import Estimate, Results, Run
 from mdu_trainer.model_card import (
-    METHODS,
     chosen_run,
     draw_picture,
     main,

@@ -15,8 +15,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mdu_trainer.analysis.page import write_page
 from mdu_trainer.evaluation.report import Results, markdown_table
+from mdu_trainer.page import write_page
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(__file__).parent / "demo_card"

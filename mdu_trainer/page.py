@@ -19,11 +19,12 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
-from ..evaluation.report import Results, Run, parse_markdown_table
-from ..model_card import CARD, METHODS, METRICS, RESULTS, chosen_run, data_name, only_finite, template_path
-from ..provenance import Facts
-from .frontier import candidates, frontier_table, select, value_of
-from .plots import plot_frontier, plot_losses, plot_tradeoff
+from .analysis.frontier import candidates, frontier_table, select, value_of
+from .analysis.plots import plot_frontier, plot_losses, plot_tradeoff
+from .descriptions import METHODS, METRICS
+from .evaluation.report import Results, Run, parse_markdown_table
+from .model_card import CARD, RESULTS, chosen_run, data_name, only_finite, template_path
+from .provenance import Facts
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
 ROLES, RECOVERY, STATE = "roles.json", "recovery.json", "trainer_state.json"
@@ -89,7 +90,7 @@ def write_page(
     """Write the page of a folder that a comparison was written to.
 
     Shown is what is there: `results.json`, `roles.json`, `recovery.json`, the models' folders with their training
-    curves and cards, and the pictures `roles`, `path`, `heatmap` and `recovery` (SVG or PNG).
+    curves and cards, and the pictures `roles`, `path`, `decoding`, `heatmap` and `recovery` (SVG or PNG).
 
     Args:
         folder: of the comparison.
@@ -249,7 +250,7 @@ def _roles(folder: Path) -> list[list[str]] | None:
     """The table of divergences by role."""
     if not (folder / ROLES).is_file():
         return None
-    from .role_report import RoleReport
+    from .analysis.role_report import RoleReport
 
     return parse_markdown_table(RoleReport.load(folder / ROLES).details())
 
@@ -258,7 +259,7 @@ def _recovery(folder: Path) -> list[list[str]] | None:
     """The table of what attacks bring back."""
     if not (folder / RECOVERY).is_file():
         return None
-    from ..attacks.recovery import Recovery
+    from .attacks.recovery import Recovery
 
     return parse_markdown_table(Recovery.load(folder / RECOVERY).table())
 
@@ -267,7 +268,7 @@ def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTraine
     """The answers with their tokens coloured by role, as HTML."""
     if rows is None or tokenizer is None or not (folder / ROLES).is_file():
         return None
-    from .token_roles import audit_html, label_roles
+    from .analysis.token_roles import audit_html, label_roles
 
     questions, answers = (list(texts) for texts in zip(*rows, *others, strict=True))
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
