@@ -23,6 +23,7 @@ from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import load_tofu
 from mdu_trainer.models import load_checkpoint
+from mdu_trainer.provenance import Facts
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
@@ -56,6 +57,22 @@ def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
     if quantization is None:
         model.to(processes().device)
     return model, tokenizer
+
+
+def facts_of(path: str) -> Facts | None:
+    """What a checkpoint keeps about its unlearning, None if it keeps nothing."""
+    try:
+        return Facts.load(path)
+    except (OSError, ValueError):
+        return None
+
+
+def model_names(paths: list[str], reserved: tuple[str, ...] = ("base",)) -> list[str]:
+    """What tables and cards call each model: its method where the folder knows it, else the folder's name."""
+    names = [facts.name if (facts := facts_of(path)) else Path(path).name for path in paths]
+    return [
+        path if names.count(name) > 1 or name in reserved else name for name, path in zip(names, paths, strict=True)
+    ]
 
 
 def forget_and_retain(

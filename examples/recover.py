@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from common import forget_and_retain, load
+from common import facts_of, forget_and_retain, load, model_names
 from datasets import Dataset
 from tqdm import tqdm
 from trl import ModelConfig, TrlParser
@@ -34,7 +34,6 @@ from mdu_trainer.evaluation.sources import load_config as load_rows
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.models import base_of, is_adapter
 from mdu_trainer.models.loading import load_config
-from mdu_trainer.provenance import Facts
 from mdu_trainer.testing import unseen_answers
 
 PICTURES = ("recovery.png", "recovery.svg")
@@ -60,7 +59,9 @@ class RecoveryArguments:
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     relearn_steps: int = field(default=40, metadata={"help": "Updates of the attacks that fine-tune."})
-    relearn_learning_rate: float = field(default=1e-4, metadata={"help": "Of the attacks that fine-tune."})
+    relearn_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of the attacks that fine-tune; the unlearning's own if unset."}
+    )
     seed: int = field(default=0, metadata={"help": "Of the attacks."})
     output_dir: str = field(default="outputs/recovery", metadata={"help": "Folder of the figures and the progress."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether a model may run code of its own."})
@@ -108,8 +109,14 @@ def attack_settings(args: RecoveryArguments, sets: dict[str, Dataset], unseen: D
         unseen=unseen,
         unrelated=sets["retain"],
         relearn_steps=args.relearn_steps,
-        relearn_learning_rate=args.relearn_learning_rate,
+        relearn_learning_rate=args.relearn_learning_rate or unlearning_rate(args.model),
     )
+
+
+def unlearning_rate(paths: list[str]) -> float:
+    """The learning rate that the models were unlearned with, the highest of several; of unknown ones the default."""
+    rates = [facts.training["learning_rate"] for facts in map(facts_of, paths) if facts is not None]
+    return max(rates, default=AttackSettings.relearn_learning_rate)
 
 
 def possible_attacks(args: RecoveryArguments, attack_settings: AttackSettings) -> tuple[dict, list[str]]:
@@ -126,21 +133,6 @@ def possible_attacks(args: RecoveryArguments, attack_settings: AttackSettings) -
     return attacks, left_out
 
 
-def model_names(paths: list[str]) -> list[str]:
-    """What tables and cards call each model: its method where the folder knows it, else the folder's name."""
-    names = []
-    for path in paths:
-        try:
-            facts = Facts.load(path)
-            names.append(facts.method if facts.tau is None else f"{facts.method} tau={facts.tau:g}")
-        except (OSError, ValueError):
-            names.append(Path(path).name)
-    return [
-        path if names.count(name) > 1 or name in (BASE, NEVER) else name
-        for name, path in zip(names, paths, strict=True)
-    ]
-
-
 def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
     check(args, model_args)
     sets, unseen = load_sets(args)
@@ -153,7 +145,7 @@ def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
 
     folder = Path(args.output_dir)
     recovery = run_attacks(
-        dict(zip(model_names(args.model), map(loader, args.model), strict=True)),
+        dict(zip(model_names(args.model, reserved=(BASE, NEVER)), map(loader, args.model), strict=True)),
         loader(args.base),
         loader(args.never_trained) if args.never_trained else None,
         sets["forget"],

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import load
+from common import load, model_names
 from datasets import Dataset
 from torch import nn
 from trl import ModelConfig, TrlParser
@@ -72,9 +72,8 @@ def check(args: RolesArguments, forget: Dataset, retain: Dataset | None) -> Role
     if processes().num_processes > 1:
         raise SystemExit("This script runs in one process: start it with python, not with accelerate launch.")
     check_rows(forget, retain)
-    names = [Path(path).name for path in args.model]
-    if len({"base", *names}) <= len(names):
-        raise SystemExit(f"Models are called by the last part of their path, and {', '.join(names)} are not distinct.")
+    if len(set(args.model)) < len(args.model):
+        raise SystemExit("--model names one model twice.")
     if not 0 <= args.example_row < len(forget):
         raise SystemExit(f"--example_row {args.example_row}: the rows to forget are 0 to {len(forget) - 1}.")
     report = Path(args.output_dir) / "roles.json"
@@ -91,8 +90,8 @@ def main(args: RolesArguments, model_args: ModelConfig) -> None:
     base, tokenizer = load(args.base, model_args, args.trust_remote_code)
 
     def models() -> Iterator[tuple[str, nn.Module]]:  # one in memory at a time, beside the base
-        for path in args.model:
-            yield Path(path).name, load(path, model_args, args.trust_remote_code)[0]
+        for name, path in zip(model_names(args.model), args.model, strict=True):
+            yield name, load(path, model_args, args.trust_remote_code)[0]
 
     tokens = None
     if args.show_forget_text:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from .divergence import Prediction, Projection
+from .records import write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -137,9 +138,7 @@ class AnchorCache:
         if state.is_main_process:
             with data.open("rb") as file:
                 os.fsync(file.fileno())
-            temporary = header_path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(header))
-            os.replace(temporary, header_path)
+            write_whole(header_path, json.dumps(header))
 
     def _map(self, header: dict) -> Tensor:
         width, dtype = header["width"], getattr(torch, header["dtype"])

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
 from .attacks.card import RECOVERY, RecoveryLike, load_recovery
+from .forget_hashes import ForgetHashes
 from .model_card import (
     CARD,
     PICTURE,
@@ -33,7 +34,7 @@ from .model_card import (
     unlearned_model_card,
 )
 from .models import load_model
-from .provenance import FACTS_FILE, Facts, ForgetHashes
+from .provenance import FACTS_FILE, Facts
 from .upload import (
     ADAPTER_CONFIG,
     LeakError,

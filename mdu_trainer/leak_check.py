@@ -39,7 +39,6 @@ from transformers.utils import logging
 
 from .attacks import ATTACKS, AttackSettings, Target
 from .evaluation.metrics import bootstrap_interval
-from .evaluation.progress import write_whole
 from .evaluation.report import Estimate
 from .evaluation.runner import processes
 from .evaluation.sources import check_texts, config_names, load_config
@@ -47,6 +46,7 @@ from .evaluation.tofu import longest_answer
 from .generation import DiffusionGenerationConfig
 from .models import base_of, load_checkpoint
 from .models.loading import load_config as load_model_config
+from .records import write_whole
 
 logger = logging.get_logger(__name__)
 

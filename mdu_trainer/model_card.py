@@ -182,9 +182,8 @@ def chosen_run(results: Results, facts: Facts) -> Run:
         training = {SWEPT.get(name, name): value for name, value in facts.training.items()}
         found = [run for run in found if all(training.get(name) == value for name, value in run.settings.items())]
     if len(found) != 1:
-        wanted = facts.method if facts.tau is None else f"{facts.method} tau={facts.tau:g}"
         raise ValueError(
-            f"The checkpoint is {wanted}, of which the results have {len(found)} runs instead of one "
+            f"The checkpoint is {facts.name}, of which the results have {len(found)} runs instead of one "
             f"({', '.join(run.name for run in results.runs) or 'none'}). Pass the results of this checkpoint."
         )
     return found[0]

@@ -25,6 +25,7 @@ from .descriptions import METHODS, METRICS
 from .evaluation.report import Results, Run, parse_markdown_table
 from .model_card import CARD, RESULTS, chosen_run, data_name, only_finite, template_path
 from .provenance import Facts
+from .records import write_whole
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
 ROLES, RECOVERY, STATE = "roles.json", "recovery.json", "trainer_state.json"
@@ -127,8 +128,7 @@ def write_page(
         rows=rows,
         audit=_audit(folder, rows, others, tokenizer),
     )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _write(output, text, private=rows is not None)
+    write_whole(output, text, private=rows is not None)
     return output
 
 
@@ -313,12 +313,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _write(path: Path, text: str, private: bool) -> None:
-    """Whole or not at all; for its owner's eyes only if it quotes rows."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    temporary.touch(mode=0o600 if private else 0o666)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -3,21 +3,11 @@
 Two files lie beside the weights. Neither is ever uploaded:
 
 - `unlearning.json`, the `Facts`: method, options, names and fingerprints of the data, versions. No text of any row.
-- `forget_hashes.json`, the `ForgetHashes`: keyed hashes of the word sequences that only the forget rows hold, by which
-  a file that quotes one is found before it is published.
-
-The hashes are pseudonymous, not anonymous: their key lies beside them, so whoever has the file can confirm a sentence
-that they guess. Keep it as you keep the forget set, and delete it with the forget set.
+- `forget_hashes.json`, the `ForgetHashes`: keyed hashes of the word sequences that only the forget rows hold.
 """
 
-import base64
 import hashlib
 import json
-import os
-import re
-import secrets
-import unicodedata
-from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -28,18 +18,15 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging
 
 from . import __version__
+from .forget_hashes import FORGET_COLUMNS, HASHES_FILE, SHORTEST_ROW_WORDS, ForgetHashes, row_texts
+from .records import SCHEMA, read_record, write_whole
 
 if TYPE_CHECKING:
     from .trainer import MDUTrainer
 
 logger = logging.get_logger(__name__)
 
-FACTS_FILE, HASHES_FILE = "unlearning.json", "forget_hashes.json"
-SCHEMA = 1
-SEQUENCE_WORDS = 6  # shorter sequences are common wording, longer ones miss a sentence that was cut or reworded
-SHORTEST_ROW_WORDS = 4  # below, a text cannot be told from ordinary language
-DIGEST_BYTES = 8  # a million sequences against a million hashes collide once in ten million scans
-FORGET_COLUMNS = ("messages", "prompt", "completion", "rejected")  # `chosen` is what may be said
+FACTS_FILE = "unlearning.json"
 PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 
 OBJECTIVE_OPTIONS = {  # those that each method reads
@@ -60,9 +47,6 @@ TRAINING_OPTIONS = (
     "time_epsilon",
     "seed",
 )
-
-
-# Facts
 
 
 @dataclass(frozen=True)
@@ -120,9 +104,14 @@ class Facts:
     versions: dict[str, str]
     earlier: list[SetFacts] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """What tables and pictures call the model, as `Run.name` does."""
+        return self.method if self.tau is None else f"{self.method} tau={self.tau:g}"
+
     def save(self, folder: str | Path) -> None:
         """Write `unlearning.json`, whole or not at all."""
-        _write(Path(folder) / FACTS_FILE, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+        write_whole(Path(folder) / FACTS_FILE, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "Facts":
@@ -132,7 +121,7 @@ class Facts:
             FileNotFoundError: the folder was not written by `MDUTrainer`.
             ValueError: the file is not readable, or of another schema.
         """
-        content = _read(Path(folder) / FACTS_FILE)
+        content = read_record(Path(folder) / FACTS_FILE)
         sets = {name: content[name] and SetFacts(**content[name]) for name in ("forget", "retain")}
         earlier = [SetFacts(**request) for request in content.get("earlier", [])]
         return cls(**content | sets | {"earlier": earlier})
@@ -215,103 +204,6 @@ def _adapter(model: Any) -> dict[str, Any] | None:
     }
 
 
-# Hashes
-
-
-@dataclass
-class ForgetHashes:
-    """Keyed hashes of the word sequences of forget rows, from one or more requests.
-
-    A sequence is `SEQUENCE_WORDS` words long, or a whole text if that is shorter. One that the retain rows hold, too,
-    is ordinary wording and not kept. Words are compared without case, punctuation and the marks that tokenizers put
-    for a space; a character of Chinese, Japanese or Korean writing counts as a word.
-
-    Attributes:
-        requests: of each request, its key and its hashes by length of the sequence.
-        too_short: texts of fewer than `SHORTEST_ROW_WORDS` words, which no scan finds.
-    """
-
-    requests: list[tuple[bytes, dict[int, set[bytes]]]] = field(default_factory=list)
-    too_short: int = 0
-
-    @classmethod
-    def of(cls, forget: Iterable[str], retain: Iterable[str] = ()) -> "ForgetHashes":
-        """The hashes of the texts to forget, under a new random key.
-
-        Args:
-            forget: texts to forget.
-            retain: texts to keep, whose wording is no leak.
-        """
-        sequences: dict[int, set[str]] = {}
-        too_short = 0
-        for text in forget:
-            found = words(text)
-            length = min(len(found), SEQUENCE_WORDS)
-            if length < SHORTEST_ROW_WORDS:
-                too_short += 1
-                continue
-            sequences.setdefault(length, set()).update(_sequences(found, length))
-        for text in retain:
-            found = words(text)
-            for length, known in sequences.items():
-                known.difference_update(_sequences(found, length))
-        key = secrets.token_bytes(16)
-        return cls([(key, {n: {_digest(s, key) for s in known} for n, known in sequences.items()})], too_short)
-
-    def found_in(self, text: str, wording: str = "") -> bool:
-        """Whether a text holds a sequence of the forget rows that is not in `wording`, too."""
-        found, known = words(text), words(wording)
-        for key, by_length in self.requests:
-            for length, digests in by_length.items():
-                ordinary = set(_sequences(known, length))
-                if any(_digest(s, key) in digests and s not in ordinary for s in _sequences(found, length)):
-                    return True
-        return False
-
-    def save(self, folder: str | Path) -> None:
-        """Write `forget_hashes.json`, whole or not at all, readable by its owner alone."""
-        requests = [
-            {
-                "key": base64.b64encode(key).decode(),
-                "hashes": {n: base64.b64encode(b"".join(sorted(digests))).decode() for n, digests in sets.items()},
-            }
-            for key, sets in self.requests
-        ]
-        content = {"schema": SCHEMA, "requests": requests, "too_short": self.too_short}
-        _write(Path(folder) / HASHES_FILE, json.dumps(content) + "\n", mode=0o600)
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "ForgetHashes":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: the folder was not written by `MDUTrainer`.
-            ValueError: the file is not readable, or of another schema.
-        """
-        content = _read(Path(folder) / HASHES_FILE)
-        requests = []
-        for request in content["requests"]:
-            by_length = {int(n): _split(base64.b64decode(joined)) for n, joined in request["hashes"].items()}
-            requests.append((base64.b64decode(request["key"]), by_length))
-        return cls(requests, content["too_short"])
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, as `ForgetHashes` compares them."""
-    return _WORD.findall(unicodedata.normalize("NFKC", _NOT_A_WORD.sub(" ", text)).casefold())
-
-
-def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """The texts that training reads as prompt and as response to forget or to keep, one by one.
-
-    A system turn says the same in every row, so it is none of them.
-    """
-    for row in dataset:
-        for value in (row[column] for column in FORGET_COLUMNS if column in row):
-            turns = [{"role": None, "content": value}] if isinstance(value, str) else value
-            yield from (turn["content"] for turn in turns if turn["role"] != "system")
-
-
 class Provenance:
     """The facts and hashes of a trainer's checkpoints. Data is read once, when the first of them is saved.
 
@@ -375,44 +267,3 @@ class Provenance:
             self._hashes.requests += self._requests_before(trainer)[1].requests
         facts.save(folder)
         self._hashes.save(folder)
-
-
-# \u0120, \u010a and \u2581 stand for a space or a line break in tokens; \n in a template may be spelt out
-_NOT_A_WORD = re.compile(r"\\[nrt]|[\u0120\u010a\u2581_]")
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
-
-
-def _sequences(found: list[str], length: int) -> Iterator[str]:
-    return (" ".join(found[i : i + length]) for i in range(len(found) - length + 1))
-
-
-def _digest(sequence: str, key: bytes) -> bytes:
-    return hashlib.blake2b(sequence.encode(), key=key, digest_size=DIGEST_BYTES).digest()
-
-
-def _split(joined: bytes) -> set[bytes]:
-    return {joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)}
-
-
-def _write(path: Path, text: str, mode: int = 0o644) -> None:
-    temporary = path.with_suffix(".tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(temporary, path)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} holds no {path.name}: MDUTrainer writes it when it saves a model, beside the weights. "
-            "Copy it along with them, or save the model with the trainer again."
-        )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = content.pop("schema")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read. Save the model with the trainer again.") from error
-    if found != SCHEMA:
-        raise ValueError(f"{path} has schema {found}, this version reads {SCHEMA}: save the model again.")
-    return content

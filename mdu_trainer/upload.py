@@ -15,8 +15,9 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from .attacks.card import RECOVERY, RecoveryLike, public
 from .attacks.recovery import Recovery
 from .evaluation.report import Results
+from .forget_hashes import ForgetHashes
 from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, card_wording, data_name, only_finite
-from .provenance import Facts, ForgetHashes
+from .provenance import Facts
 
 Source = Path | bytes
 

@@ -8,7 +8,8 @@ import time
 import pytest
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
-from mdu_trainer.provenance import Facts, ForgetHashes, SetFacts, row_texts, words
+from mdu_trainer.forget_hashes import ForgetHashes, row_texts, words
+from mdu_trainer.provenance import Facts, SetFacts
 from mdu_trainer.testing import forget_retain_split
 from mdu_trainer.upload import LeakError, check_texts, text_of
 

@@ -10,12 +10,12 @@ prediction is uniform, `kl` says how far from uniform the prompt-masked one is.
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..evaluation.report import Estimate, markdown_table
+from ..records import write_whole
 from .token_roles import ROLES, Role
 
 SCHEMA = 1
@@ -120,10 +120,7 @@ class RoleReport:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"schema": SCHEMA} | asdict(self)) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "RoleReport":

@@ -37,7 +37,7 @@ def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
     """
     if recovery is None:
         return {}
-    name = facts.method if facts.tau is None else f"{facts.method} tau={facts.tau:g}"
+    name = facts.name
     if name not in recovery.models:
         raise ValueError(
             f"The checkpoint is {name}, and the attacks were on {', '.join(recovery.models)}. Pass the recovery of "

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.metrics import bootstrap_interval
-from ..evaluation.progress import ProgressFile, write_whole
+from ..evaluation.progress import ProgressFile
 from ..evaluation.report import Estimate, markdown_table
 from ..evaluation.scoring import digest
 from ..evaluation.sources import check_texts
 from ..models import weights_fingerprint
+from ..records import write_whole
 from .base import AttackScores, AttackSettings, Target
 from .registry import ADAPTER, Attack
 

@@ -91,12 +91,3 @@ def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
             yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
     elif found != wanted:
         yield name
-
-
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a file, whole or not at all: a kill leaves the one before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

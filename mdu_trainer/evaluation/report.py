@@ -1,11 +1,12 @@
 """The outcome of a comparison: one typed record, tables to read, a JSON file to keep. Figures only, never texts."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ..records import write_whole
 
 SCHEMA = 2
 
@@ -119,10 +120,7 @@ class Results:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":

@@ -11,7 +11,6 @@ ratios of the forget rows are those of a model that never saw them.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
+from ..records import write_whole
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
 from .report import Estimate, Run, Scores
 from .runner import score_questions
@@ -48,10 +48,7 @@ class TruthRatios:
 
     def save(self, path: str | Path) -> None:
         """Write JSON, whole or not at all."""
-        path = Path(path)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self)) + "\n")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, forget: Dataset) -> "TruthRatios":
