@@ -20,10 +20,8 @@ def write_whole(path: str | Path, text: str, *, private: bool = False) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
-    with open(
-        os.open(temporary, os.O_WRONLY | os.O_CREAT, 0o600 if private else 0o666), "w", encoding="utf-8"
-    ) as file:
-        file.write(text)
+    temporary.touch(mode=0o600 if private else 0o666)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
