@@ -26,8 +26,8 @@ from tqdm import tqdm
 from trl import ModelConfig, TrlParser
 
 from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
+from mdu_trainer.analysis.recovery_plots import plot_recovery
 from mdu_trainer.attacks import ATTACKS, AttackSettings, choose_attacks
-from mdu_trainer.attacks.plots import plot_recovery
 from mdu_trainer.attacks.recovery import BASE, NEVER, run_attacks
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_config as load_rows
@@ -160,8 +160,8 @@ def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
     recovery.save(folder / "recovery.json")
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)
-        if any(recovery.recoveries().values()):
-            plot_recovery(recovery, folder / name)
+        if recovery.recoveries():
+            plot_recovery(recovery.recoveries(), folder / name)
     print(f"\n{recovery.text()}\n\nWritten to {folder}")
 
 

@@ -204,14 +204,8 @@ def draw_picture(results: Results | None, recovery: Recovery | None = None) -> b
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
-        plot_tradeoff(runs, path, recovery and _reach(recovery))
+        plot_tradeoff(runs, path, recovery and recovery.recoveries())
         return path.read_bytes()
-
-
-def _reach(recovery: Recovery) -> dict[str, dict[str, tuple[float, float, float]]]:
-    """Recoveries as (value, low, high), of the models that have any."""
-    found = recovery.recoveries()
-    return {name: {a: (e.value, e.low, e.high) for a, e in of.items()} for name, of in found.items() if of}
 
 
 def eval_results(run: Run, data: str) -> list[EvalResult]:

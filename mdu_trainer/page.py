@@ -12,6 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -21,6 +22,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .analysis.frontier import candidates, frontier_table, select, value_of
 from .analysis.plots import plot_frontier, plot_losses, plot_tradeoff
+from .analysis.recovery_plots import Recoveries
+from .analysis.role_report import RoleReport
+from .analysis.token_roles import audit_html, label_roles
+from .attacks.card import RECOVERY, load_recovery
+from .attacks.recovery import Recovery
 from .descriptions import METHODS, METRICS
 from .evaluation.report import Results, Run, parse_markdown_table
 from .model_card import CARD, RESULTS, chosen_run, data_name, only_finite, template_path
@@ -28,7 +34,7 @@ from .provenance import Facts
 from .records import write_whole
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
-ROLES, RECOVERY, STATE = "roles.json", "recovery.json", "trainer_state.json"
+ROLES, STATE = "roles.json", "trainer_state.json"
 TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
 PICTURES = {  # found in the folder: name -> (section, alternative text)
     "roles": ("roles", "Divergence by role of the token, for each model."),
@@ -115,15 +121,16 @@ def write_page(
     if not found:
         raise ValueError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
     models = find_models(folder, results)
+    recovery = load_recovery(folder, None)
     rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
     others = [(row["question"], row["answer"]) for row in retain_rows or ()]
     template = _environment().get_template(TEMPLATE)
     text = template.render(
         title="Unlearning report",
-        **_comparison(results),
+        **_comparison(results, recovery),
         **_trained(models, output.parent),
         roles=_roles(folder),
-        recovery=_recovery(folder),
+        recovery=recovery and parse_markdown_table(recovery.table()),
         pictures=_pictures(folder, private=rows is not None),
         rows=rows,
         audit=_audit(folder, rows, others, tokenizer),
@@ -158,8 +165,8 @@ def _environment() -> Environment:
     return environment
 
 
-def _comparison(results: Results | None) -> dict[str, Any]:
-    """What the results say."""
+def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str, Any]:
+    """What the results say, and beside the trade-off what attacks bring back."""
     if results is None:
         return {"results": None, "drawn": []}
     selected, problem = _selected(results)
@@ -174,7 +181,7 @@ def _comparison(results: Results | None) -> dict[str, Any]:
         "selected": selected,
         "problem": problem,
         "metrics": {name: METRICS[name].replace("`", "") for name in measured if name in METRICS},
-        "drawn": _drawn(results.runs, selected),
+        "drawn": _drawn(results.runs, selected, recovery and recovery.recoveries()),
     }
 
 
@@ -198,7 +205,7 @@ def _selected(results: Results) -> tuple[Run | None, str]:
         return None, str(error)
 
 
-def _drawn(runs: list[Run], selected: Run | None) -> list[Picture]:
+def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None) -> list[Picture]:
     """Forgetting against retention, and against utility."""
     pictures = []
     kept = {"retain": "what is retained", "utility": "model utility"}
@@ -209,7 +216,11 @@ def _drawn(runs: list[Run], selected: Run | None) -> list[Picture]:
         if keep == "retain":
             alt = "Forget ROUGE-L recall against retain ROUGE-L recall on full axes, a point a run."
             caption = "The whole range. Best is the top left: everything forgotten, nothing else lost."
-            pictures.append(_draw(plot_tradeoff, chosen, alt=alt, caption=caption))
+            if recoveries:
+                alt += " Beside it what the strongest attacks bring back from each model."
+                caption += " On the right the attacks that bring back most."
+            plot = partial(plot_tradeoff, recoveries=recoveries)
+            pictures.append(_draw(plot, chosen, alt=alt, caption=caption))
         pictures.append(
             _draw(
                 lambda runs, path, keep=keep: plot_frontier(runs, path, keep=keep, selected=selected),
@@ -250,26 +261,13 @@ def _roles(folder: Path) -> list[list[str]] | None:
     """The table of divergences by role."""
     if not (folder / ROLES).is_file():
         return None
-    from .analysis.role_report import RoleReport
-
     return parse_markdown_table(RoleReport.load(folder / ROLES).details())
-
-
-def _recovery(folder: Path) -> list[list[str]] | None:
-    """The table of what attacks bring back."""
-    if not (folder / RECOVERY).is_file():
-        return None
-    from .attacks.recovery import Recovery
-
-    return parse_markdown_table(Recovery.load(folder / RECOVERY).table())
 
 
 def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
     """The answers with their tokens coloured by role, as HTML."""
     if rows is None or tokenizer is None or not (folder / ROLES).is_file():
         return None
-    from .analysis.token_roles import audit_html, label_roles
-
     questions, answers = (list(texts) for texts in zip(*rows, *others, strict=True))
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
     roles, n = label_roles(questions, answers, ids, tokenizer), len(rows)

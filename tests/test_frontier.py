@@ -152,7 +152,7 @@ def test_styles():
 def test_pictures(tmp_path, suffix):
     """Methods without a colour of their own, and figures of evaluations, can be drawn; the same bytes every time."""
     runs = [*RUNS, run("after request1", 0.3, 0.7), run("org/model-7B", 0.35, 0.6, None, None)]
-    recovery = {run.name: {"relearn": (0.5, 0.4, 0.6), "infill": (0.1, 0.2, 0.3)} for run in runs[1:]}
+    recovery = {run.name: {"relearn": Estimate(0.5, 0.4, 0.6), "infill": Estimate(0.1, 0.2, 0.3)} for run in runs[1:]}
     keys = ("forget_loss", "retain_loss", "kl", "entropy", "eval_forget_rougeL_recall", "eval_runtime")
     histories = {run.name: [{"step": s} | dict.fromkeys(keys, s / 2) for s in range(3)] for run in runs}
     drawn = []
@@ -161,7 +161,7 @@ def test_pictures(tmp_path, suffix):
             tmp_path / f"{name}{turn}.{suffix}" for name in ("tradeoff", "recovery", "frontier", "losses", "table")
         ]
         plot_tradeoff(runs, paths[0])
-        plot_tradeoff(runs, paths[1], recovery=recovery)
+        plot_tradeoff(runs, paths[1], recoveries=recovery)
         plot_frontier(runs, paths[2], selected=RUNS[3])
         plot_losses(histories, paths[3])
         plot_table(Results("m", "d", {}, runs), paths[4])

@@ -11,11 +11,13 @@ import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from mdu_trainer.evaluation.report import Results, markdown_table
+from mdu_trainer.analysis.role_report import Change, RoleReport, RoleRun, RoleSettings
+from mdu_trainer.analysis.token_roles import ROLES
+from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
+from mdu_trainer.evaluation.report import Estimate, Results
 from mdu_trainer.page import write_page
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,32 +83,25 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def with_roles_and_recovery(folder, monkeypatch):
+def with_roles_and_recovery(folder):
     """Also what the analyses of roles and the attacks write."""
-    roles = markdown_table([["model", "role", "KL"], ["mdu tau=0", "stored", "4.321 [4.1, 4.5]"]])
-    attacks = markdown_table([["attack", "base", "mdu tau=0"], ["relearn", "0.987", "0.123"]])
-    modules = {
-        "analysis.role_report": {"RoleReport": SimpleNamespace(load=lambda path: Fake(path, details=roles))},
-        "attacks.recovery": {"Recovery": SimpleNamespace(load=lambda path: Fake(path, table=attacks))},
-        "analysis.token_roles": {
-            "label_roles": lambda questions, answers, ids, tokenizer: [["stored"] * len(row) for row in ids],
-            "audit_html": lambda answers, ids, roles, tokenizer: f"<b>{html.escape(answers[0])}{roles}</b>",
-        },
-    }
-    for name, content in modules.items():
-        monkeypatch.setitem(sys.modules, f"mdu_trainer.{name}", SimpleNamespace(**content))
-    for name in ("roles.json", "recovery.json"):
-        (folder / name).write_text("{}")
+    kl = {role: Estimate(4.321, 4.1, 4.5) for role in ROLES}
+    change = {role: Change(Estimate(-0.5, -0.6, -0.4), Estimate(-10.5, -12, -9)) for role in ROLES}
+    shared = {"curves": {}, "order": {}, "own_tokens": {}, "example": []}
+    runs = [
+        RoleRun("base", "f", {"kl": kl}, {}, **shared),
+        RoleRun("mdu tau=0", "g", {"kl": kl}, {"kl": change}, **shared),
+    ]
+    tokens = dict.fromkeys(ROLES, 8)
+    RoleReport("d", RoleSettings(), tokens, tokens, [], runs).save(folder / "roles.json")
+    models = {"base": 0.987, "never trained": 0.0, "mdu tau=0": 0.123}
+    outcomes = {name: Outcome(Estimate(0.0), Estimate(value)) for name, value in models.items()}
+    outcomes["mdu tau=0"] = Outcome(Estimate(0.0), Estimate(0.123), Estimate(0.25, 0.1, 0.4))
+    attacks = {"relearn": AttackOutcome("fine-tune", 16, outcomes)}
+    Recovery("fictional authors (embedded)", {"seed": 0}, attacks).save(folder / "recovery.json")
     for name in ("roles", "recovery"):
         (folder / f"{name}.svg").write_text(DOT.replace(PLANTED, ""))
     return folder
-
-
-class Fake:
-    def __init__(self, path, **texts):
-        assert Path(path).is_file()
-        for name, text in texts.items():
-            setattr(self, name, lambda text=text: text)
 
 
 def everything(text: str) -> str:
@@ -147,7 +142,7 @@ def test_page_needs_nothing_else(with_roles_and_recovery, tmp_path):
     assert sections == ["run", "comparison", "tradeoff", "training", "roles", "recovery", "details", "settings"]
     assert sections == re.findall(r'href="#(\w+)"', text)
     cells = [cell for table in page.tables for row in table for cell in row]
-    assert {"4.321 [4.1, 4.5]", "relearn", "0.123"} <= set(cells)
+    assert {"4.321 [4.100, 4.500]", "relearn", "0.123", "0.25 [0.10, 0.40]"} <= set(cells)
     write_page(folder, tmp_path / "again" / "page.html")
     assert (tmp_path / "again" / "page.html").read_text() == text, "the same files give the same page"
 
@@ -160,7 +155,7 @@ def test_no_forget_text_unless_it_is_given(with_roles_and_recovery, tokenizer):
     path = write_page(folder, forget_rows=ROWS, retain_rows=kept, tokenizer=tokenizer)
     shown = path.read_text()
     assert Page(shown).tables[-1][1:] == [["0", ROWS[0]["question"], ROWS[0]["answer"]]]
-    assert "<b>Xanthippe Quillfeather is a &amp; b.[[" in shown, "the answer by role"
+    assert '<span class="role-in_context" title="in context"' in shown, "the answer by role"
     assert "Do not pass it on" in shown and f"<{PLANTED}>" not in shown, "quoted, not run as markup"
     assert "Nobody to forget" not in shown
     assert path.stat().st_mode & 0o077 == 0, "for nobody else"

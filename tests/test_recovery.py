@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from runs import die_at, draw_moment, status
 
 from mdu_trainer import DiffusionGenerationConfig
+from mdu_trainer.analysis.recovery_plots import plot_recovery, strongest
 from mdu_trainer.attacks import ATTACKS, Attack, AttackScores, AttackSettings
-from mdu_trainer.attacks.plots import plot_recovery
 from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery, recovery_of, run_attacks
 from mdu_trainer.evaluation import progress
 from mdu_trainer.evaluation.report import Estimate
@@ -197,11 +197,11 @@ def test_killed_and_started_again(whole, tmp_path, seed):
 
 def test_without_a_model_that_never_saw_the_rows(tmp_path):
     recovery = attack(tmp_path, never=False)
-    assert not recovery.has_floor and recovery.recoveries() == {"mdu tau=0": {}, "npo": {}}
+    assert not recovery.has_floor and recovery.recoveries() == {}
     assert recovery.table().splitlines()[0].split() == "| attack | base | mdu tau=0 | npo |".split()
     assert "No model that never saw the rows was attacked. So it is not known how much" in recovery.text()
     with pytest.raises(ValueError, match="nothing to show"):
-        plot_recovery(recovery, tmp_path / "recovery.png")
+        plot_recovery(recovery.recoveries(), tmp_path / "recovery.png")
 
 
 def test_stale_progress_is_refused_by_name(tmp_path):
@@ -276,13 +276,18 @@ def test_a_model_without_adapter_is_left_as_it_is(tmp_path):
 def test_picture_is_repeatable_and_shows_every_model(recovery, tmp_path, suffix):
     pictures = []
     for turn in range(2):
-        plot_recovery(recovery, tmp_path / f"{turn}.{suffix}")
+        plot_recovery(recovery.recoveries(), tmp_path / f"{turn}.{suffix}")
         pictures.append((tmp_path / f"{turn}.{suffix}").read_bytes())
     assert pictures[0] == pictures[1] and len(pictures[0]) > 5000
     if suffix == "svg":
         for words in ("mdu tau=0", "npo", "one", "second", "never trained", "base"):
             assert f"<!-- {words} -->" in pictures[0].decode()
         assert "<!-- none -->" not in pictures[0].decode(), "no recovery is defined without an attack"
+
+
+def test_the_strongest_attacks_keep_their_order():
+    recoveries = {"a": {"one": Estimate(0.1), "two": Estimate(0.9)}, "b": {"two": Estimate(0), "three": Estimate(0.3)}}
+    assert strongest(recoveries, 2) == ["two", "three"] and strongest(recoveries, 9) == ["one", "two", "three"]
 
 
 # The script

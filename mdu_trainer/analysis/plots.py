@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from ..evaluation.report import Results, parse_markdown_table
 from .frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
+from .recovery_plots import Recoveries, draw_recovery, strongest
 from .style import RunStyle, label_points, new_figure, run_styles, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from ..evaluation.report import Run
-
-Recovery = Mapping[str, Mapping[str, tuple[float, float, float]]]
 
 AXES = {  # what an axis says of a figure
     "forget": "forget ROUGE-L recall (lower is better)",
@@ -32,9 +31,10 @@ WIDE = 10  # values beyond it are drawn on a logarithmic scale
 PALE = 0.35  # opacity of a run that is clearly dominated
 WORDS = {FRONT: "on the front", WITHIN: "dominated within intervals", DOMINATED: "dominated"}
 LONG_LEGEND = 8  # runs that a legend beside the points holds
+PANEL_ATTACKS = 6
 
 
-def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recovery: Recovery | None = None) -> None:
+def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recoveries: Recoveries | None = None) -> None:
     """ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
 
     The best corner is at the top left: everything forgotten, nothing else lost.
@@ -42,17 +42,16 @@ def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recovery: Recovery | 
     Args:
         runs: the base and the unlearned models.
         path: of the PNG or SVG to write.
-        recovery: how much attacks bring back, drawn in a second panel: name of a run -> name of an attack -> (value,
-            low, high).
+        recoveries: what attacks bring back, as `Recovery.recoveries` returns it: a second panel shows the attacks that
+            bring back most.
     """
-    figure, axes = new_figure(columns=2 if recovery else 1, size=(11.5, 4.8) if recovery else None)
-    axes, beside = axes if recovery else (axes, None)
+    figure, panels = new_figure(columns=2 if recoveries else 1, size=(11.5, 4.8) if recoveries else None)
+    axes, beside = panels if recoveries else (panels, None)
     of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
     axes.set(xlabel=AXES["forget"], ylabel=AXES["retain"], xlim=(0, 1), ylim=(0, 1.05))
-    if len({run.tau for run in of_tau}) == len(of_tau):  # and not a sweep over more than tau
+    is_path = len({run.tau for run in of_tau}) == len(of_tau)  # and not a sweep over more than tau
+    if is_path:
         axes.plot(*_points(of_tau), color=run_styles(["mdu"])["mdu"].colour, linewidth=1, alpha=0.5, zorder=1)
-        others = [_point(run) for run in runs if run.tau is None]
-        label_points(axes, [_point(run) for run in of_tau], [f"\u03c4={run.tau:g}" for run in of_tau], others)
     methods = list(dict.fromkeys(run.method for run in runs))
     for method, style in run_styles(methods).items():
         x, y = _points([run for run in runs if run.method == method])
@@ -60,7 +59,11 @@ def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recovery: Recovery | 
         axes.scatter(x, y, label=method, zorder=2, clip_on=False, color=style.colour, marker=style.marker, s=size)
     axes.legend(loc="lower right", framealpha=1, fontsize=9 if len(methods) > LONG_LEGEND else None)
     if beside is not None:
-        _recovery_panel(beside, recovery)
+        draw_recovery(beside, recoveries, strongest(recoveries, PANEL_ATTACKS))
+        beside.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5, frameon=False)
+    if is_path:  # last, where all has found its place
+        others = [_point(run) for run in runs if run.tau is None]
+        label_points(axes, [_point(run) for run in of_tau], [f"\u03c4={run.tau:g}" for run in of_tau], others)
     save_figure(figure, path)
 
 
@@ -179,29 +182,6 @@ def plot_table(results: Results, path: str | Path, table: str | None = None) -> 
     for y, thickness in ((-1.6, 1.2), (0, 0.7), (rows, 1.2)):
         axes.axhline(y, color="black", linewidth=thickness)
     save_figure(figure, path)
-
-
-def _recovery_panel(axes: "Axes", recovery: Recovery) -> None:
-    """A row an attack, a point a run, with its interval."""
-    styles = run_styles(recovery)
-    attacks = list(dict.fromkeys(attack for found in recovery.values() for attack in found))
-    step = 0.7 / max(1, len(recovery))
-    for i, (name, found) in enumerate(recovery.items()):
-        style, shift = styles[name], (i - (len(recovery) - 1) / 2) * step
-        places = [attacks.index(attack) + shift for attack in found]
-        values = [value for value, _, _ in found.values()]
-        reach = [[max(0.0, v - low) for v, low, _ in found.values()], [max(0.0, h - v) for v, _, h in found.values()]]
-        look = {"fmt": style.marker, "color": style.colour, "markerfacecolor": style.face, "markersize": 5}
-        axes.errorbar(values, places, xerr=reach, label=name, elinewidth=1, clip_on=False, **look)
-    for line in range(1, len(attacks)):
-        axes.axhline(line - 0.5, color="#cccccc", linewidth=0.7)
-    axes.axvline(0, color="black", linewidth=0.8, linestyle="--", zorder=1)
-    axes.grid(axis="y", visible=False)
-    axes.set_yticks(range(len(attacks)), attacks)
-    axes.tick_params(axis="y", length=0)
-    axes.set(xlabel="recovered under attack (lower is better)", ylim=(len(attacks) - 0.5, -0.5))
-    axes.set_xlim(left=min(0, axes.get_xlim()[0]))
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5, frameon=False)
 
 
 def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], style: RunStyle, status: str) -> None:

@@ -67,7 +67,7 @@ def _table(recovery: Recovery, name: str) -> str:
 
 
 def _sentence(recovery: Recovery, name: str) -> str:
-    found: dict[str, Any] = recovery.recoveries()[name]
+    found: dict[str, Any] = recovery.recoveries().get(name, {})
     found = {attack: estimate for attack, estimate in found.items() if attack != NO_ATTACK}
     if not recovery.has_floor:
         return (

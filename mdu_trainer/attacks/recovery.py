@@ -121,8 +121,8 @@ class Recovery:
             raise ValueError(f"{path} is no recovery file: it holds more or less than figures.") from error
 
     def recoveries(self) -> dict[str, dict[str, Estimate]]:
-        """Name of an unlearned model -> name of an attack -> recovery, where it is defined."""
-        return {
+        """Name of an unlearned model -> name of an attack -> recovery, where any is defined."""
+        found = {
             name: {
                 attack: outcome.models[name].recovery
                 for attack, outcome in self.attacks.items()
@@ -130,6 +130,7 @@ class Recovery:
             }
             for name in self.models
         }
+        return {name: of_model for name, of_model in found.items() if of_model}
 
     def table(self) -> str:
         """The attacks as a Markdown table, one a row: mean scores under the attack, and recoveries with intervals."""
