@@ -1,5 +1,6 @@
 """How the pictures look: one figure, one set of colours and markers, files that are the same for the same figures."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -78,18 +79,22 @@ def label_points(
     """
     axes.figure.draw_without_rendering()  # so that sizes are known
     inside, radius = axes.get_window_extent(), 4 * axes.figure.dpi / 72
-    taken = [_around(axes.transData.transform(point), radius) for point in [*points, *others]]
+    places = [axes.transData.transform(point) for point in [*points, *others]]
+    taken = [_around(place, radius) for place in places]
     offsets = [
         (x * r, y * r) for r in (8, 12, 17, 24) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.3), (0, -1.3))
     ]
-    for point, text in zip(points, texts, strict=True):
+    for i, (point, text) in enumerate(zip(points, texts, strict=True)):
         notes = []
         for x, y in offsets:
             place = {"ha": "center" if x == 0 else "left" if x > 0 else "right", "va": "bottom" if y > 0 else "top"}
             note = axes.annotate(text, point, xytext=(x, y), textcoords="offset points", fontsize=8.5, **place)
             box = note.get_window_extent()
-            outside = box.width * box.height - _shared_area(box, inside)
-            notes.append((outside + sum(_shared_area(box, other) for other in taken), len(notes), note))
+            area = box.width * box.height
+            cost = area - _shared_area(box, inside) + sum(_shared_area(box, other) for other in taken)
+            own, *further = (_distance(place, box) for place in [places[i], *places[:i], *places[i + 1 :]])
+            cost += area * (min(further, default=math.inf) <= own)  # it would be read as another's
+            notes.append((cost, len(notes), note))
         best = min(notes)
         taken.append(best[2].get_window_extent())
         for note in notes:
@@ -102,6 +107,12 @@ def _around(point: Sequence[float], radius: float) -> Any:
 
     x, y = point
     return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
+
+
+def _distance(point: Sequence[float], box: Any) -> float:
+    """From a point to the nearest of a box."""
+    x, y = point
+    return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
 
 
 def _shared_area(one: Any, other: Any) -> float:
