@@ -51,6 +51,7 @@ def test_card_of_the_demo_is_the_golden_one(facts, results):
     card = unlearned_model_card(
         facts,
         results,
+        recovery=Recovery.load(DEMO / "recovery.json"),
         repo_id="ORG/mdu-demo",
         language="en",
         license="mit",
@@ -59,7 +60,7 @@ def test_card_of_the_demo_is_the_golden_one(facts, results):
     picture = GOLDEN.with_name("mdu-demo_tradeoff.png")
     if os.environ.get("MDU_WRITE_CARD"):
         card.save(GOLDEN)
-        picture.write_bytes(draw_picture(results))
+        picture.write_bytes(draw_picture(results, Recovery.load(DEMO / "recovery.json")))
     assert str(card) == GOLDEN.read_text(encoding="utf-8")
     assert picture.read_bytes().startswith(b"\x89PNG") and f"]({picture.name})" in str(card)
 
