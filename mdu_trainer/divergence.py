@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 23  # logits a chunk on a CPU: 32 MiB
+CHUNK_ELEMENTS = 3 << 22  # logits a chunk on a CPU: 48 MiB
+BLOCK_ELEMENTS = 1 << 20  # logits of a chunk that a CPU works on at a time: they stay in its cache
 GPU_CHUNK_ELEMENTS = 1 << 26  # enough rows for a GPU's matrix product, and still small beside the model
 TILE_ROWS = 4096  # vocabulary rows of a half-precision head that are converted at a time on a CPU
 
@@ -103,30 +104,29 @@ class AnchorKL:
         token_entropy = _entropy(log_p)
         if self.tau == 0:
             return TokenFigures(math.log(prediction.shape[-1]) - token_entropy, token_entropy.detach())
-        log_q = self._scaled_anchor(slice(None), None, log_p.dtype).log_softmax(dim=-1)
+        log_q = (self.tau * self.anchor.to(log_p.dtype)).log_softmax(dim=-1)
         return TokenFigures((log_p.exp() * (log_p - log_q)).sum(dim=-1), token_entropy.detach())
 
-    def fused(self, logits: Tensor, rows: slice, head: Projection) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, entropies, and the values' gradient with respect to the logits `[C, V]`, which are overwritten."""
+    def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, entropies, and the values' gradient with respect to the logits `[C, V]`.
+
+        Args:
+            logits: of some rows; overwritten.
+            anchor: the anchor's logits of these rows, None if tau is 0; overwritten.
+            rows: which of the N they are.
+        """
         p = logits.softmax(dim=-1)
         log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()
         token_entropy = log_partition - torch.linalg.vecdot(p, logits)
-        if self.tau == 0:
+        if anchor is None:
             kl = math.log(logits.shape[-1]) - token_entropy
             mean = log_partition - token_entropy
         else:
-            anchor = self._scaled_anchor(rows, head, logits.dtype)
+            anchor.mul_(self.tau)
             mean = torch.linalg.vecdot(p, logits.sub_(anchor))
             largest = anchor.amax(dim=-1)
             kl = mean - log_partition + largest + anchor.sub_(largest[:, None]).exp_().sum(dim=-1).log()
         return kl, token_entropy, logits.sub_(mean[:, None]).mul_(p)
-
-    def _scaled_anchor(self, rows: slice, head: Projection | None, dtype: torch.dtype) -> Tensor:
-        """tau * the anchor's logits, `[C, V]`."""
-        if not isinstance(self.anchor, Projection):
-            return self.tau * self.anchor[rows].to(dtype)
-        _, weight, bias = _autocast(self.anchor) if self.anchor.weight is not None else head
-        return _project(self.anchor.hidden[rows], weight, bias, scale=self.tau)
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class TokenNLL:
         log_p = _log_softmax(prediction)
         return TokenFigures(-log_p.gather(1, self.targets[:, None])[:, 0], _entropy(log_p.detach()))
 
-    def fused(self, logits: Tensor, rows: slice, head: Projection) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, entropies, and the values' gradient with respect to the logits `[C, V]`."""
+    def fused(self, logits: Tensor, anchor: None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, entropies, and the values' gradient with respect to the logits, as in `AnchorKL.fused`."""
         targets = self.targets[rows, None]
         p = logits.softmax(dim=-1)
         log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()
@@ -187,8 +187,8 @@ class _FusedHead(torch.autograd.Function):
         values = torch.zeros(len(hidden), dtype=_at_least(hidden.dtype), device=hidden.device)
         entropies = torch.zeros_like(values)
         grad_hidden = torch.zeros_like(hidden, dtype=values.dtype) if wants_hidden else None
-        for rows, logits in _chunks(head):
-            values[rows], entropies[rows], grad_logits = measure.fused(logits, rows, head)
+        for rows, logits, anchor in _chunks(head, measure):
+            values[rows], entropies[rows], grad_logits = _fused_rows(measure, logits, anchor, rows)
             if wants_hidden:
                 grad_hidden[rows] = _back_project(grad_logits, weight)
             if sums is not None:
@@ -214,8 +214,8 @@ class _FusedHead(torch.autograd.Function):
             head, factor = Projection(*head), 1.0
             sums = _HeadGradient(head, grad_values)
             with torch.autocast(grad_values.device.type, enabled=False):
-                for rows, logits in _chunks(head):
-                    sums.add(rows, ctx.measure.fused(logits, rows, head)[2])
+                for rows, logits, anchor in _chunks(head, ctx.measure):
+                    sums.add(rows, _fused_rows(ctx.measure, logits, anchor, rows)[2])
         grad_bias = None if sums.bias is None else (sums.bias * factor).to(weight_dtype)
         return grad_hidden, (sums.weight * factor).to(weight_dtype), grad_bias, None
 
@@ -241,29 +241,60 @@ class _HeadGradient:
             self.bias.add_(grad_logits.sum(dim=0))
 
 
-def _chunks(head: Projection) -> Iterator[tuple[slice, Tensor]]:
-    """The logits, a few rows at a time, in at least float32."""
+def _chunks(head: Projection, measure: Measure) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """The logits and those of the anchor, if there is one, a few rows at a time, in at least float32.
+
+    Where the anchor has the same head, both are one matrix product: the weights are read once. What is yielded is
+    overwritten by the next chunk.
+    """
     limit = CHUNK_ELEMENTS if head.hidden.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    size = max(1, limit // head.weight.shape[0])
-    for start in range(0, len(head.hidden), size):
-        rows = slice(start, start + size)
-        yield rows, _project(head.hidden[rows], head.weight, head.bias)
+    size = min(max(1, limit // head.weight.shape[0]), len(head.hidden))
+    anchor = measure.anchor if isinstance(measure, AnchorKL) and measure.tau else None
+    shared = isinstance(anchor, Projection) and anchor.weight is None
+    dtype = _at_least(head.weight.dtype)
+    buffer = head.hidden.new_empty(size * (2 if shared else 1), len(head.weight), dtype=dtype)
+    for start in range(0, len(head.hidden), max(1, size)):
+        rows = slice(start, min(start + size, len(head.hidden)))
+        if shared:
+            both = torch.cat([head.hidden[rows], anchor.hidden[rows].to(head.hidden.dtype)])
+            yield rows, *_project(both, head.weight, head.bias, buffer).chunk(2)
+        elif isinstance(anchor, Projection):
+            logits = _project(head.hidden[rows], head.weight, head.bias, buffer)
+            _, weight, bias = _autocast(anchor)
+            yield rows, logits, _project(anchor.hidden[rows], weight, bias)
+        else:
+            logits = _project(head.hidden[rows], head.weight, head.bias, buffer)
+            yield rows, logits, None if anchor is None else anchor[rows].to(dtype, copy=True)
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float = 1.0) -> Tensor:
-    """Logits `[C, V]`, times `scale`, in at least float32, also where hidden and weight have less."""
+def _fused_rows(measure: Measure, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+    """`measure.fused`, on a CPU block by block, the gradient in place of the logits."""
+    if logits.device.type != "cpu":
+        return measure.fused(logits, anchor, rows)
+    values, entropies = logits.new_empty(2, len(logits))
+    size = max(1, BLOCK_ELEMENTS // logits.shape[1])
+    for start in range(0, len(logits), size):
+        block = slice(start, min(start + size, len(logits)))
+        of_block = slice(rows.start + block.start, rows.start + block.stop)
+        part = None if anchor is None else anchor[block]
+        values[block], entropies[block], logits[block] = measure.fused(logits[block], part, of_block)
+    return values, entropies, logits
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor | None = None) -> Tensor:
+    """Logits `[C, V]` in at least float32, also where hidden and weight have less; in the buffer's first rows."""
     dtype = _at_least(weight.dtype)
+    logits = hidden.new_empty(len(hidden), len(weight), dtype=dtype) if buffer is None else buffer[: len(hidden)]
     if weight.dtype != dtype and weight.device.type == "cuda":
-        logits = torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=dtype).mul_(scale)
+        torch.mm(hidden.to(weight.dtype), weight.T, out_dtype=dtype, out=logits)
     elif weight.dtype != dtype:
-        hidden = hidden.to(dtype) * scale
-        logits = hidden.new_empty(len(hidden), len(weight))
+        hidden = hidden.to(dtype)
         for start in range(0, len(weight), TILE_ROWS):
             tile = slice(start, start + TILE_ROWS)
             logits[:, tile] = hidden @ weight[tile].to(dtype).T
     else:
-        logits = (hidden.to(dtype) * scale) @ weight.T
-    return logits if bias is None else logits.add_(bias, alpha=scale)
+        torch.mm(hidden.to(dtype), weight.T, out=logits)
+    return logits if bias is None else logits.add_(bias)
 
 
 def _back_project(grad_logits: Tensor, weight: Tensor) -> Tensor:

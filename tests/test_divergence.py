@@ -73,7 +73,8 @@ CASES = {
     "trained": st.booleans(),
     "anchor": st.sampled_from(["own head", "same head", "logits"]),
     "shares": st.sampled_from(["known", "wrong", "none"]),
-    "chunk": st.sampled_from([1, 3, 1 << 20]),
+    "chunk": st.sampled_from([1, 3 * 90, 1 << 20]),
+    "block": st.sampled_from([1, 2 * 90, 1 << 20]),
     "seed": st.integers(0, 1000),
 }
 
@@ -116,7 +117,7 @@ def relative(a, b):
     return ((a.double() - b).norm() / b.norm().clamp(min=1e-2)).item()
 
 
-def check_fused(case, dtype, tolerance, trained, shares, chunk):
+def check_fused(case, dtype, tolerance, trained, shares, chunk, block):
     hidden, weight, bias, measure, definition, upstream = make_case(dtype=dtype, **case)
     hidden.requires_grad_()
     for x in (weight, bias):
@@ -130,6 +131,7 @@ def check_fused(case, dtype, tolerance, trained, shares, chunk):
     token_weight = {"known": upstream / 7, "wrong": torch.ones_like(upstream), "none": None}[shares]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(divergence, "CHUNK_ELEMENTS", chunk)
+        patch.setattr(divergence, "BLOCK_ELEMENTS", block)
         patch.setattr(divergence, "TILE_ROWS", 16)
         fused = measure(token_weight)(Projection(*leaves))
         (fused.value * upstream).sum().backward()
@@ -153,14 +155,14 @@ def check_fused(case, dtype, tolerance, trained, shares, chunk):
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(**CASES)
-def test_fused_equals_float64_in_float32(trained, shares, chunk, **case):
-    check_fused(case, torch.float32, 1e-4, trained, shares, chunk)
+def test_fused_equals_float64_in_float32(trained, shares, chunk, block, **case):
+    check_fused(case, torch.float32, 1e-4, trained, shares, chunk, block)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(**CASES)
-def test_fused_equals_float64_in_bfloat16(trained, shares, chunk, **case):
-    check_fused(case, torch.bfloat16, 1e-2, trained, shares, chunk)
+def test_fused_equals_float64_in_bfloat16(trained, shares, chunk, block, **case):
+    check_fused(case, torch.bfloat16, 1e-2, trained, shares, chunk, block)
 
 
 OTHER_HEAD = AnchorKL(0.7, Projection(torch.ones(5, 4).double(), torch.linspace(-1, 1, 36).double().view(9, 4)))
