@@ -53,7 +53,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of a comparison")
     parser.add_argument("--output", type=Path, help="file to write; FOLDER/report.html if unset")
-    parser.add_argument("--show_forget_text", action="store_true", help="quote the rows to forget in the page")
+    parser.add_argument(
+        "--show_forget_text", "--show-forget-text", action="store_true", help="quote the rows to forget in the page"
+    )
     try:
         main(**vars(parser.parse_args()))
     except (OSError, ValueError) as error:

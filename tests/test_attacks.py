@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, question_answer_rows
 from mdu_trainer.attacks import ATTACKS, AttackSettings, Target, choose_attacks
 from mdu_trainer.attacks.membership import outscored
-from mdu_trainer.attacks.quantise import quantised, round_to_nearest
+from mdu_trainer.attacks.quantise import quantised, round_to_nearest, roundings
 from mdu_trainer.testing import forget_retain_split, unseen_answers
 
 LENGTH = 24  # decoded tokens; no answer below has more
@@ -257,10 +258,22 @@ def test_rounding_is_to_the_nearest_of_the_grid():
             torch.testing.assert_close(rounded, nearest)
 
 
+def test_four_bits_are_also_those_of_bitsandbytes(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    weight = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    ways = roundings(4)
+    assert list(ways) == ["nearest", "nf4"] and list(roundings(8)) == ["nearest"]
+    blocks = ways["nf4"](weight).view(-1, 64) / weight.view(-1, 64).abs().amax(dim=1, keepdim=True)
+    levels = {round(x, 4) for x in blocks.flatten().tolist()}
+    assert len(levels) <= 16 and 0 in levels and levels & {-1.0, 1.0}
+    monkeypatch.setattr("mdu_trainer.attacks.quantise.is_bitsandbytes_available", lambda: False)
+    assert list(roundings(4)) == ["nearest"]
+
+
 def test_quantisation_leaves_the_head_and_embeddings(make_model):
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with quantised(model, 4):
+    with quantised(model, partial(round_to_nearest, bits=4)):
         changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all("_proj" in name for name in changed)
     assert len(changed) == sum("_proj" in name for name in before)

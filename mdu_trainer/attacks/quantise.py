@@ -1,34 +1,49 @@
 """Round the weights to few bits: an update smaller than the rounding step is undone (Zhang et al., arXiv 2410.16454).
 
-Weights are rounded to nearest, symmetrically, with a step an output channel, and stay in their data type: the
-arithmetic is that of weight-only quantisation, without its speed. The linear layers are rounded but the head, as
-bitsandbytes does it; embeddings and norms are not. Adapters are merged first, as they are before a model is quantised
-to be served.
+Weights are rounded to nearest, symmetrically, with a step an output channel, which is what bitsandbytes stores in 8
+bits; in 4 bits also to bitsandbytes' NF4 (Dettmers et al., arXiv 2305.14314), where it is installed. They stay in
+their data type: the arithmetic is that of weight-only quantisation, without its speed. The linear layers are rounded
+but the head, as bitsandbytes does it; embeddings and norms are not. Adapters are merged first, as they are before a
+model is quantised to be served.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from transformers.utils import is_bitsandbytes_available
 
-from .base import AttackScores, Target, is_merged, mean, restored
+from .base import AttackScores, Target, is_merged, restored, worst_case
+
+Rounding = Callable[[Tensor], Tensor]
 
 
 def attack(target: Target, seed: int, bits: int) -> AttackScores:
-    """Score the rows under weights of so many bits. Nothing is random. `path` has the mean relative rounding error.
+    """The best score under weights of so many bits, over the ways to round. Nothing is random.
 
     Raises:
         ValueError: if there are no linear layers with floating-point weights: the model is quantised already.
     """
-    with quantised(target.model, bits) as error:
-        after = target.score(target.decode(target.prompts))
-    return AttackScores(list(range(len(after))), target.plain, after, {"relative error": error})
+    tries = {}
+    for name, rounding in roundings(bits).items():
+        with quantised(target.model, rounding):
+            tries[name] = target.score(target.decode(target.prompts))
+    return worst_case(target, tries)
+
+
+def roundings(bits: int) -> dict[str, Rounding]:
+    """The ways to round a weight `[out, in]` to so many bits, by name."""
+    ways: dict[str, Rounding] = {"nearest": partial(round_to_nearest, bits=bits)}
+    if bits == 4 and is_bitsandbytes_available():
+        ways["nf4"] = _nf4
+    return ways
 
 
 @contextmanager
-def quantised(model: nn.Module, bits: int) -> Iterator[float]:
-    """Round the weights of the linear layers; yields the mean of |rounded - weight| / |weight| in Frobenius norms."""
+def quantised(model: nn.Module, rounding: Rounding) -> Iterator[None]:
+    """Round the weights of the linear layers."""
     head = model.get_output_embeddings()
     weights = [
         module.weight
@@ -45,12 +60,9 @@ def quantised(model: nn.Module, bits: int) -> Iterator[float]:
         if merge is not None:
             merge()
         try:
-            errors = []
             for weight in weights:
-                rounded = round_to_nearest(weight, bits)
-                errors.append(float((rounded - weight).norm() / weight.norm()))
-                weight.copy_(rounded)
-            yield mean(errors)
+                weight.copy_(rounding(weight))
+            yield
         finally:
             if merge is not None:
                 model.unmerge_adapter()
@@ -62,3 +74,9 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     step = weight.abs().amax(dim=1, keepdim=True) / largest
     step = torch.where(step > 0, step, 1)  # a row of zeros stays as it is
     return (weight / step).round().clamp(-largest, largest) * step
+
+
+def _nf4(weight: Tensor) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    return dequantize_4bit(*quantize_4bit(weight, quant_type="nf4")).reshape(weight.shape).to(weight.dtype)
