@@ -9,7 +9,7 @@ Both also take logits, for models whose head cannot be fused; loss and gradients
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,10 @@ class Projection(NamedTuple):
     hidden: Tensor
     weight: Tensor | None = None
     bias: Tensor | None = None
+
+    def select(self, rows: slice) -> "Projection":
+        """Of some of the rows."""
+        return self._replace(hidden=self.hidden[rows])
 
 
 Prediction = Projection | Tensor  # head input, or logits [N, V]
@@ -158,7 +162,28 @@ class TokenNLL:
         return nll, token_entropy, p.scatter_add_(1, targets, -torch.ones_like(targets, dtype=p.dtype))
 
 
-Measure = AnchorKL | TokenNLL
+@dataclass(frozen=True)
+class Joint:
+    """Several measures, each of so many tokens in turn: what is asked of several batches in one forward pass.
+
+    Args:
+        parts: number of tokens and measure of each.
+    """
+
+    parts: Sequence[tuple[int, "AnchorKL | TokenNLL"]]
+
+    def __call__(self, prediction: Prediction) -> TokenFigures:
+        """Figures of all tokens, `[N]`."""
+        figures, start = [], 0
+        for count, measure in self.parts:
+            rows = slice(start, start + count)
+            part = prediction[rows] if isinstance(prediction, Tensor) else prediction.select(rows)
+            figures.append(measure(part))
+            start += count
+        return TokenFigures(*(torch.cat(columns) for columns in zip(*figures, strict=True)))
+
+
+Measure = AnchorKL | TokenNLL | Joint
 
 
 def _fused(prediction: Projection, measure: Measure) -> TokenFigures:

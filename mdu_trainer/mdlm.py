@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
@@ -27,7 +28,7 @@ from .data import (
     tokenize_rows,
 )
 from .distributed import DistributedBackend
-from .divergence import Measure, TokenFigures, TokenNLL
+from .divergence import Joint, Measure, TokenFigures, TokenNLL
 from .masking import Corruption, MaskSchedule, corrupt
 from .models import load_model, load_tokenizer, resolve_backbone, row_figures
 from .objectives import diffusion_bound, row_sums
@@ -162,7 +163,7 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
     def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
         noised = self._noise("train", inputs["train"])
         weight = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked
-        nll, entropy = self._measure(model, noised, TokenNLL(noised.targets, token_weight=weight[noised.row]))
+        ((nll, entropy),) = self._measure(model, (noised, TokenNLL(noised.targets, weight[noised.row])))
         loss = noised.bound(nll) / noised.num_response if self.args.time_weighting else noised.per_row(nll)
         return {"loss": each_row(loss), **self._prediction_figures(noised, entropy)}
 
@@ -196,9 +197,22 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
             weight=drew_any / t,
         )
 
-    def _measure(self, model: nn.Module, noised: Noised, measure: Measure) -> TokenFigures:
-        """The conditional pass, p_theta(. | x, y_t), and `measure` of it at the masked positions: `[N]`."""
-        return row_figures(model, noised.corruption.noisy_ids, *noised.where, measure, **self._shift)
+    def _measure(self, model: nn.Module, *asked: tuple[Noised, Measure]) -> list[TokenFigures]:
+        """The conditional pass, p_theta(. | x, y_t), over all batches at once, and of each its measure: `[N]`."""
+        batches, measures = zip(*asked, strict=True)
+        width = max(noised.attention_mask.shape[1] for noised in batches)
+        ids, mask, rows = (
+            torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+            for value, *parts in (
+                (self.backbone.pad_token_id, *(noised.corruption.noisy_ids for noised in batches)),
+                (0, *(noised.attention_mask for noised in batches)),
+                (False, *(noised.corruption.masked for noised in batches)),
+            )
+        )
+        counts = [len(noised.row) for noised in batches]
+        measure = Joint(list(zip(counts, measures, strict=True))) if len(asked) > 1 else measures[0]
+        figures = row_figures(model, ids, mask, rows, measure, **self._shift)
+        return [TokenFigures(*part) for part in zip(*(column.split(counts) for column in figures), strict=True)]
 
     @property
     def _shift(self) -> dict[str, bool]:

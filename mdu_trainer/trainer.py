@@ -119,38 +119,46 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         return self._finish(loss, figures, return_outputs)
 
     def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
-        figures = self._forget_figures(model, inputs)
-        if "retain" in inputs:
-            figures["retain_loss"] = each_row(self._retain_loss(model, inputs["retain"]))
+        # 1. Draw t and mask the responses: y_t. A preferred response is masked as the one to forget.
+        noised = {name: self._noise("retain" if name == "retain" else "forget", inputs[name]) for name in inputs}
+        # 2. The anchor: theta_0 sees the same y_t behind an all-[MASK] prompt.
+        measures = {"forget": self._forget_measure(model, inputs["forget"], noised["forget"])}
+        if "preferred" in noised:
+            measures["preferred"] = TokenNLL(noised["preferred"].targets)
+        if "retain" in noised:
+            measures["retain"] = self._retain_measure(model, noised["retain"])
+        # 3. The conditional pass, p_theta(. | x, y_t), in one forward: at the masked positions, KL or -log p.
+        found = self._measure(model, *((noised[name], measure) for name, measure in measures.items()))
+        values = {name: value for name, (value, _) in zip(measures, found, strict=True)}
+        # 4. One forget loss a row, and one retain loss.
+        loss = self._forget_loss(model, noised, values)
+        weight = self._forget_weight(noised["forget"])
+        figures = {"forget_loss": Figure(loss, weight)}
+        entropy = found[0].entropy
+        if self.objective.anchor:
+            figures["kl"] = Figure(noised["forget"].per_row(values["forget"].detach()), weight)
+        else:  # to the uniform anchor
+            figures["kl"] = each_row(math.log(self.backbone.vocab_size) - noised["forget"].per_row(entropy))
+        figures |= self._prediction_figures(noised["forget"], entropy)
+        if "retain" in values:
+            figures["retain_loss"] = each_row(self._retain_loss(noised["retain"], values["retain"]))
         return figures
 
-    def _forget_figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
-        # 1. Draw t and mask the response: y_t.
-        noised = self._noise("forget", inputs["forget"])
-        # 2. The anchor: theta_0 sees the same y_t behind an all-[MASK] prompt.
-        measure = self._forget_measure(model, inputs["forget"], noised)
-        # 3. The conditional pass, p_theta(. | x, y_t): at the masked positions, the KL to the anchor or -log p.
-        value, entropy = self._measure(model, noised, measure)
-        # 4. What else the objective compares it with: theta_0 on the same masks, preferred responses.
-        terms = ForgetTerms(noised.row, noised.num_masked, noised.num_response, noised.weight)
+    def _forget_loss(self, model: nn.Module, noised: dict[str, Noised], values: dict[str, Tensor]) -> Tensor:
+        """The objective, with what else it compares the prediction with: theta_0 on the same masks, preferences."""
+        forget = noised["forget"]
+        terms = ForgetTerms(forget.row, forget.num_masked, forget.num_response, forget.weight)
         terms = terms._replace(beta=self.beta, gamma=self.args.gamma, alpha=self.args.alpha)
-        terms = terms._replace(**{"kl" if self.objective.anchor else "nll": value})
+        terms = terms._replace(**{"kl" if self.objective.anchor else "nll": values["forget"]})
         if self.objective.reference:
-            terms = terms._replace(reference_bound=self._reference_bound(model, noised))
+            terms = terms._replace(reference_bound=self._reference_bound(model, forget))
         if self.objective.preferred:
-            preferred = self._noise("forget", inputs["preferred"])
-            nll = self._measure(model, preferred, TokenNLL(preferred.targets)).value
+            preferred = noised["preferred"]
             terms = terms._replace(
-                preferred_bound=preferred.bound(nll), preferred_reference_bound=self._reference_bound(model, preferred)
+                preferred_bound=preferred.bound(values["preferred"]),
+                preferred_reference_bound=self._reference_bound(model, preferred),
             )
-        # 5. One forget loss a row.
-        weight = self._forget_weight(noised)
-        figures = {"forget_loss": Figure(self.objective.loss(terms), weight)}
-        if self.objective.anchor:
-            figures["kl"] = Figure(noised.per_row(value.detach()), weight)
-        else:  # to the uniform anchor
-            figures["kl"] = each_row(math.log(self.backbone.vocab_size) - noised.per_row(entropy))
-        return figures | self._prediction_figures(noised, entropy)
+        return self.objective.loss(terms)
 
     def _forget_measure(self, model: nn.Module, batch: Batch, noised: Noised) -> Measure:
         """What is asked of the conditional pass, with the tokens' shares in the loss where they are known."""
@@ -168,15 +176,16 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
     def _pools_tokens(self) -> bool:
         return self.objective.anchor and self.args.kl_reduction == "token"
 
-    def _retain_loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        noised = self._noise("retain", batch)
+    def _retain_measure(self, model: nn.Module, noised: Noised) -> Measure:
         if self.args.retain_loss_type == "nelbo":
-            weight = noised.weight / noised.num_response
-            nll = self._measure(model, noised, TokenNLL(noised.targets, token_weight=weight[noised.row])).value
-            return noised.bound(nll) / noised.num_response
+            return TokenNLL(noised.targets, token_weight=(noised.weight / noised.num_response)[noised.row])
         initial = self._initial(model, noised, noised.corruption.noisy_ids)
-        weight = 1 / noised.num_masked
-        return noised.per_row(self._measure(model, noised, AnchorKL(1.0, initial, weight[noised.row])).value)
+        return AnchorKL(1.0, initial, token_weight=(1 / noised.num_masked)[noised.row])
+
+    def _retain_loss(self, noised: Noised, value: Tensor) -> Tensor:
+        if self.args.retain_loss_type == "nelbo":
+            return noised.bound(value) / noised.num_response
+        return noised.per_row(value)
 
     def _anchor(self, model: nn.Module, batch: Batch, noised: Noised) -> Prediction | None:
         """The prompt-masked prediction at the masked positions, without gradient. The uniform anchor takes no pass."""

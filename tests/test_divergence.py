@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mdu_trainer import divergence
-from mdu_trainer.divergence import AnchorKL, Projection, TokenNLL, anchor_kl, cross_entropy, entropy
+from mdu_trainer.divergence import AnchorKL, Joint, Projection, TokenNLL, anchor_kl, cross_entropy, entropy
 
 
 @pytest.fixture
@@ -175,6 +175,19 @@ def test_fused_gradient_by_finite_differences(measure):
     head = [torch.randn(*s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     measure = measure or TokenNLL(torch.arange(5))
     assert torch.autograd.gradcheck(lambda *head: measure(Projection(*(x.clone() for x in head))).value, head)
+
+
+def test_joint_asks_each_part_its_own():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, other = (torch.randn(*shape, generator=generator) for shape in ((7, 4), (9, 4), (2, 9)))
+    parts = [(2, AnchorKL(0.5, other)), (0, TokenNLL(torch.arange(0))), (5, TokenNLL(torch.arange(5)))]
+    for prediction in (Projection(hidden, weight), hidden @ weight.T):
+        joint = Joint(parts)(prediction)
+        rows = [slice(0, 2), slice(2, 2), slice(2, 7)]
+        take = prediction.select if isinstance(prediction, Projection) else prediction.__getitem__
+        alone = [measure(take(where)) for where, (_, measure) in zip(rows, parts, strict=True)]
+        for column, columns in zip(joint, zip(*alone, strict=True), strict=True):
+            torch.testing.assert_close(column, torch.cat(columns), rtol=0, atol=0)
 
 
 def test_no_logits_outlive_their_chunk(monkeypatch):

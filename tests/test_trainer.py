@@ -296,6 +296,16 @@ def test_passes_a_forget_batch(make_trainer, options, live, frozen):
     assert (copy_counter.count if copy_counter else 0) == frozen
 
 
+@pytest.mark.parametrize(
+    "options", [{"tau": 0.0}, {"loss_type": "npo", "retain_loss_type": "kl"}, {"loss_type": "dpo"}]
+)
+def test_all_rows_share_a_forward(make_trainer, options):
+    trainer = make_trainer(**options)
+    counter = PassCounter(trainer.model)
+    trainer.compute_loss(trainer.model, batch_of(trainer)).backward()
+    assert counter.count == 1
+
+
 @pytest.mark.parametrize(("tau", "projections"), [(0.0, 1), (0.5, 2)])
 def test_head_projects_masked_positions_only(make_trainer, monkeypatch, tau, projections):
     trainer = make_trainer(retain_weight=0.0, tau=tau)

@@ -267,7 +267,7 @@ def _compare(
 
 def _select(prediction: Prediction, rows: slice) -> Prediction:
     if isinstance(prediction, Projection):
-        return prediction._replace(hidden=prediction.hidden[rows])
+        return prediction.select(rows)
     return prediction[rows]
 
 
