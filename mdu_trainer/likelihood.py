@@ -15,13 +15,16 @@ each. Here the draws of a response are made together, so that a few say as much 
   size, and the estimate has exactly the expectation above, for any number of draws.
 - Independent replicates of this design give the standard error: two up to 191 draws, so that it is right in the mean
   square but rough for a single row; eight from 512 draws on.
+- From eight draws on, a control variate: the other replicates say how likely each token is on average, and by how much
+  that changes with the share of masked tokens. What this line would give for the sets of a replicate is taken off, and
+  its expectation, which is known, put back. Replicates are independent, so the expectation stays as it was.
 """
 
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -36,6 +39,9 @@ from .models import Backbone, row_figures
 DRAWS_A_REPLICATE = 64  # larger ones are better balanced, but there are fewer of them to measure the error
 MAX_REPLICATES = 8
 SLICE_POWER = 1.5  # slices of the range of l end at (k / draws) ** SLICE_POWER
+SETS_FOR_A_LINE = 4  # of a replicate, to tell how likely its tokens are
+ROWS_AT_ONCE = 256  # whose sets are drawn together
+PAIRS_AT_ONCE = 1 << 20  # of positions, over the replicates that are drawn together
 
 
 @dataclass(frozen=True)
@@ -108,22 +114,22 @@ def response_likelihood(
     Source: LLaDA (arXiv 2502.09992, appendix B); the design of the draws is described at the top of this module.
     """
     _check(prompt_ids, response_ids, backbone, num_draws, batch_size)
-    lengths = [len(ids) for ids in response_ids]
-    estimates = [np.zeros((_num_replicates(length, num_draws), length)) for length in lengths]
-    by_length = sorted(range(len(lengths)), key=lambda row: len(prompt_ids[row]) + lengths[row])
-    passes = _passes(by_length, prompt_ids, response_ids, num_draws, seed)
-    total = sum(_num_passes(length, num_draws) for length in lengths)
+    parts: list[np.ndarray] = [np.empty(0)] * len(response_ids)
+    errors = np.zeros(len(response_ids))
+    total = sum(_num_passes(len(ids), num_draws) for ids in response_ids)
+    rows = _drawn_rows(prompt_ids, response_ids, num_draws, seed)
     with evaluation_mode(model), tqdm(total=total, unit="pass", disable=not show_progress) as progress:
-        while batch := list(islice(passes, batch_size)):
-            for one, log_p in zip(batch, _masked_log_likelihood(model, batch, backbone), strict=True):
-                estimates[one.row][one.replicate, one.masked] += one.weight * log_p
-            progress.update(len(batch))
-    errors = [_standard_error(each.sum(axis=1), _exact(each.shape[1], num_draws)) for each in estimates]
-    return Likelihood(
-        log_likelihood=np.array([each.sum(axis=1).mean() for each in estimates]),
-        standard_error=np.array(errors),
-        tokens=[each.mean(axis=0) for each in estimates],
-    )
+        for batch in _batches(rows, batch_size):
+            _fill_log_p(model, batch, backbone)
+            for row in (piece.row for piece in batch if piece.is_last):
+                replicates = token_parts(row.draws, row.log_p)
+                errors[row.number] = _standard_error(replicates.sum(axis=1), _exact(len(row.response), num_draws))
+                parts[row.number] = replicates.mean(axis=0)
+            progress.update(sum(len(piece.masked) for piece in batch))
+    for tokens in parts:
+        if tokens.sum() > 0:
+            tokens[:] = 0
+    return Likelihood(np.array([tokens.sum() for tokens in parts]), errors, parts)
 
 
 class Draws(NamedTuple):
@@ -140,59 +146,119 @@ class Draws(NamedTuple):
     replicate: np.ndarray
 
 
-def draw_masks(length: int, num_draws: int, rng: np.random.Generator) -> Draws:
-    """Choose the sets of masked positions for a response of `length` tokens.
+def draw_masks(lengths: Sequence[int], num_draws: int, rngs: Sequence[np.random.Generator]) -> list[Draws]:
+    """Choose the sets of masked positions for responses of some lengths, each by its own generator.
 
     Args:
-        length: L.
-        num_draws: sets at most.
-        rng: where the draws come from; not used if all sets are covered.
+        lengths: L of each response.
+        num_draws: sets a response at most.
+        rngs: where the draws of each response come from; not used where all sets are covered.
     """
-    if _exact(length, num_draws):
-        masked = np.arange(1, 2**length)[:, None] >> np.arange(length) & 1 == 1
-        weight = np.array([1 / (size * math.comb(length, size)) for size in masked.sum(axis=1).tolist()])
-        return Draws(masked, weight, np.zeros(len(masked), dtype=np.int64))
-    replicates = _num_replicates(length, num_draws)
-    designs = [_balanced_sets(length, num_draws // replicates, rng) for _ in range(replicates)]
-    masked, weight = (np.concatenate(parts) for parts in zip(*designs, strict=True))
-    return Draws(masked, weight, np.repeat(np.arange(replicates), num_draws // replicates))
+    num_replicates = _num_replicates(num_draws)
+    designs = [
+        (length, rng)
+        for length, rng in zip(lengths, rngs, strict=True)
+        if not _exact(length, num_draws)
+        for _ in range(num_replicates)
+    ]
+    at_once = max(1, PAIRS_AT_ONCE // max(lengths) ** 2)
+    replicates = chain.from_iterable(
+        _balanced_sets(designs[first : first + at_once], num_draws // num_replicates)
+        for first in range(0, len(designs), at_once)
+    )
+    return [
+        _all_sets(length) if _exact(length, num_draws) else _joined(list(islice(replicates, num_replicates)))
+        for length in lengths
+    ]
 
 
-def _balanced_sets(length: int, num_draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """One replicate: sets of stratified sizes that give every position about the same weight."""
-    edges = np.linspace(0, 1, num_draws + 1) ** SLICE_POWER
+def token_parts(draws: Draws, log_p: np.ndarray) -> np.ndarray:
+    """What each replicate says of each token's part in the log-likelihood: `[R, L]`.
+
+    The line that the other replicates draw through the log p of token i, m_i + b (r - r_i) where a share r of the
+    response is masked, is the control variate. m_i and r_i are weighted means over their sets with i; b, the slope
+    within tokens, is common to all tokens.
+
+    Args:
+        draws: the sets, K of them.
+        log_p: log p of the masked tokens of each set, 0 elsewhere, `[K, L]`.
+    """
+    num_sets, length = log_p.shape
+    num_replicates = draws.replicate[-1] + 1
+    weight = draws.masked * draws.weight[:, None]
+    share = draws.masked.mean(axis=1)[:, None]
+    terms = np.stack([weight, weight * share, weight * share**2, weight * log_p, weight * share * log_p])
+    own = (np.arange(num_replicates)[:, None] == draws.replicate) @ terms  # five sums, each `[R, L]`
+    if num_replicates == 1 or num_sets < SETS_FOR_A_LINE * num_replicates:
+        return own[3]
+    others = (1 - np.eye(num_replicates)) @ own
+    seen, overall = others[0] > 0, others.sum(axis=2, keepdims=True)
+    others = np.where(seen, others, overall)  # a token in no set of theirs counts as the average token
+    mean_share, mean_log_p = others[1] / others[0], others[3] / others[0]
+    spread = ((others[2] - others[1] * mean_share) * seen).sum(axis=1, keepdims=True)
+    slope = ((others[4] - others[1] * mean_log_p) * seen).sum(axis=1, keepdims=True)
+    known = spread > 1e-9 * overall[0]  # not known if every token is seen with a single share
+    slope = np.divide(slope, spread, out=np.zeros_like(slope), where=known)
+    excess, share_excess = own[0] - 1, own[1] - (length + 1) / (2 * length)  # over their expectations
+    return own[3] - mean_log_p * excess - slope * (share_excess - mean_share * excess)
+
+
+def _all_sets(length: int) -> Draws:
+    masked = np.arange(1, 2**length)[:, None] >> np.arange(length) & 1 == 1
+    weight = np.array([1 / (size * math.comb(length, size)) for size in masked.sum(axis=1).tolist()])
+    return Draws(masked, weight, np.zeros(len(masked), dtype=np.int64))
+
+
+def _joined(replicates: list[tuple[np.ndarray, np.ndarray]]) -> Draws:
+    masked, weight = (np.concatenate(parts) for parts in zip(*replicates, strict=True))
+    return Draws(masked, weight, np.repeat(np.arange(len(replicates)), len(weight) // len(replicates)))
+
+
+def _balanced_sets(
+    designs: list[tuple[int, np.random.Generator]], num_sets: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each replicate, sets of stratified sizes that give every position about the same weight, and their weights.
+
+    Replicates are built side by side, position by position; none depends on the others.
+    """
+    lengths = np.array([[length] for length, _ in designs])
+    edges = np.linspace(0, 1, num_sets + 1) ** SLICE_POWER
     widths = np.diff(edges)
-    sizes = np.floor((edges[:-1] + rng.random(num_draws) * widths) * length).astype(np.int64) + 1
-    sizes = sizes.clip(max=length)  # the last slice may round up to its open end
-    weights = widths * length / sizes
-    masked = np.zeros((num_draws, length), dtype=bool)
-    together = np.zeros((length, length))  # weight so far of each pair of positions, and of each alone on the diagonal
-    for k in reversed(range(num_draws)):
-        cost = together.diagonal() + 1e-9 * rng.random(length)  # ties, up to rounding, are broken at random
-        for _ in range(sizes[k]):
-            cheapest = cost.argmin()
-            masked[k, cheapest] = True
-            cost += together[cheapest]
-            cost[cheapest] = np.inf
-        together[np.ix_(masked[k], masked[k])] += weights[k]
-    return masked, weights
+    ties = np.full((len(designs), num_sets, lengths.max()), np.inf)
+    sizes = np.empty((len(designs), num_sets), dtype=np.int64)
+    for i, (length, rng) in enumerate(designs):
+        sizes[i] = np.floor((edges[:-1] + rng.random(num_sets) * widths) * length) + 1
+        ties[i, :, :length] = 1e-9 * rng.random((num_sets, length))
+    sizes = sizes.clip(max=lengths)  # the last slice may round up to its open end
+    weights = widths * lengths / sizes
+    masked = np.zeros(ties.shape, dtype=bool)
+    # weight so far of each pair of positions, and of each alone on the diagonal
+    together = np.zeros((len(designs), lengths.max(), lengths.max()))
+    for k in reversed(range(num_sets)):
+        cost = together.diagonal(axis1=1, axis2=2) + ties[:, k]  # ties, up to rounding, are broken at random
+        for taken in range(sizes[:, k].max()):
+            growing = (sizes[:, k] > taken).nonzero()[0]
+            cheapest = cost[growing].argmin(axis=1)
+            masked[growing, k, cheapest] = True
+            cost[growing] += together[growing, cheapest]
+            cost[growing, cheapest] = np.inf
+        members = masked[:, k]
+        together += (members * weights[:, [k]])[:, :, None] * members[:, None]
+    return [(masked[i, :, :length], weights[i]) for i, (length, _) in enumerate(designs)]
 
 
 def _exact(length: int, num_draws: int) -> bool:
     return 2**length - 1 <= num_draws
 
 
-def _num_replicates(length: int, num_draws: int) -> int:
-    if _exact(length, num_draws) or num_draws == 1:
-        return 1
-    return min(max(num_draws // DRAWS_A_REPLICATE, 2), MAX_REPLICATES)
+def _num_replicates(num_draws: int) -> int:
+    return 1 if num_draws == 1 else min(max(num_draws // DRAWS_A_REPLICATE, 2), MAX_REPLICATES)
 
 
 def _num_passes(length: int, num_draws: int) -> int:
     if _exact(length, num_draws):
         return 2**length - 1
-    replicates = _num_replicates(length, num_draws)
-    return num_draws // replicates * replicates
+    return num_draws - num_draws % _num_replicates(num_draws)
 
 
 def _standard_error(replicates: np.ndarray, exact: bool) -> float:
@@ -201,29 +267,60 @@ def _standard_error(replicates: np.ndarray, exact: bool) -> float:
     return math.nan if len(replicates) == 1 else float(replicates.std(ddof=1)) / math.sqrt(len(replicates))
 
 
-class _Pass(NamedTuple):
-    """One sequence of a forward pass."""
+class _Row(NamedTuple):
+    """A response, its draws, and what the model has said so far."""
 
-    row: int
-    replicate: int
-    weight: float
+    number: int
     prompt: list[int]
     response: list[int]
-    masked: np.ndarray  # bool [L]
+    draws: Draws
+    log_p: np.ndarray  # [K, L], as `token_parts` takes it
 
 
-def _passes(
-    rows: list[int],
-    prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]],
-    num_draws: int,
-    seed: int,
-) -> Iterator[_Pass]:
+class _Piece(NamedTuple):
+    """The sequences that one row has in a forward pass."""
+
+    row: _Row
+    start: int
+    stop: int
+
+    @property
+    def masked(self) -> np.ndarray:
+        return self.row.draws.masked[self.start : self.stop]
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == len(self.row.log_p)
+
+
+def _drawn_rows(
+    prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], num_draws: int, seed: int
+) -> Iterator[_Row]:
+    """The rows with their draws, rows of like length one after the other."""
+    by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
+    for first in range(0, len(by_length), ROWS_AT_ONCE):
+        numbers = by_length[first : first + ROWS_AT_ONCE]
+        rows = [(prompt_ids[number], response_ids[number]) for number in numbers]
+        generators = [_row_generator(seed, prompt, response) for prompt, response in rows]
+        drawn = draw_masks([len(response) for _, response in rows], num_draws, generators)
+        for number, (prompt, response), draws in zip(numbers, rows, drawn, strict=True):
+            yield _Row(number, prompt, response, draws, np.zeros(draws.masked.shape))
+
+
+def _batches(rows: Iterator[_Row], batch_size: int) -> Iterator[list[_Piece]]:
+    """The sequences of all rows, `batch_size` at a time."""
+    batch, room = [], batch_size
     for row in rows:
-        prompt, response = prompt_ids[row], response_ids[row]
-        draws = draw_masks(len(response), num_draws, _row_generator(seed, prompt, response))
-        for masked, weight, replicate in zip(*draws, strict=True):
-            yield _Pass(row, replicate, weight, prompt, response, masked)
+        stop = 0
+        while stop < len(row.log_p):
+            start, stop = stop, min(stop + room, len(row.log_p))
+            batch.append(_Piece(row, start, stop))
+            room -= stop - start
+            if room == 0:
+                yield batch
+                batch, room = [], batch_size
+    if batch:
+        yield batch
 
 
 def _row_generator(seed: int, prompt: list[int], response: list[int]) -> np.random.Generator:
@@ -231,24 +328,27 @@ def _row_generator(seed: int, prompt: list[int], response: list[int]) -> np.rand
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=16).digest(), "little"))
 
 
-def _masked_log_likelihood(model: nn.Module, batch: list[_Pass], backbone: Backbone) -> list[np.ndarray]:
-    """log p of the true tokens at the masked positions of each sequence: B arrays, float64 `[l]`."""
+def _fill_log_p(model: nn.Module, batch: list[_Piece], backbone: Backbone) -> None:
+    """One forward pass: log p of the true tokens at the masked positions goes into the rows of the batch."""
+    width = max(len(piece.row.prompt) + len(piece.row.response) for piece in batch)
+    ids = np.full((sum(len(piece.masked) for piece in batch), width), backbone.pad_token_id)
+    attention_mask, masked = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
+    first = 0
+    for piece in batch:
+        rows, content = slice(first, first + len(piece.masked)), piece.row.prompt + piece.row.response
+        ids[rows, : len(content)] = content
+        attention_mask[rows, : len(content)] = 1
+        masked[rows, len(piece.row.prompt) : len(content)] = piece.masked
+        first = rows.stop
     device = next(model.parameters()).device
-    width = max(len(one.prompt) + len(one.response) for one in batch)
-    ids = torch.full((len(batch), width), backbone.pad_token_id)
-    attention_mask = torch.zeros_like(ids)
-    masked = torch.zeros_like(ids, dtype=torch.bool)
-    for i, one in enumerate(batch):
-        start, stop = len(one.prompt), len(one.prompt) + len(one.response)
-        ids[i, :stop] = torch.tensor(one.prompt + one.response)
-        attention_mask[i, :stop] = 1
-        masked[i, start:stop] = torch.from_numpy(one.masked)
-    ids, attention_mask, masked = ids.to(device), attention_mask.to(device), masked.to(device)
+    ids, attention_mask, masked = (torch.from_numpy(part).to(device) for part in (ids, attention_mask, masked))
     noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
     measure, shift = TokenNLL(ids[masked]), backbone.logit_shift
     figures = row_figures(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift)
     log_p = -figures.value.cpu().double().numpy()
-    return np.split(log_p, masked.sum(dim=1).cumsum(dim=0)[:-1].tolist())
+    for piece in batch:
+        found, log_p = np.split(log_p, [piece.masked.sum()])
+        piece.row.log_p[piece.start : piece.stop][piece.masked] = found
 
 
 def _check(

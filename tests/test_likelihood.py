@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mdu_trainer.likelihood import draw_masks, response_likelihood
+from mdu_trainer import likelihood
+from mdu_trainer.likelihood import draw_masks, response_likelihood, token_parts
 
 PROMPTS = [[20, 21, 22], [30, 31, 32, 33, 34, 35], [40], [50, 51]]
 RESPONSES = [[60, 61, 62, 63, 64, 65, 66, 67, 68], [70, 71, 72], [80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90], [91]]
@@ -41,10 +42,20 @@ def enumerated(model, prompt, response, mask_token_id):
 
 
 def hard_to_easy(length: int, seed: int = 0):
-    """A made-up sum of log p over masked positions `[K, L]`: tokens differ, and masked ones make others harder."""
+    """Made-up log p of the masked tokens `[K, L]`: tokens differ, and masked ones make others harder."""
     rng = np.random.default_rng(seed)
     alone, together = rng.exponential(size=length), rng.exponential(size=(length, length)) / length
-    return lambda masked: -(masked @ alone + ((masked @ together) * masked).sum(axis=1))
+    return lambda masked: -(alone + masked @ together) * masked
+
+
+def draw(length: int, num_draws: int, num_seeds: int = 1) -> list[likelihood.Draws]:
+    return draw_masks([length] * num_seeds, num_draws, [np.random.default_rng(seed) for seed in range(num_seeds)])
+
+
+def made_up_estimates(length: int, num_draws: int, num_seeds: int) -> np.ndarray:
+    """What each replicate says of the tokens of a hard-to-easy response, `[seeds, R, L]`."""
+    log_p = hard_to_easy(length)
+    return np.array([token_parts(draws, log_p(draws.masked)) for draws in draw(length, num_draws, num_seeds)])
 
 
 def independent_draws(length: int, num_draws: int, rng: np.random.Generator):
@@ -75,15 +86,61 @@ def test_one_token_takes_one_pass(model, backbone):
 @pytest.mark.parametrize(("length", "num_draws"), [(2, 1), (3, 2), (3, 6), (4, 5), (4, 8)])
 def test_every_set_has_its_exact_weight_on_average(length, num_draws):
     # unbiased for any function of the set: the expected weight of S is 1 / (l * number of sets of that size)
-    exact = draw_masks(length, 2**length, np.random.default_rng())
+    (exact,) = draw(length, 2**length)
     bits = 1 << np.arange(length)
     weights = np.zeros((2000, 2**length))
-    for seed in range(len(weights)):
-        draws = draw_masks(length, num_draws, np.random.default_rng(seed))
+    for seed, draws in enumerate(draw(length, num_draws, len(weights))):
         np.add.at(weights[seed], draws.masked @ bits, draws.weight / (draws.replicate.max() + 1))
     mean, error = weights.mean(axis=0), weights.std(axis=0) / math.sqrt(len(weights))
     assert len(exact.masked) == 2**length - 1
     assert (np.abs(mean[exact.masked @ bits] - exact.weight) < 4.5 * error[exact.masked @ bits] + 1e-12).all()
+
+
+@pytest.mark.parametrize(("length", "num_draws"), [(4, 8), (6, 8), (6, 32), (8, 200)])
+def test_every_token_is_unbiased_with_the_control_variate(length, num_draws):
+    exact = made_up_estimates(length, 2**length, 1)[0, 0]
+    estimates = made_up_estimates(length, num_draws, 3000).mean(axis=1)
+    error = estimates.std(axis=0) / math.sqrt(len(estimates))
+    assert (error > 0).all() and (error < 0.02).all()
+    assert (np.abs(estimates.mean(axis=0) - exact) < 4.5 * error).all()
+
+
+@pytest.mark.parametrize(("length", "num_draws"), [(4, 8), (5, 9), (12, 16), (40, 64), (9, 200)])
+def test_tokens_on_lines_of_one_slope_are_exact(length, num_draws):
+    # log p falls with the share of masked tokens, from token to token at another height: the control variate
+    height = -np.random.default_rng(0).exponential(size=length)
+    (draws,) = draw(length, num_draws)
+    parts = token_parts(draws, draws.masked * (height - 2 * draws.masked.mean(axis=1, keepdims=True)))
+    expected = height - 2 * (length + 1) / (2 * length)
+    seen = [draws.masked[draws.replicate == r].any(axis=0).all() for r in range(len(parts))]
+    assert all(seen) and parts == pytest.approx(np.tile(expected, (len(parts), 1)))
+
+
+def test_a_token_that_others_never_saw_counts_as_the_average_one():
+    masked = np.ones((8, 3), dtype=bool)
+    masked[4:, 2] = False  # the second replicate has no set with the last token
+    draws = likelihood.Draws(masked, np.full(8, 0.25), np.repeat([0, 1], 4))
+    log_p = np.tile([-1.0, -3.0, -5.0], (8, 1)) * masked
+    first, second = token_parts(draws, log_p)
+    assert first == pytest.approx([-1, -3, -5])  # every set has weight 1/4 and each token is in all of them
+    assert second == pytest.approx([-1, -3, 0 - -5 * (0 - 1)])
+
+
+def test_draws_are_the_same_alone_and_side_by_side(monkeypatch):
+    lengths = [5, 23, 1, 9, 60]
+
+    def drawn():
+        return draw_masks(lengths, 16, [np.random.default_rng(seed) for seed in range(5)])
+
+    def same(one, other):
+        return all((part == its).all() for part, its in zip(one, other, strict=True))
+
+    together = drawn()
+    for at_once in (1, 23 * 60**2):
+        monkeypatch.setattr(likelihood, "PAIRS_AT_ONCE", at_once)
+        assert all(map(same, together, drawn()))
+    for seed, (length, one) in enumerate(zip(lengths, together, strict=True)):
+        assert same(one, draw_masks([length], 16, [np.random.default_rng(seed)])[0])
 
 
 @pytest.mark.parametrize("num_draws", [3, 8])
@@ -102,16 +159,11 @@ def test_unbiased_on_a_model(model, backbone, num_draws):
     assert abs(estimates.mean() - expected) < 4 * estimates.std() / math.sqrt(len(estimates))
 
 
-@pytest.mark.parametrize(("length", "num_draws"), [(12, 8), (12, 128), (40, 64)])
+@pytest.mark.parametrize(("length", "num_draws"), [(12, 8), (12, 128), (40, 64), (40, 200)])
 def test_standard_error_is_the_spread_over_seeds(length, num_draws):
-    log_p = hard_to_easy(length)
-    replicates = []
-    for seed in range(300):
-        draws = draw_masks(length, num_draws, np.random.default_rng(seed))
-        replicates.append(np.bincount(draws.replicate, weights=draws.weight * log_p(draws.masked)))
-    replicates = np.array(replicates)
-    claimed = (replicates.var(axis=1, ddof=1) / replicates.shape[1]).mean()
-    assert claimed / replicates.mean(axis=1).var(ddof=1) == pytest.approx(1, abs=0.35)  # 3 standard errors
+    estimates = made_up_estimates(length, num_draws, 300).sum(axis=2)
+    claimed = (estimates.var(axis=1, ddof=1) / estimates.shape[1]).mean()
+    assert claimed / estimates.mean(axis=1).var(ddof=1) == pytest.approx(1, abs=0.35)  # 3 standard errors
 
 
 def test_standard_error_on_a_model(model, backbone):
@@ -123,24 +175,24 @@ def test_standard_error_on_a_model(model, backbone):
     assert claimed == pytest.approx(spread, rel=0.4)
 
 
-@pytest.mark.parametrize(("length", "num_draws"), [(12, 32), (12, 128), (40, 32), (40, 128)])
+@pytest.mark.parametrize("length", [12, 40])
+@pytest.mark.parametrize("num_draws", [8, 16, 32, 128])
 def test_a_quarter_of_the_independent_draws_is_enough(length, num_draws):
+    ours = made_up_estimates(length, num_draws, 150).mean(axis=1).sum(axis=1)
     log_p = hard_to_easy(length)
-    ours, independent = [], []
+    independent = []
     for seed in range(150):
-        draws = draw_masks(length, num_draws, np.random.default_rng(seed))
-        ours.append((draws.weight * log_p(draws.masked)).sum() / (draws.replicate.max() + 1))
         masked, weight = independent_draws(length, 4 * num_draws, np.random.default_rng(seed))
-        independent.append((weight * log_p(masked)).sum())
-    assert np.mean(ours) == pytest.approx(np.mean(independent), rel=0.02)
+        independent.append((weight * log_p(masked).sum(axis=1)).sum())
+    assert np.mean(ours) == pytest.approx(np.mean(independent), rel=0.03)
     assert np.var(ours) < np.var(independent)
 
 
 @pytest.mark.parametrize("num_draws", [1, 2, 7, 32])
 def test_equal_tokens_are_exact_with_any_number_of_draws(num_draws):
     for length in (5, 23):
-        draws = draw_masks(length, num_draws, np.random.default_rng(0))
-        sums = np.bincount(draws.replicate, weights=draws.weight * draws.masked.sum(axis=1))
+        (draws,) = draw(length, num_draws)
+        sums = token_parts(draws, draws.masked.astype(float)).sum(axis=1)
         assert sums == pytest.approx(length)  # the estimate of a model that gives every token log p = 1
         assert len(draws.masked) <= num_draws
 
@@ -170,7 +222,6 @@ def test_probability_is_normalised_by_length(model, backbone):
 def test_tokens_have_their_parts_in_the_sum(model, backbone):
     result = response_likelihood(model, PROMPTS, RESPONSES, backbone, num_draws=8)
     assert [tokens.sum() for tokens in result.tokens] == pytest.approx(result.log_likelihood)
-    assert all((tokens <= 0).all() for tokens in result.tokens)
     first, second, _ = result.tokens[1]  # three tokens and eight draws: exact, so each is a mean over orders
 
     def log_p(masked, position):
@@ -183,6 +234,14 @@ def test_tokens_have_their_parts_in_the_sum(model, backbone):
         alone, both = log_p({position}, position), log_p({0, 1, 2}, position)
         one = sum(log_p({position, other}, position) for other in others) / 2
         assert found == pytest.approx((alone + one + both) / 3, rel=1e-5)
+
+
+def test_no_likelihood_is_above_one(model, backbone, monkeypatch):
+    # chance can take the estimate of an all but certain response above 0
+    monkeypatch.setattr(likelihood, "token_parts", lambda draws, log_p: np.array([[0.5, -0.2], [0.1, 0.1]]))
+    result = response_likelihood(model, PROMPTS[:1], RESPONSES[:1], backbone, num_draws=8)
+    assert result.log_likelihood.tolist() == [0.0] and result.tokens[0].tolist() == [0.0, 0.0]
+    assert result.standard_error[0] > 0
 
 
 def test_a_single_draw_has_no_standard_error(model, backbone):
