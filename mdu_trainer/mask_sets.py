@@ -93,14 +93,15 @@ def token_parts(draws: Draws, log_p: np.ndarray) -> np.ndarray:
     """
     length = log_p.shape[1]
     num_replicates = draws.replicate[-1] + 1
-    weight = draws.masked * draws.weight[:, None]
-    share = draws.masked.mean(axis=1)[:, None]
-    terms = np.stack([weight, weight * share, weight * share**2, weight * log_p, weight * share * log_p])
-    own = (np.arange(num_replicates)[:, None] == draws.replicate) @ terms  # five sums, each `[R, L]`
-    count, shares, _, values, _ = own
+    weight = (np.arange(num_replicates)[:, None] == draws.replicate) * draws.weight  # [R, K]
+    share = draws.masked.mean(axis=1)
+    weights = np.stack([weight, weight * share, weight * share**2])
+    count, shares, squares = weights @ draws.masked.astype(float)
+    values, products = weights[:2] @ log_p
     if num_replicates == 1 or len(log_p) < SETS_FOR_A_LINE * num_replicates:
         return values
-    mean_log_p, mean_share, slope = _lines((1 - np.eye(num_replicates)) @ own)
+    others = (1 - np.eye(num_replicates)) @ np.stack([count, shares, squares, values, products])
+    mean_log_p, mean_share, slope = _lines(others)
     excess, share_excess = count - 1, shares - (length + 1) / (2 * length)  # over their expectations
     return values - mean_log_p * excess - slope * (share_excess - mean_share * excess)
 
