@@ -6,6 +6,11 @@
 Rows are those of the embedded default; without a model's name, the model is its tiny one, untrained. Both sides run
 the same code in one process and by turns; one example at a time is a batch of one sequence, for decoding as for the
 likelihood. Reported are medians. "elsewhere" is what is no forward pass of the model: masks, revealing, metrics.
+
+On a CPU under Linux, glibc gives the buffers of a batch back to the kernel after an operation and fetches them anew,
+which costs batches a few percent on a quiet machine and up to a quarter on a busy one. This keeps them:
+
+    export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_TOP_PAD_=67108864
 """
 
 import argparse
