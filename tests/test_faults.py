@@ -93,6 +93,15 @@ def test_stopped_and_resumed_run_ends_with_the_same_weights(tmp_path, seen, step
     assert metrics[0] == metrics[1]
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_second_signal_acts_at_once(tmp_path):
     trainer = make_trainer(tmp_path, KIND)
 
@@ -106,6 +115,7 @@ def test_second_signal_acts_at_once(tmp_path):
     assert last_step(tmp_path) == 3
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_signal_after_the_last_step_is_not_swallowed(tmp_path):
     trainer = make_trainer(tmp_path, KIND)
     trainer.add_callback(At(10, lambda: signal.raise_signal(signal.SIGINT)))
