@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from .divergence import Prediction, Projection
-from .records import write_whole
+from .files import UserError, write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -120,7 +120,7 @@ class AnchorCache:
         for batch in progress:
             prediction = batch.predict()
             if not isinstance(prediction, Projection):
-                raise ValueError(
+                raise UserError(
                     "precompute_anchor needs an LM head that is a plain linear layer; this model's is quantised, "
                     "adapted, or followed by something else. Set precompute_anchor=False."
                 )

@@ -21,6 +21,8 @@ from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .files import UserError
+
 logger = logging.get_logger(__name__)
 
 MANIFEST = "manifest.json"
@@ -29,7 +31,7 @@ SCHEMA = 1
 STATE = "trainer_state.json"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written, or the one to resume from is not whole."""
 
 

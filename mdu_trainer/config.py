@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .files import UserError
 from .objectives import OBJECTIVES
 
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
@@ -80,17 +81,17 @@ class MDLMConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.time_epsilon < 1:
-            raise ValueError(f"time_epsilon must lie between 0 and 1, got {self.time_epsilon}.")
+            raise UserError(f"time_epsilon must lie between 0 and 1, got {self.time_epsilon}.")
         if not 0 <= self.t_min <= 1 or not 0 < self.t_max <= 1:
-            raise ValueError(f"t_min and t_max must lie in [0, 1], got t_min = {self.t_min}, t_max = {self.t_max}.")
+            raise UserError(f"t_min and t_max must lie in [0, 1], got t_min = {self.t_min}, t_max = {self.t_max}.")
         if self.t_min > self.t_max:
-            raise ValueError(f"t_min = {self.t_min} is larger than t_max = {self.t_max}; swap them.")
+            raise UserError(f"t_min = {self.t_min} is larger than t_max = {self.t_max}; swap them.")
         if not 0 <= self.prompt_mask_ratio <= 1:
-            raise ValueError(f"prompt_mask_ratio is a share in [0, 1], got {self.prompt_mask_ratio}.")
+            raise UserError(f"prompt_mask_ratio is a share in [0, 1], got {self.prompt_mask_ratio}.")
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"max_length = {self.max_length} leaves no room for a prompt and a response.")
+            raise UserError(f"max_length = {self.max_length} leaves no room for a prompt and a response.")
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
-            raise ValueError(
+            raise UserError(
                 f"train_sampling_strategy '{self.train_sampling_strategy}' is not supported; use one of "
                 f"{', '.join(SAMPLING_STRATEGIES)}."
             )
@@ -192,34 +193,34 @@ class MDUConfig(MDLMConfig):
         for name in ("loss_type", "kl_reduction", "anchor_source", "retain_loss_type", "reference_precision"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
+                raise UserError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
         if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise ValueError(f"tau must be finite and at least 0, got {self.tau}.")
+            raise UserError(f"tau must be finite and at least 0, got {self.tau}.")
         if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0):
-            raise ValueError(f"retain_weight must be finite and at least 0, got {self.retain_weight}.")
+            raise UserError(f"retain_weight must be finite and at least 0, got {self.retain_weight}.")
         if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
-            raise ValueError(f"beta must be finite and larger than 0, got {self.beta}.")
+            raise UserError(f"beta must be finite and larger than 0, got {self.beta}.")
         if self.precompute_anchor:
             self._check_precompute_anchor()
         if self.pad_with_end_tokens or self.prompt_mask_ratio or not self.time_weighting:
-            raise ValueError(
+            raise UserError(
                 "pad_with_end_tokens, prompt_mask_ratio and time_weighting=False are options of fine-tuning "
                 "(MDLMConfig); unlearning does not read them."
             )
 
     def _check_precompute_anchor(self) -> None:
         if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":
-            raise ValueError(
+            raise UserError(
                 "precompute_anchor is for loss_type='mdu' at tau > 0 with anchor_source='initial'; here no anchor is "
                 "read that could be computed before training. Leave it out."
             )
         if self.retain_weight and self.retain_loss_type == "kl":
-            raise ValueError(
+            raise UserError(
                 "retain_loss_type='kl' asks the model at the start in every step, so precompute_anchor would not free "
                 "its copy. Use retain_loss_type='nelbo', or leave precompute_anchor out."
             )
         if self.reference_precision != "full" or self.reference_device is not None:
-            raise ValueError(
+            raise UserError(
                 "reference_precision and reference_device are of a copy that precompute_anchor does without. Leave "
                 "them out."
             )

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import is_conversational
 
+from .files import UserError
 from .masking import permutation
 from .models import Backbone
 
@@ -66,7 +67,7 @@ def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str 
     columns = {"question": "prompt", "answer": "completion"} | ({preferred: "chosen"} if preferred else {})
     missing = columns.keys() - set(dataset.column_names)
     if missing:
-        raise ValueError(f"The data set has no column {sorted(missing)}; its columns are {dataset.column_names}.")
+        raise UserError(f"The data set has no column {sorted(missing)}; its columns are {dataset.column_names}.")
     if not conversational:
         return dataset.select_columns(list(columns)).rename_columns(columns)
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant"}
@@ -108,7 +109,7 @@ def tokenize_rows(
             f"The {name} set is a {type(dataset).__name__}; masks are tied to row numbers, so pass a `Dataset`."
         )
     if len(dataset) == 0:
-        raise ValueError(f"The {name} set is empty. Check the split's name and any filter applied to it.")
+        raise UserError(f"The {name} set is empty. Check the split's name and any filter applied to it.")
     _check_columns(dataset, name, preferred)
     limit = _length_limit(max_length, backbone.context_length)
     rows = TokenizedRows([], [])
@@ -127,12 +128,12 @@ def tokenize_rows(
         if preferred:
             rows.preferred.append(chosen[:room])
     if too_long:
-        raise ValueError(
+        raise UserError(
             f"{too_long} of {len(dataset)} prompts of the {name} set fill the model's context of "
             f"{backbone.context_length} tokens and leave no room for a response. Shorten or remove them."
         )
     if not len(rows):
-        raise ValueError(
+        raise UserError(
             f"Every response of the {name} set is truncated away: all {dropped} prompts have max_length = {limit} "
             "tokens or more. Raise max_length."
         )
@@ -161,7 +162,7 @@ def whole_cache(name: str) -> Iterator[None]:
     except (ArrowException, OSError) as error:
         if not isinstance(error, ArrowException) and error.errno is not None:  # the system's, and clear as it is
             raise
-        raise ValueError(
+        raise UserError(
             f"The Arrow file of {name} is cut short or damaged. Delete that file, or the cache that it lies in "
             "(HF_DATASETS_CACHE), and load the data again."
         ) from error
@@ -309,12 +310,12 @@ class DataCollatorForUnlearning:
 def _check_columns(dataset: Dataset | Sequence[Row], name: str, preferred: bool) -> None:
     columns = set(dataset.column_names if hasattr(dataset, "column_names") else dataset[0])
     if preferred and "chosen" not in columns:
-        raise ValueError(
+        raise UserError(
             f"loss_type 'dpo' needs a preferred response (a refusal, say) in a column 'chosen'; the {name} set has "
             f"{sorted(columns)}."
         )
     if "messages" not in columns and not ("prompt" in columns and columns & {"completion", "rejected"}):
-        raise ValueError(
+        raise UserError(
             f"The {name} set needs 'prompt' and 'completion' columns, or 'messages'; it has {sorted(columns)}. A "
             'question/answer set: dataset.rename_columns({"question": "prompt", "answer": "completion"}).'
         )
@@ -330,13 +331,13 @@ def _prompt_completion(example: Row, where: str, preferred: bool) -> Row:
     if "messages" in example:
         prompt, response = example["messages"][:-1], example["messages"][-1:]
         if not prompt or response[0]["role"] != "assistant":
-            raise ValueError(f"{where}: `messages` must end with an assistant turn that follows another turn.")
+            raise UserError(f"{where}: `messages` must end with an assistant turn that follows another turn.")
     else:
         prompt, response = example["prompt"], example["completion" if "completion" in example else "rejected"]
     row = {"prompt": prompt, "completion": response} | ({"chosen": example["chosen"]} if preferred else {})
     kinds = {name: type(value).__name__ for name, value in row.items()}
     if set(kinds.values()) not in ({"str"}, {"list"}):
-        raise ValueError(f"{where} must have strings only, or lists of messages only, but has {kinds}.")
+        raise UserError(f"{where} must have strings only, or lists of messages only, but has {kinds}.")
     return row
 
 
@@ -371,7 +372,7 @@ def _encode_conversation(
     for response in responses:
         ids = render(prompt + response)
         if ids[: len(prompt_ids)] != prompt_ids:
-            raise ValueError(
+            raise UserError(
                 "The chat template renders the prompt alone (with its generation prompt) differently from the prompt "
                 "followed by a response, so the response cannot be told apart. Use a template whose turns do not "
                 "depend on later ones."

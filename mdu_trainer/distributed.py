@@ -8,6 +8,8 @@ from accelerate.utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .files import UserError
+
 
 class DistributedBackend:
     """How a run is spread over processes.
@@ -33,7 +35,7 @@ class DistributedBackend:
         if self.fsdp is None:
             return
         if self.fsdp.fsdp_version != 2:
-            raise ValueError(
+            raise UserError(
                 "FSDP1 is not supported. Set fsdp_version: 2 in the accelerate config (fsdp_config={'version': 2} in "
                 "the training arguments); examples/accelerate_configs/fsdp2.yaml is a ready one."
             )
@@ -71,7 +73,7 @@ class DistributedBackend:
         loaded_once = self.fsdp is not None and self.fsdp.cpu_ram_efficient_loading
         weights = list(model.parameters())
         if loaded_once or any(hasattr(p, "ds_id") or isinstance(p, DTensor) or p.is_meta for p in weights):
-            raise ValueError(
+            raise UserError(
                 "precompute_anchor needs the whole model in every process before training, but it was sharded while "
                 "it was loaded. Set fsdp_cpu_ram_efficient_loading: false (FSDP2) or zero3_init_flag: false (ZeRO-3), "
                 "or precompute_anchor=False, which keeps a sharded frozen copy instead."

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .files import UserError
+
 CHUNK_ELEMENTS = 3 << 22  # logits a chunk on a CPU: 48 MiB
 BLOCK_ELEMENTS = 1 << 20  # logits of a chunk that a CPU works on at a time: they stay in its cache
 GPU_CHUNK_ELEMENTS = 1 << 26  # enough rows for a GPU's matrix product, and still small beside the model
@@ -96,7 +98,7 @@ class AnchorKL:
 
     def __post_init__(self) -> None:
         if self.tau != 0 and self.anchor is None:
-            raise ValueError(
+            raise UserError(
                 f"tau = {self.tau:g} needs the anchor's logits; only tau = 0 (the uniform anchor) does without."
             )
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .records import SCHEMA, read_record, write_whole
+from .files import SCHEMA, read_record, write_whole
 
 HASHES_FILE = "forget_hashes.json"
 SEQUENCE_WORDS = 6  # shorter sequences are common wording, longer ones miss a sentence that was cut or reworded

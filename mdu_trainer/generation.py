@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .files import UserError
 from .models import Backbone, resolve_backbone, row_logits
 from .sampling import SCORES, best_positions, propose, random_positions
 from .schedule import Step, plan
@@ -88,28 +89,28 @@ class DiffusionGenerationConfig:
         for name in ("max_new_tokens", "steps", "block_length", "top_k", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+                raise UserError(f"{name} must be at least 1, got {value}.")
         for name in ("temperature", "position_temperature", "cfg_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
+                raise UserError(f"{name} must be a finite number of at least 0, got {value}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
         if self.remasking not in SCORES:
-            raise ValueError(f"remasking must be one of {', '.join(SCORES)}, got {self.remasking!r}.")
+            raise UserError(f"remasking must be one of {', '.join(SCORES)}, got {self.remasking!r}.")
         if self.schedule not in ("linear", "dream"):
-            raise ValueError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
+            raise UserError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
         if self.remasking == "random" and self.position_temperature:
-            raise ValueError(
+            raise UserError(
                 "remasking='random' has no score that position_temperature could divide: set it to 0, or choose "
                 "another remasking."
             )
         if self.block_length is not None and self.block_length > self.max_new_tokens:
-            raise ValueError(
+            raise UserError(
                 f"block_length ({self.block_length}) must be at most max_new_tokens ({self.max_new_tokens})."
             )
         if self.steps is not None and self.steps < len(self.blocks):
-            raise ValueError(
+            raise UserError(
                 f"steps ({self.steps}) must be at least the number of blocks ({len(self.blocks)}): raise steps, or "
                 "block_length."
             )
@@ -158,7 +159,7 @@ def generate(
     Source: LLaDA (arXiv 2502.09992, algorithms 4 and 5), Dream (arXiv 2508.15487).
     """
     if isinstance(prompts, str):
-        raise ValueError("prompts must be a list of prompts, got a single string: pass [prompt].")
+        raise UserError("prompts must be a list of prompts, got a single string: pass [prompt].")
     config = replace(generation_config or DiffusionGenerationConfig(), **overrides)
     backbone = backbone or resolve_backbone(model, tokenizer)
     prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
@@ -206,10 +207,10 @@ def generate_ids(
     if given is not None:
         _check_given(given, len(prompt_ids), config.max_new_tokens)
     if row_ids is not None and len(row_ids) != len(prompt_ids):
-        raise ValueError(f"There are {len(prompt_ids)} prompts and {len(row_ids)} row_ids: pass one for each.")
+        raise UserError(f"There are {len(prompt_ids)} prompts and {len(row_ids)} row_ids: pass one for each.")
     for row, ids in enumerate(prompt_ids):
         if backbone.context_length is not None and len(ids) + config.max_new_tokens > backbone.context_length:
-            raise ValueError(
+            raise UserError(
                 f"Prompt {row} has {len(ids)} tokens; with max_new_tokens = {config.max_new_tokens} that exceeds the "
                 f"model's context of {backbone.context_length}. Shorten the prompt or lower max_new_tokens."
             )
@@ -311,10 +312,10 @@ def _blank(places: list[int], rows: list[int], prompts: list[list[int]], length:
 
 def _check_given(given: Sequence[Sequence[int | None]], num_prompts: int, max_new_tokens: int) -> None:
     if len(given) != num_prompts:
-        raise ValueError(f"There are {num_prompts} prompts and {len(given)} beginnings given: pass one for each.")
+        raise UserError(f"There are {num_prompts} prompts and {len(given)} beginnings given: pass one for each.")
     for row, ids in enumerate(given):
         if len(ids) > max_new_tokens:
-            raise ValueError(f"{len(ids)} ids are given of response {row}, and max_new_tokens is {max_new_tokens}.")
+            raise UserError(f"{len(ids)} ids are given of response {row}, and max_new_tokens is {max_new_tokens}.")
 
 
 def _decode(

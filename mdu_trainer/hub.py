@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import __version__
 from .attacks.card import RECOVERY, RecoveryLike, load_recovery
+from .files import UserError
 from .forget_hashes import ForgetHashes
 from .model_card import (
     CARD,
@@ -69,7 +70,7 @@ ADVICE = {
 }
 
 
-class PushError(RuntimeError):
+class PushError(UserError, RuntimeError):
     """The Hub could not be reached, or refused. The local folder and earlier revisions are as they were."""
 
 
@@ -126,7 +127,7 @@ class Push:
             ).repo_id
             is_private = api.model_info(repo_id, token=target.token).private
         if target.private and not is_private:
-            raise ValueError(
+            raise UserError(
                 f"{repo_id} exists and is public, and the push is private. Nothing was sent. Pass private=False to "
                 "publish there, make the repository private, or choose another name."
             )
@@ -320,11 +321,11 @@ def checkpoint_folder(model_or_path: str | Path | PreTrainedModel | PeftModel) -
 
 def _check_arguments(repo_id: str, adapter: str, revision: str | None, create_pr: bool) -> None:
     if adapter not in ("keep", "merge"):
-        raise ValueError(f"adapter must be 'keep' or 'merge', got {adapter!r}.")
+        raise UserError(f"adapter must be 'keep' or 'merge', got {adapter!r}.")
     if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id must be 'ORG/NAME', got {repo_id!r}.")
+        raise UserError(f"repo_id must be 'ORG/NAME', got {repo_id!r}.")
     if create_pr and revision not in (None, "main"):
-        raise ValueError(f"A pull request goes to main: leave out revision={revision!r}, or create_pr.")
+        raise UserError(f"A pull request goes to main: leave out revision={revision!r}, or create_pr.")
 
 
 def _save(model: PreTrainedModel, source: Path, folder: Path) -> Path:

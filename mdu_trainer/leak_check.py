@@ -43,10 +43,10 @@ from .evaluation.report import Estimate
 from .evaluation.runner import processes
 from .evaluation.sources import check_texts, config_names, load_config
 from .evaluation.tofu import longest_answer
+from .files import UserError, read_jsonl, write_whole
 from .generation import DiffusionGenerationConfig
 from .models import base_of, load_checkpoint
 from .models.loading import load_config as load_model_config
-from .records import write_whole
 
 logger = logging.get_logger(__name__)
 
@@ -149,7 +149,7 @@ def load_rows(source: str, name: str = "forget") -> Dataset:
     """
     path = Path(source)
     if path.suffix in FILES or path.is_file():
-        rows = _read_rows(path)
+        rows = _checked(read_jsonl(path), path)
     else:
         folder, _, config = (source, "", "") if path.exists() else source.rpartition(":")
         rows = _of_config(folder, config) if config else _only_config(source)
@@ -168,44 +168,21 @@ def _only_config(source: str) -> Dataset:
         raise FileNotFoundError(f"There is no file or folder {source}.")
     names = config_names(source)
     if len(names) != 1:
-        raise ValueError(f"{source} has the configs {', '.join(names) or 'none'}: choose one, as {source}:CONFIG.")
+        raise UserError(f"{source} has the configs {', '.join(names) or 'none'}: choose one, as {source}:CONFIG.")
     return load_config(source, names[0])
 
 
-def _read_rows(path: Path) -> Dataset:
-    """The rows of a JSON array or of JSON lines, read into memory: `datasets` would copy them to its cache."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    try:
-        text = path.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text.") from error
-    if not text:
-        raise ValueError(f"{path} is empty: it has no rows.")
-    parts = [(1, text)] if text.startswith("[") else list(enumerate(text.splitlines(), 1))
-    content = []
-    for number, part in parts:
-        try:
-            content.append(json.loads(part) if part.strip() else None)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number + error.lineno - 1}, is not JSON.") from None
-    rows = content[0] if text.startswith("[") else [row for row in content if row is not None]
-    if not rows:
-        raise ValueError(f"{path} is empty: it has no rows.")
-    return _checked(rows, path)
-
-
 def _checked(rows: list[Any], path: Path) -> Dataset:
-    """The columns that are read, once all are texts: an error of Arrow's would quote them."""
+    """The columns that are read, once all are texts, in memory: `datasets` would cache them, and Arrow quote them."""
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"Row {number} of {path} is not an object with {' and '.join(COLUMNS)}.")
+            raise UserError(f"Row {number} of {path} is not an object with {' and '.join(COLUMNS)}.")
         missing = [column for column in COLUMNS if column not in row]
         if missing:
-            raise ValueError(f"Row {number} of {path} has no {' and no '.join(missing)}.")
+            raise UserError(f"Row {number} of {path} has no {' and no '.join(missing)}.")
         wrong = [column for column in COLUMNS if not isinstance(row[column], str)]
         if wrong:
-            raise ValueError(f"Row {number} of {path}: {wrong[0]} must be a text.")
+            raise UserError(f"Row {number} of {path}: {wrong[0]} must be a text.")
     other = "paraphrased_question"
     columns = [*COLUMNS, other] if all(isinstance(row.get(other), str) for row in rows) else COLUMNS
     return Dataset.from_dict({column: [row[column] for row in rows] for column in columns})

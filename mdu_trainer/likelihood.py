@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .divergence import TokenNLL
+from .files import UserError
 from .generation import evaluation_mode
 from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
 from .models import Backbone, row_figures
@@ -206,15 +207,15 @@ def _check(
 ) -> None:
     for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise UserError(f"{name} must be at least 1, got {value}.")
     if len(prompt_ids) != len(response_ids):
-        raise ValueError(f"There are {len(prompt_ids)} prompts and {len(response_ids)} responses: pass one for each.")
+        raise UserError(f"There are {len(prompt_ids)} prompts and {len(response_ids)} responses: pass one for each.")
     for row, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
         length = len(prompt) + len(response)
         if not response:
-            raise ValueError(f"The response of row {row} is empty, so it has no likelihood: remove the row.")
+            raise UserError(f"The response of row {row} is empty, so it has no likelihood: remove the row.")
         if backbone.context_length is not None and length > backbone.context_length:
-            raise ValueError(
+            raise UserError(
                 f"Row {row} has {length} tokens, {len(response)} of them response, and the model's context is "
                 f"{backbone.context_length}: shorten or remove the row."
             )

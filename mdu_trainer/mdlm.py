@@ -29,6 +29,7 @@ from .data import (
 )
 from .distributed import DistributedBackend
 from .divergence import Joint, Measure, TokenFigures, TokenNLL
+from .files import UserError
 from .masking import Corruption, MaskSchedule, corrupt
 from .models import load_model, load_tokenizer, resolve_backbone, row_figures
 from .objectives import diffusion_bound, row_sums
@@ -378,14 +379,14 @@ def _load(model: str | PreTrainedModel | PeftModel, args: MDLMConfig) -> PreTrai
     if isinstance(model, str):
         return load_model(model, trust_remote_code=args.trust_remote_code, **(args.model_init_kwargs or {}))
     if args.model_init_kwargs:
-        raise ValueError("model_init_kwargs are for a model given by name; this one is loaded already.")
+        raise UserError("model_init_kwargs are for a model given by name; this one is loaded already.")
     return model
 
 
 def _load_tokenizer_of(model: str | PreTrainedModel | PeftModel, args: MDLMConfig) -> PreTrainedTokenizerBase:
     name = model if isinstance(model, str) else model.config._name_or_path
     if not name:
-        raise ValueError("The model was not loaded from a name or path, so pass its tokenizer as processing_class.")
+        raise UserError("The model was not loaded from a name or path, so pass its tokenizer as processing_class.")
     revision = (args.model_init_kwargs or {}).get("revision")
     return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision or "main")
 
@@ -395,7 +396,7 @@ def _with_adapter(
 ) -> PreTrainedModel | PeftModel:
     if peft_config is not None:
         if isinstance(model, PeftModel):
-            raise ValueError("The model is a PeftModel already; pass peft_config only with a plain model.")
+            raise UserError("The model is a PeftModel already; pass peft_config only with a plain model.")
         peft_config = copy.copy(peft_config)
         if getattr(peft_config, "target_modules", None) is None:
             peft_config.target_modules = target_modules

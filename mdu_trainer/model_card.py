@@ -23,6 +23,7 @@ from .attacks.card import RecoveryLike, attack_words, load_recovery
 from .attacks.recovery import Recovery
 from .descriptions import METHODS, METRICS
 from .evaluation.report import Results, Run, Scores
+from .files import UserError
 from .provenance import Facts
 
 logger = logging.get_logger(__name__)
@@ -168,7 +169,7 @@ def load_results(folder: Path, results: ResultsLike) -> Results | None:
     try:
         return Results.load(results)
     except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{results} is no results file: it holds more or less than figures.") from error
+        raise UserError(f"{results} is no results file: it holds more or less than figures.") from error
 
 
 def chosen_run(results: Results, facts: Facts) -> Run:
@@ -182,7 +183,7 @@ def chosen_run(results: Results, facts: Facts) -> Run:
         training = {SWEPT.get(name, name): value for name, value in facts.training.items()}
         found = [run for run in found if all(training.get(name) == value for name, value in run.settings.items())]
     if len(found) != 1:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint is {facts.name}, of which the results have {len(found)} runs instead of one "
             f"({', '.join(run.name for run in results.runs) or 'none'}). Pass the results of this checkpoint."
         )

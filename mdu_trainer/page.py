@@ -29,9 +29,9 @@ from .attacks.card import RECOVERY, load_recovery
 from .attacks.recovery import Recovery
 from .descriptions import METHODS, METRICS
 from .evaluation.report import Results, Run, parse_markdown_table
+from .files import UserError, write_whole
 from .model_card import CARD, RESULTS, chosen_run, data_name, only_finite, template_path
 from .provenance import Facts
-from .records import write_whole
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
 ROLES, STATE = "roles.json", "trainer_state.json"
@@ -119,7 +119,7 @@ def write_page(
     results = only_finite(Results.load(folder / RESULTS)) if (folder / RESULTS).is_file() else None
     found = [name for name in (RESULTS, ROLES, RECOVERY) if (folder / name).is_file()]
     if not found:
-        raise ValueError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
+        raise UserError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
     models = find_models(folder, results)
     recovery = load_recovery(folder, None)
     rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]

@@ -18,8 +18,8 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging
 
 from . import __version__
+from .files import SCHEMA, read_record, write_whole
 from .forget_hashes import FORGET_COLUMNS, HASHES_FILE, SHORTEST_ROW_WORDS, ForgetHashes, row_texts
-from .records import SCHEMA, read_record, write_whole
 
 if TYPE_CHECKING:
     from .trainer import MDUTrainer

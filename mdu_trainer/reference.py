@@ -12,6 +12,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from .distributed import DistributedBackend, is_partitioned
 from .divergence import Prediction, Projection, TokenNLL
+from .files import UserError
 from .models import row_figures, row_projection
 
 
@@ -53,7 +54,7 @@ class Reference:
         self.first_adapter: dict[str, Tensor] = {}
         if isinstance(model, PeftModel):
             if precision != "full" or device is not None:
-                raise ValueError(
+                raise UserError(
                     "reference_precision and reference_device are of the copy of a model without adapters; a PEFT "
                     "model needs none. Leave them out."
                 )
@@ -100,7 +101,7 @@ class Reference:
         if precision == "full" and device is None:
             return self.distributed.prepare_frozen(_frozen_copy(model, self.distributed))
         if self.distributed.shards:
-            raise ValueError(
+            raise UserError(
                 "reference_precision and reference_device are of a copy in one piece; under FSDP2 and ZeRO-3 the copy "
                 "is sharded over the processes. Leave them out, or use DDP or ZeRO-2."
             )
@@ -163,7 +164,7 @@ def _adapters_off(model: PeftModel) -> Iterator[None]:
 
 def _check_unsharded(distributed: DistributedBackend) -> None:
     if distributed.shards:
-        raise ValueError(
+        raise UserError(
             "The adapters were trained before, so theta_0 is their weights as they are now; under FSDP2 and ZeRO-3 "
             "these cannot be put back for a pass. Merge them into the model (merge_and_unload) and add new ones, or "
             "use DDP or ZeRO-2."

@@ -19,13 +19,14 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
 from .checkpoints import CheckpointMixin, choose
+from .files import UserError
 
 logger = logging.get_logger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-class NonFiniteLossError(FloatingPointError):
+class NonFiniteLossError(UserError, FloatingPointError):
     """Losses, gradients or weights are NaN or infinite. Training stopped before the update; checkpoints are intact."""
 
 

@@ -22,6 +22,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .files import UserError
+
 WRONG_ANSWERS = 3  # perturbed answers a question
 MAX_AUTHORS = 96  # the smallest pool has 100 entities, and wrong answers need some that belong to nobody
 
@@ -99,7 +101,7 @@ def fictional_authors(num_authors: int = 12, seed: int = 0) -> Dataset:
         ValueError: for a number of authors out of range.
     """
     if not 1 <= num_authors <= MAX_AUTHORS:
-        raise ValueError(f"num_authors must be from 1 to {MAX_AUTHORS}, got {num_authors}.")
+        raise UserError(f"num_authors must be from 1 to {MAX_AUTHORS}, got {num_authors}.")
     rng = random.Random(seed)
     names = _person_names(rng)
     facts = _facts(mentors=names[MAX_AUTHORS:])
@@ -236,7 +238,7 @@ def forget_retain_split(dataset: Dataset, num_forget_authors: int = 2) -> tuple[
     """
     authors = sorted(set(dataset["author"]))
     if not 1 <= num_forget_authors < len(authors):
-        raise ValueError(f"num_forget_authors must be from 1 to {len(authors) - 1}, got {num_forget_authors}.")
+        raise UserError(f"num_forget_authors must be from 1 to {len(authors) - 1}, got {num_forget_authors}.")
     forgotten = set(authors[-num_forget_authors:])
     rows = {True: [], False: []}
     for index, author in enumerate(dataset["author"]):
@@ -270,7 +272,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
     special_tokens = [PAD_TOKEN, END_TOKEN, MASK_TOKEN, *ROLE_TOKENS]
     smallest = len(alphabet) + len(special_tokens)
     if vocab_size < smallest:
-        raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}.")
+        raise UserError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}.")
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
@@ -321,7 +323,7 @@ def tiny_mdlm(
         ValueError: if the tokenizer has no mask token.
     """
     if tokenizer.mask_token_id is None:
-        raise ValueError(
+        raise UserError(
             "The tokenizer has no mask token; add one: tokenizer.add_special_tokens({'mask_token': '<|mask|>'})."
         )
     fields = {

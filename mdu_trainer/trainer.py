@@ -17,6 +17,7 @@ from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint
 from .config import MDUConfig
 from .data import RowPairs, TokenizedRows, count_overlap
 from .divergence import AnchorKL, Measure, Prediction, TokenNLL
+from .files import UserError
 from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row, weighted
 from .models import row_projection, weights_fingerprint
 from .objectives import OBJECTIVES, ForgetTerms
@@ -200,7 +201,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
 
     def _initial(self, model: nn.Module, noised: Noised, input_ids: Tensor) -> Prediction:
         if self.reference is None:
-            raise ValueError(
+            raise UserError(
                 "The anchors of this eval set were not computed before training. Pass it to the constructor, or set "
                 "precompute_anchor=False."
             )
@@ -290,12 +291,12 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
 def _check_retain(args: MDUConfig, forget: Dataset | None, retain: Dataset | None) -> None:
     """Refuse a retain set that would not be read, and a retain loss without one, before a model is loaded."""
     if forget is not None and args.retain_weight > 0 and retain is None:
-        raise ValueError(
+        raise UserError(
             f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
             "retain_weight=0 to unlearn without one."
         )
     if args.retain_weight == 0 and retain is not None:
-        raise ValueError(
+        raise UserError(
             "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
             "use 1), or leave the retain set out."
         )

@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 from .attacks.card import RECOVERY, RecoveryLike, public
 from .attacks.recovery import Recovery
 from .evaluation.report import Results
+from .files import UserError
 from .forget_hashes import ForgetHashes
 from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, card_wording, data_name, only_finite
 from .provenance import Facts
@@ -41,7 +42,7 @@ TEMPLATES = "additional_chat_templates"
 LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file")  # paths of the machine that saved it
 
 
-class LeakError(ValueError):
+class LeakError(UserError):
     """A file that was to be published quotes a row to forget. Nothing was sent. The message names the file only."""
 
 
@@ -101,7 +102,7 @@ def _config(path: Path) -> bytes:
     unknown = config.get("model_type") not in CONFIG_MAPPING
     code = [str(value) for value in config.get("auto_map", {}).values()]
     if unknown and not (code and all("--" in value for value in code)):  # ORG/NAME--module.Class names where it is
-        raise ValueError(
+        raise UserError(
             f"{path.parent} is a model of type {config.get('model_type')!r}, which needs code that no repository "
             "holds under the name in its config. Such models cannot be published from here."
         )
@@ -112,7 +113,7 @@ def _adapter_config(folder: Path, base_model: str | None, facts: Facts) -> bytes
     """adapter_config.json that names the base as others can load it."""
     config = read_json(folder / ADAPTER_CONFIG)
     if base_model is None:
-        raise ValueError(
+        raise UserError(
             f"{folder} holds an adapter of {LOCAL_BASE}, which nobody else can load. Publish the merged model "
             "(adapter='merge'), or pass base_model='ORG/NAME' if the base is on the Hub."
         )
@@ -190,7 +191,7 @@ def check_finite(files: list[Path]) -> None:
         with safe_open(path, "pt") as tensors:
             for name in tensors.keys():
                 if not torch.isfinite(tensors.get_tensor(name)).all():
-                    raise ValueError(
+                    raise UserError(
                         f"{path}: {name} has NaN or infinite values. Nothing was sent. Go back to an earlier "
                         "checkpoint, or train with a lower learning rate."
                     )

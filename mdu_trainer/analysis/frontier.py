@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..evaluation.report import Estimate, Results, Run
+from ..files import UserError
 
 FIGURES: dict[str, tuple[str | None, str]] = {  # by short name: (set, metric), the set None for the model as a whole
     "forget": ("forget", "rougeL_recall"),
@@ -80,7 +81,7 @@ def place_of(name: str) -> tuple[str | None, str]:
         return FIGURES[name]
     part, dot, metric = name.partition(".")
     if not (part and dot and metric):
-        raise ValueError(f"There is no figure {name!r}: name {', '.join(FIGURES)}, or any other as SET.METRIC.")
+        raise UserError(f"There is no figure {name!r}: name {', '.join(FIGURES)}, or any other as SET.METRIC.")
     return (None if part == "model" else part), metric
 
 
@@ -143,13 +144,13 @@ def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", ke
     bounds, base = parse_conditions(conditions), next((run for run in runs if run.method == "base"), None)
     chosen = candidates(runs)
     if not chosen:
-        raise ValueError("There is no run to select from: the comparison has no unlearned model.")
+        raise UserError("There is no run to select from: the comparison has no unlearned model.")
     for name in dict.fromkeys([forget, *(bound.figure for bound in bounds)]):
         if all(math.isnan(value_of(run, name)) for run in chosen):
-            raise ValueError(f"No run has the figure {name}: {_known(chosen)}")
+            raise UserError(f"No run has the figure {name}: {_known(chosen)}")
     for bound in bounds:
         if bound.relative and (base is None or math.isnan(value_of(base, bound.figure))):
-            raise ValueError(f"{bound} needs a base run that has the figure {bound.figure}.")
+            raise UserError(f"{bound} needs a base run that has the figure {bound.figure}.")
     short = [(max((bound.shortfall(run, base) for bound in bounds), default=0.0), run) for run in chosen]
     fit = [run for gap, run in short if gap == 0 and not math.isnan(value_of(run, forget))]
     if fit:
@@ -160,7 +161,7 @@ def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", ke
         for bound in bounds
         if bound.shortfall(nearest, base) > 0
     ]
-    raise ValueError(f"No run satisfies {conditions.strip()}. The nearest is {nearest.name}: {'; '.join(missed)}.")
+    raise UserError(f"No run satisfies {conditions.strip()}. The nearest is {nearest.name}: {'; '.join(missed)}.")
 
 
 def parse_conditions(text: str) -> list[Condition]:
@@ -173,7 +174,7 @@ def parse_conditions(text: str) -> list[Condition]:
     for part in filter(str.strip, text.split(",")):
         found = CONDITION.fullmatch(part)
         if found is None:
-            raise ValueError(f"{part.strip()!r} is no condition: write e.g. retain>=0.95, forget<=0.2*base.")
+            raise UserError(f"{part.strip()!r} is no condition: write e.g. retain>=0.95, forget<=0.2*base.")
         name, sign, bound, relative = found.groups()
         place_of(name)
         conditions.append(Condition(name, sign == ">=", float(bound), relative is not None))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.report import Results, parse_markdown_table
+from ..files import UserError
 from .frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
 from .recovery_plots import Recoveries, draw_recovery, strongest
 from .style import RunStyle, label_points, new_figure, run_styles, save_figure
@@ -90,7 +91,7 @@ def plot_frontier(
     """
     drawn = [run for run in runs if not math.isnan(value_of(run, forget) + value_of(run, keep))]
     if not drawn:
-        raise ValueError(f"No run has both figures, {forget} and {keep}.")
+        raise UserError(f"No run has both figures, {forget} and {keep}.")
     figure, axes = new_figure(size=(9.2, 4.8))
     status = {mark.run.name: mark.status for mark in frontier(drawn, forget, keep)}
     front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, forget))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.report import Estimate
+from ..files import UserError
 from .style import new_figure, run_styles, save_figure
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def plot_recovery(recoveries: Recoveries, path: str | Path) -> None:
     """
     attacks = attacks_in(recoveries)
     if not attacks:
-        raise ValueError(
+        raise UserError(
             "No recovery is defined, so there is nothing to show: it needs a model that never saw the rows."
         )
     figure, axes = new_figure(size=(6.4, 1.3 + len(attacks) * (0.2 + 0.09 * len(recoveries))))

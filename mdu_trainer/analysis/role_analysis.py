@@ -20,6 +20,7 @@ from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.report import Estimate
 from ..evaluation.scoring import digest
 from ..evaluation.sources import check_texts
+from ..files import UserError
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone, weights_fingerprint
 from .role_report import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
@@ -148,9 +149,7 @@ def analyse_roles(
     backbone = resolve_backbone(base, tokenizer)
     data = role_data(forget, tokenizer, backbone, retain, labeller=labeller)
     if not 0 <= settings.example_row < len(data.prompts):
-        raise ValueError(
-            f"example_row = {settings.example_row}: the forget set has rows 0 to {len(data.prompts) - 1}."
-        )
+        raise UserError(f"example_row = {settings.example_row}: the forget set has rows 0 to {len(data.prompts) - 1}.")
     report = RoleReport(
         data.digest(),
         settings,
@@ -162,7 +161,7 @@ def analyse_roles(
     analysis = _Analysis(base, backbone, tokenizer, data, settings, labeller, show_progress)
     for name, model in chain([(BASE, base)], models):
         if name in [run.name for run in report.runs]:
-            raise ValueError(f"Each model needs a name of its own, and {name!r} is taken.")
+            raise UserError(f"Each model needs a name of its own, and {name!r} is taken.")
         found = known.get(name)
         if found is None or found.fingerprint != weights_fingerprint(model):
             found = analysis.run(name, model)
@@ -179,7 +178,7 @@ def _known(path: str | FilePath | None, report: RoleReport, base: str) -> dict[s
     earlier = RoleReport.load(path)
     settings = replace(earlier.settings, batch_size=report.settings.batch_size)
     if (earlier.dataset, settings) != (report.dataset, report.settings) or earlier.runs[0].fingerprint != base:
-        raise ValueError(
+        raise UserError(
             f"{path} is the report of other rows, another base or other settings. Choose another file, or delete this "
             "one to start anew."
         )

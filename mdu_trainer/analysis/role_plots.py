@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import UserError
 from .role_report import OWN, TRUE, RoleReport, role_words
 from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, new_figure, save_figure
 from .token_roles import ROLES
@@ -110,7 +111,7 @@ def plot_heatmap(report: RoleReport, path: str | Path, tokens: Sequence[str] | N
     """
     roles = report.example_roles
     if tokens is not None and len(tokens) != len(roles):
-        raise ValueError(f"The answer has {len(roles)} tokens, got {len(tokens)} texts.")
+        raise UserError(f"The answer has {len(roles)} tokens, got {len(tokens)} texts.")
     size = (2.2 + 2.5 * len(report.runs), 1.3 + 0.2 * len(roles))
     canvas, grid = new_figure(1, len(report.runs), size=size, sharey=True, squeeze=False)
     tables = [np.array(run.example, dtype=float).T for run in report.runs]

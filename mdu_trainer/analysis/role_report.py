@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.report import Estimate, markdown_table
-from ..records import write_whole
+from ..files import UserError, write_whole
 from .token_roles import ROLES, Role
 
 SCHEMA = 1
@@ -43,7 +43,7 @@ class RoleSettings:
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_paths", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
@@ -132,10 +132,10 @@ class RoleReport:
         try:
             content = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a report on token roles: it holds no JSON.") from error
+            raise UserError(f"{path} is not a report on token roles: it holds no JSON.") from error
         schema = content.pop("schema", None) if isinstance(content, dict) else None
         if schema != SCHEMA or "example_roles" not in content:
-            raise ValueError(
+            raise UserError(
                 f"{path} is not a report on token roles of schema {SCHEMA} (it says {schema}): repeat the analysis."
             )
         runs = [_run(run) for run in content["runs"]]
@@ -152,7 +152,7 @@ class RoleReport:
         """
         base, *others = self.runs
         if figure not in base.figures:
-            raise ValueError(f"There is no change of {figure!r}; there is one of {', '.join(base.figures)}.")
+            raise UserError(f"There is no change of {figure!r}; there is one of {', '.join(base.figures)}.")
         rows = [["model", "role", "tokens", f"{figure} before", f"{figure} after", "change", "change in %"]]
         for run in others:
             for role in base.figures[figure]:

@@ -30,6 +30,7 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from ..files import UserError
 from .spans import Span, token_spans
 from .style import ROLE_COLOURS
 from .words import Word, words
@@ -75,7 +76,7 @@ def label_roles(
     Source: MDU (arXiv 2605.18253) for the three kinds of tokens.
     """
     if not len(questions) == len(answers) == len(answer_ids):
-        raise ValueError(
+        raise UserError(
             f"There are {len(questions)} questions, {len(answers)} answers and {len(answer_ids)} lists of answer ids: "
             "pass one of each for every row."
         )
@@ -191,9 +192,9 @@ def _majority(characters: Sequence[Role | None]) -> Role:
 
 def _check_span(start: int, stop: int, role: str, length: int, row: int) -> None:
     if role not in ROLES:
-        raise ValueError(f"The labeller gives row {row} the role {role!r}; roles are {', '.join(ROLES)}.")
+        raise UserError(f"The labeller gives row {row} the role {role!r}; roles are {', '.join(ROLES)}.")
     if not 0 <= start < stop <= length:
-        raise ValueError(
+        raise UserError(
             f"The labeller gives row {row} the span ({start}, {stop}), which is empty or out of the answer's {length} "
             "characters."
         )

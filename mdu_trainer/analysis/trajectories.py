@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
+from ..files import UserError
 from ..generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, evaluation_mode, generate_ids
 from ..masking import corrupt, counter_uniform
 from ..models import Backbone, row_projection
@@ -84,11 +85,11 @@ def true_paths(
         ValueError: for a number of paths below 1, or a response without tokens.
     """
     if num_paths < 1:
-        raise ValueError(f"num_paths must be at least 1, got {num_paths}.")
+        raise UserError(f"num_paths must be at least 1, got {num_paths}.")
     paths = []
     for row, (prompt, response, row_roles) in enumerate(zip(prompts, responses, roles, strict=True)):
         if not response:
-            raise ValueError(f"The response of row {row} is empty, so it has no tokens to reveal: remove the row.")
+            raise UserError(f"The response of row {row} is empty, so it has no tokens to reveal: remove the row.")
         for number in range(num_paths):
             noise = counter_uniform(seed, torch.tensor(number), torch.tensor(row), torch.arange(len(response)))
             order = noise.argsort(stable=True).argsort().numpy()
@@ -274,11 +275,11 @@ def _select(prediction: Prediction, rows: slice) -> Prediction:
 def _check(paths: Sequence[Path], backbone: Backbone, num_steps: int, batch_size: int) -> None:
     for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("the number of paths", len(paths))):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+            raise UserError(f"{name} must be at least 1, got {value}.")
     for path in paths:
         length = len(path.prompt) + len(path.response)
         if backbone.context_length is not None and length > backbone.context_length:
-            raise ValueError(
+            raise UserError(
                 f"Row {path.row} has {length} tokens and the model's context is {backbone.context_length}: shorten or "
                 "remove the row."
             )

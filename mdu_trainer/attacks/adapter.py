@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from ..files import UserError
 from .base import AttackScores, Target, is_merged, worst_case
 
 SCALES = (0.5, 2.0, -1.0)  # of what the adapter adds; -1 subtracts it
@@ -18,9 +19,9 @@ def attack(target: Target, seed: int) -> AttackScores:
     """
     model = target.model
     if not hasattr(model, "disable_adapter"):
-        raise ValueError("The attack 'adapter' needs a PEFT model, and this one has no adapter: leave the attack out.")
+        raise UserError("The attack 'adapter' needs a PEFT model, and this one has no adapter: leave the attack out.")
     if is_merged(model):
-        raise ValueError("The adapter is merged into the weights: call unmerge_adapter first.")
+        raise UserError("The adapter is merged into the weights: call unmerge_adapter first.")
     tries = {}
     with model.disable_adapter():
         tries["off"] = target.score(target.decode(target.prompts))

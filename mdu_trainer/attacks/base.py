@@ -25,6 +25,7 @@ from ..divergence import TokenNLL
 from ..evaluation.metrics import RougeL, greedy_completions
 from ..evaluation.scoring import Question, encode_questions
 from ..evaluation.sources import check_texts
+from ..files import UserError
 from ..generation import DiffusionGenerationConfig, generate_ids
 from ..masking import corrupt
 from ..models import Backbone, resolve_backbone, row_figures
@@ -67,13 +68,13 @@ class AttackSettings:
     def __post_init__(self) -> None:
         for name in ("relearn_steps", "relearn_batch_size", "prefix_words", "samples", "num_draws"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("relearn_share", "reveal"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
+                raise UserError(f"{name} is a share between 0 and 1, got {getattr(self, name)}.")
         for name in ("relearn_learning_rate", "temperature"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}.")
         for name in ("unseen", "unrelated"):
             if getattr(self, name) is not None:
                 check_texts(getattr(self, name), name, {"question": str, "answer": str})
@@ -108,7 +109,7 @@ class Target:
         check_texts(self.rows, "forget", {"question": str, "answer": str})
         longest, room = max(map(len, self.answer_ids)), self.settings.decoding.max_new_tokens
         if longest > room:
-            raise ValueError(
+            raise UserError(
                 f"The longest answer has {longest} tokens with its end token, and max_new_tokens is {room}: raise it, "
                 "or what came back is cut off."
             )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..evaluation.report import markdown_table
+from ..files import UserError
 from ..provenance import Facts
 from .recovery import BASE, NEVER, NO_ATTACK, Outcome, Recovery
 
@@ -39,7 +40,7 @@ def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
         return {}
     name = facts.name
     if name not in recovery.models:
-        raise ValueError(
+        raise UserError(
             f"The checkpoint is {name}, and the attacks were on {', '.join(recovery.models)}. Pass the recovery of "
             "this checkpoint, or recovery=False."
         )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..files import UserError
 from ..masking import counter_uniform
 from .base import AttackScores, Target, mean, recall, said
 
@@ -61,7 +62,7 @@ def attack(target: Target, seed: int, which: str) -> AttackScores:
                 shown.append([i in revealed for i in range(len(roles))])
                 secrets.append(said(hidden))
     if not rows:
-        raise ValueError(
+        raise UserError(
             f"infill-{which} with reveal = {target.settings.reveal:g} leaves no row of which something is revealed "
             "while stored words are hidden: choose another share, or leave the attack out."
         )

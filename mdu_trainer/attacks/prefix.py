@@ -3,6 +3,7 @@
 import re
 
 from ..analysis.spans import token_spans
+from ..files import UserError
 from .base import AttackScores, Target, recall, said
 
 WORD = re.compile(r"\S+")
@@ -26,7 +27,7 @@ def attack(target: Target, seed: int) -> AttackScores:
         if rest:
             prompts[row], rests[row] = target.prompts[row] + ids[:count], said(rest)
     if not prompts:
-        raise ValueError(
+        raise UserError(
             f"prefix_words = {target.settings.prefix_words} reveals every stored word of every answer: choose fewer."
         )
     after = target.decode(list(prompts.values()))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
+from ..files import UserError
 from .base import AttackScores, Target, is_merged, restored, worst_case
 
 Rounding = Callable[[Tensor], Tensor]
@@ -54,7 +55,7 @@ def quantised(model: nn.Module, rounding: Rounding) -> Iterator[None]:
         and module.weight.is_floating_point()
     ]
     if not weights:
-        raise ValueError("The model has no linear layers with floating-point weights: load it unquantised.")
+        raise UserError("The model has no linear layers with floating-point weights: load it unquantised.")
     merge = None if is_merged(model) else getattr(model, "merge_adapter", None)
     with restored(weights), torch.no_grad():
         if merge is not None:

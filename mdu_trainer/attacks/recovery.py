@@ -27,8 +27,8 @@ from ..evaluation.progress import ProgressFile
 from ..evaluation.report import Estimate, markdown_table
 from ..evaluation.scoring import digest
 from ..evaluation.sources import check_texts
+from ..files import UserError, write_whole
 from ..models import weights_fingerprint
-from ..records import write_whole
 from .base import AttackScores, AttackSettings, Target
 from .registry import ADAPTER, Attack
 
@@ -110,15 +110,15 @@ class Recovery:
         try:
             content = json.loads(Path(path).read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not a recovery file: it holds no JSON.") from error
+            raise UserError(f"{path} is not a recovery file: it holds no JSON.") from error
         schema = content.pop("schema", None) if isinstance(content, dict) else None
         if schema != SCHEMA:
-            raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the attacks.")
+            raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the attacks.")
         try:
             attacks = {name: _attack_outcome(outcome) for name, outcome in content["attacks"].items()}
             return cls(**content | {"attacks": attacks})
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is no recovery file: it holds more or less than figures.") from error
+            raise UserError(f"{path} is no recovery file: it holds more or less than figures.") from error
 
     def recoveries(self) -> dict[str, dict[str, Estimate]]:
         """Name of an unlearned model -> name of an attack -> recovery, where any is defined."""
@@ -231,7 +231,7 @@ def run_attacks(
     check_texts(rows, "forget", {"question": str, "answer": str})
     reserved = [name for name in (BASE, NEVER) if name in unlearned]
     if reserved or not unlearned:
-        raise ValueError(f"Name at least one unlearned model, none of them {BASE!r} or {NEVER!r}.")
+        raise UserError(f"Name at least one unlearned model, none of them {BASE!r} or {NEVER!r}.")
     models = {BASE: base} | ({} if never is None else {NEVER: never}) | dict(unlearned)
     attacks = {NO_ATTACK: Attack(_no_attack, "ask the plain question")} | dict(attacks)
     said = _settings(settings)
@@ -302,7 +302,7 @@ def _attack(
     for attack, entry in attacks.items():
         before, start = done.get((name, attack)), time.perf_counter()
         if before is not None and before.weights != weights:
-            raise ValueError(
+            raise UserError(
                 f"{progress_path} holds attacks on other weights under the name {name!r}. Choose another file, or "
                 "delete this one to start anew."
             )
@@ -335,7 +335,7 @@ def _compare(words: str, scores: Mapping[str, AttackScores], attack: str) -> Att
     outcomes = {}
     for name, one in scores.items():
         if one.rows != rows:
-            raise ValueError(f"{attack} scored other rows of {name} than of {BASE}: they cannot be compared.")
+            raise UserError(f"{attack} scored other rows of {name} than of {BASE}: they cannot be compared.")
         recovery = None
         if NEVER in scores and name not in (BASE, NEVER):
             recovery = recovery_of(one.after, scores[NEVER].after, scores[BASE].after)

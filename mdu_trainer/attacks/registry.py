@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..files import UserError
+
 if TYPE_CHECKING:
     from .base import AttackScores, AttackSettings, Target
 
@@ -74,13 +76,13 @@ def choose_attacks(
     """
     unknown = [name for name in names if name not in ATTACKS]
     if unknown or not names:
-        raise ValueError(f"Unknown attacks: {', '.join(unknown) or 'none given'}. Choose from {', '.join(ATTACKS)}.")
+        raise UserError(f"Unknown attacks: {', '.join(unknown) or 'none given'}. Choose from {', '.join(ATTACKS)}.")
     for name in names:
         for need in ATTACKS[name].needs:
             if need == ADAPTER and not has_adapter:
-                raise ValueError(f"The attack {name!r} needs a PEFT adapter, and the model has none: leave it out.")
+                raise UserError(f"The attack {name!r} needs a PEFT adapter, and the model has none: leave it out.")
             if need != ADAPTER and getattr(settings, need) is None:
-                raise ValueError(
+                raise UserError(
                     f"The attack {name!r} needs rows in AttackSettings.{need}: pass some, or leave the attack out."
                 )
     return {name: ATTACKS[name] for name in names}

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..data import RowPairs, TokenizedRows, shuffled
 from ..evaluation.scoring import Question
+from ..files import UserError
 from ..generation import evaluation_mode
 from ..masking import MaskSchedule, permutation
 from .base import AttackScores, Target, mean, restored
@@ -34,7 +35,7 @@ def related(target: Target, seed: int) -> AttackScores:
     trained = round(len(order) * target.settings.relearn_share)
     held_out = len(order) - trained
     if not (trained and held_out):
-        raise ValueError(
+        raise UserError(
             f"relearn-related trains on {trained} of {len(order)} forget rows and scores {held_out}: give more."
         )
     paths: list[dict[str, list[float]]] = []

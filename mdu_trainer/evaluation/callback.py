@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from ..files import UserError
 from ..generation import DiffusionGenerationConfig
 from ..mdlm import MDLMTrainer
 from .tofu import check_sets, evaluate_tofu
@@ -32,11 +33,11 @@ class ScoringCallback(TrainerCallback, ABC):
 
     def __init__(self, trainer: MDLMTrainer, every_steps: int | None = None):
         if every_steps is not None and every_steps < 1:
-            raise ValueError(f"every_steps must be at least 1, got {every_steps}.")
+            raise UserError(f"every_steps must be at least 1, got {every_steps}.")
         if every_steps is None and trainer.args.eval_strategy == "no":
-            raise ValueError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
+            raise UserError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
-            raise ValueError(
+            raise UserError(
                 "The model is sharded over the processes (FSDP or ZeRO-3), and each would decode at its own pace and "
                 "wait for the others forever. Score the checkpoints after training instead."
             )
@@ -140,7 +141,7 @@ class UnlearningEvalCallback(ScoringCallback):
         self.sets = {"forget": forget} | ({} if retain is None else {"retain": retain})
         check_sets(self.sets)
         if stop_retain_below is not None and retain is None:
-            raise ValueError(f"stop_retain_below = {stop_retain_below} needs retain rows to score: pass retain.")
+            raise UserError(f"stop_retain_below = {stop_retain_below} needs retain rows to score: pass retain.")
         super().__init__(trainer, every_steps)
         self.generation_config = generation_config
         self.metrics, self.num_draws = tuple(metrics), num_draws
@@ -174,7 +175,7 @@ class UnlearningEvalCallback(ScoringCallback):
                 continue
             key = f"eval_{name}_{self.stop_metric}"
             if key not in figures:
-                raise ValueError(f"stop_metric: there is no {key}; measured are {', '.join(figures)}.")
+                raise UserError(f"stop_metric: there is no {key}; measured are {', '.join(figures)}.")
             if figures[key] < limit:
                 reasons.append(f"{meaning[name]} ({key} = {figures[key]:.3f} < stop_{name}_below = {limit:g})")
         if reasons:

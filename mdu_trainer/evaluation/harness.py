@@ -30,6 +30,7 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..files import UserError
 from ..generation import DiffusionGenerationConfig, generate_ids
 from ..likelihood import response_likelihood
 from ..models import load_model, load_tokenizer, resolve_backbone
@@ -88,12 +89,12 @@ class MaskedDiffusionLM(TemplateLM):
         super().__init__()
         unknown = decoding.keys() - DECODING_FIELDS
         if unknown:
-            raise ValueError(
+            raise UserError(
                 f"Unknown model_args {', '.join(sorted(unknown))}. Besides those of MaskedDiffusionLM there are "
                 f"{', '.join(sorted(DECODING_FIELDS))}."
             )
         if not str(batch_size).isdecimal():
-            raise ValueError(f"batch_size must be a number, got {batch_size!r}: the largest that fits is not sought.")
+            raise UserError(f"batch_size must be a number, got {batch_size!r}: the largest that fits is not sought.")
         self._decoding = DiffusionGenerationConfig(**{"seed": seed, "batch_size": int(batch_size), **decoding})
         self._num_draws = num_draws
         self._check_greedy = check_greedy
@@ -238,7 +239,7 @@ class MaskedDiffusionLM(TemplateLM):
             return contexts
         for row, needed in enumerate(room):
             if needed >= limit:
-                raise ValueError(f"Request {row} needs {needed} tokens, and the model's context is {limit}.")
+                raise UserError(f"Request {row} needs {needed} tokens, and the model's context is {limit}.")
         kept = [ids[max(0, len(ids) + needed - limit) :] for ids, needed in zip(contexts, room, strict=True)]
         cut = sum(len(short) < len(ids) for short, ids in zip(kept, contexts, strict=True))
         if cut:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..files import UserError
+
 T = TypeVar("T")
 
 
@@ -52,7 +54,7 @@ class ProgressFile:
             try:
                 done.append(read(json.loads(text)))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from error
+                raise UserError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from error
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
         self._file = self.path.open("a")
@@ -75,10 +77,10 @@ class ProgressFile:
         except json.JSONDecodeError:
             found = None
         if not isinstance(found, dict) or found.get("progress") != header["progress"]:
-            raise ValueError(f"{self.path} is not the progress of an {self.work}; choose another file.")
+            raise UserError(f"{self.path} is not the progress of an {self.work}; choose another file.")
         other = list(_differences(found, header))
         if other:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} holds the progress of another {self.work} ({', '.join(other)} differ). Choose another "
                 "file, or delete this one to start anew."
             )

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..records import write_whole
+from ..files import UserError, write_whole
 
 SCHEMA = 2
 
@@ -132,10 +132,10 @@ class Results:
         try:
             content = json.loads(Path(path).read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not a results file: it holds no JSON.") from error
+            raise UserError(f"{path} is not a results file: it holds no JSON.") from error
         schema = content.pop("schema", None) if isinstance(content, dict) else None
         if schema != SCHEMA:
-            raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the evaluation.")
+            raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the evaluation.")
         return cls(**content | {"runs": [_run(run) for run in content["runs"]]})
 
     def table(self, further: dict[str, dict[str, str]] | None = None) -> str:

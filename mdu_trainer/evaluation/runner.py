@@ -13,6 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..files import UserError
 from ..models import Backbone, resolve_backbone, weights_fingerprint
 from .progress import ProgressFile
 from .scoring import Batch, Figures, QuestionSet
@@ -68,7 +69,7 @@ def score_questions(
     """
     names = [questions.name for questions in sets]
     if len(set(names)) < len(names):
-        raise ValueError(f"Each set needs a name of its own, got {names}.")
+        raise UserError(f"Each set needs a name of its own, got {names}.")
     backbone = backbone or resolve_backbone(model, tokenizer)
     state = processes()
     with ProgressFile(progress_path if state.is_main_process else None) as progress:

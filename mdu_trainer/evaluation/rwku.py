@@ -33,6 +33,7 @@ from nltk import ngrams, wordpunct_tokenize
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..files import UserError
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
 from .report import Run
@@ -109,11 +110,11 @@ def load_rwku(
     """
     unknown = [config for config in configs or () if config not in CONFIGS]
     if unknown:
-        raise ValueError(f"RWKU has no config {', '.join(unknown)} to evaluate on; choose from {', '.join(CONFIGS)}.")
+        raise UserError(f"RWKU has no config {', '.join(unknown)} to evaluate on; choose from {', '.join(CONFIGS)}.")
     names = config_names(source)
     configs = configs or [config for config in CONFIGS if config in names or FILES.get(config) in names]
     if not configs:
-        raise ValueError(f"{source} has none of RWKU's configs; it has {', '.join(names) or 'none'}.")
+        raise UserError(f"{source} has none of RWKU's configs; it has {', '.join(names) or 'none'}.")
     sets = {}
     for config in configs:
         rows = load_config(source, config, FILES)
@@ -138,12 +139,12 @@ def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) ->
     path = Path(path)
     files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"{path} is neither a JSONL file nor a folder of them.")
+        raise UserError(f"{path} is neither a JSONL file nor a folder of them.")
     if path.is_dir() and subjects is not None:
         named = {_plain(file.stem): file for file in files}
         missing = [subject for subject in subjects if _plain(subject) not in named]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{path} has no file for {_counted(missing, subjects)}: name it such as Stephen_King.jsonl."
             )
         files, subjects = [named[_plain(subject)] for subject in subjects], None
@@ -158,11 +159,11 @@ def about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:
         ValueError: for rows without a subject, or a subject that no row is about.
     """
     if "subject" not in rows.column_names:
-        raise ValueError(f"The {name} set has no column subject to select by; its columns are {rows.column_names}.")
+        raise UserError(f"The {name} set has no column subject to select by; its columns are {rows.column_names}.")
     found = [_plain(str(subject)) for subject in rows["subject"]]
     missing = [subject for subject in subjects if _plain(subject) not in found]
     if missing:
-        raise ValueError(f"No row of the {name} set is about {_counted(missing, subjects)}; it has {len(set(found))}.")
+        raise UserError(f"No row of the {name} set is about {_counted(missing, subjects)}; it has {len(set(found))}.")
     return rows.select([i for i, subject in enumerate(found) if subject in map(_plain, subjects)])
 
 
@@ -179,9 +180,9 @@ def check_sets(sets: Mapping[str, Dataset]) -> None:
             try:
                 answers = CONFIGS[name].ask(row).answers
             except (KeyError, TypeError, IndexError, ValueError) as error:
-                raise ValueError(f"Row {number} of the {name} set lacks something: {type(error).__name__}.") from None
+                raise UserError(f"Row {number} of the {name} set lacks something: {type(error).__name__}.") from None
             if any(not choices for choices in answers.values()):
-                raise ValueError(f"Row {number} of the {name} set needs true and false choices.")
+                raise UserError(f"Row {number} of the {name} set needs true and false choices.")
 
 
 def evaluate_rwku(
@@ -256,7 +257,7 @@ def _read_jsonl(path: Path) -> Dataset:
         try:
             row = json.loads(line) if line.strip() else None
         except json.JSONDecodeError:
-            raise ValueError(f"{path}, line {number}, is not JSON.") from None
+            raise UserError(f"{path}, line {number}, is not JSON.") from None
         if row is not None:
             rows.append(row)
     dataset = Dataset.from_list(rows)

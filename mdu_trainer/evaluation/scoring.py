@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data import question_answer_rows, tokenize_rows
+from ..files import UserError
 from ..generation import DiffusionGenerationConfig, generate_ids
 from ..likelihood import response_likelihood
 from ..models import Backbone
@@ -235,7 +236,7 @@ def encode_questions(
         if role is None:
             continue
         if all(token in backbone.end_token_ids for token in ids):
-            raise ValueError(f"Row {row} of the {name} set: an answer ({role}) has no tokens, so nothing to score.")
+            raise UserError(f"Row {row} of the {name} set: an answer ({role}) has no tokens, so nothing to score.")
         questions[row].answers.setdefault(role, []).append(ids)
     return questions
 
@@ -334,5 +335,5 @@ def choose_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
-        raise ValueError(f"Unknown metrics: {', '.join(unknown) or 'none given'}. Choose from {', '.join(METRICS)}.")
+        raise UserError(f"Unknown metrics: {', '.join(unknown) or 'none given'}. Choose from {', '.join(METRICS)}.")
     return {name: METRICS[name] for name in names}

@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset, get_dataset_config_names, load_dataset
 
 from ..data import whole_cache
+from ..files import UserError
 
 SUFFIXES = (".json", ".jsonl")
 
@@ -33,14 +34,14 @@ def load_config(source: str | Path, config: str, file_names: Mapping[str, str] |
     stem = (file_names or {}).get(config, config)
     name = config if config in names else stem
     if name not in names:
-        raise ValueError(f"{source} has no config {config!r}; it has {', '.join(names) or 'none'}.")
+        raise UserError(f"{source} has no config {config!r}; it has {', '.join(names) or 'none'}.")
     with whole_cache(f"config {config!r} of {source}"):
         splits = _load(Path(source), str(source), name)
     if len(splits) != 1:
-        raise ValueError(f"Config {config!r} of {source} has the splits {', '.join(splits)}; there must be one.")
+        raise UserError(f"Config {config!r} of {source} has the splits {', '.join(splits)}; there must be one.")
     (rows,) = splits.values()
     if len(rows) == 0:
-        raise ValueError(f"Config {config!r} of {source} is empty: it has no rows.")
+        raise UserError(f"Config {config!r} of {source} is empty: it has no rows.")
     return rows
 
 
@@ -69,15 +70,15 @@ def check_texts(rows: Dataset, name: str, columns: Mapping[str, type]) -> None:
         ValueError: for no rows, a missing column, or a value that is no text, blank or an empty list.
     """
     if len(rows) == 0:
-        raise ValueError(f"The {name} set is empty. Check the split's name and any filter applied to it.")
+        raise UserError(f"The {name} set is empty. Check the split's name and any filter applied to it.")
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
-        raise ValueError(f"The {name} set has no column {', '.join(missing)}; its columns are {rows.column_names}.")
+        raise UserError(f"The {name} set has no column {', '.join(missing)}; its columns are {rows.column_names}.")
     for column, kind in columns.items():
         for row, value in enumerate(rows[column]):
             texts = value if kind is list else [value]
             if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
                 wanted = "a list of texts" if kind is list else "a text"
-                raise ValueError(f"Row {row} of the {name} set: {column} must be {wanted}.")
+                raise UserError(f"Row {row} of the {name} set: {column} must be {wanted}.")
             if not all(text.strip() for text in texts):
-                raise ValueError(f"Row {row} of the {name} set: {column} is blank, so it has no tokens to score.")
+                raise UserError(f"Row {row} of the {name} set: {column} is blank, so it has no tokens to score.")

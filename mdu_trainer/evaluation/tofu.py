@@ -19,9 +19,9 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..files import UserError, write_whole
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
-from ..records import write_whole
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
 from .report import Estimate, Run, Scores
 from .runner import score_questions
@@ -61,14 +61,14 @@ class TruthRatios:
             content = json.loads(Path(path).read_text())
             log = cls(content["questions"], content["values"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a log of truth ratios, as TruthRatios.save writes it.") from error
+            raise UserError(f"{path} is not a log of truth ratios, as TruthRatios.save writes it.") from error
         log.check(forget, str(path))
         return log
 
     def check(self, forget: Dataset, name: str = "The log") -> None:
         """Refuse forget rows whose questions are not those of the log."""
         if self.questions != question_digest(forget) or len(self.values) != len(forget):
-            raise ValueError(
+            raise UserError(
                 f"{name} has the truth ratios of {len(self.values)} other questions than the {len(forget)} of the "
                 "forget set. Evaluate the retain model on the same forget rows, in the same order."
             )
@@ -146,7 +146,7 @@ def check_sets(sets: Mapping[str, Dataset]) -> None:
     """
     unknown = [name for name in sets if name not in SETS]
     if unknown or "forget" not in sets:
-        raise ValueError(f"sets must be 'forget' and any of {', '.join(SETS[1:])}, got {', '.join(sets) or 'none'}.")
+        raise UserError(f"sets must be 'forget' and any of {', '.join(SETS[1:])}, got {', '.join(sets) or 'none'}.")
     for name, rows in sets.items():
         kinds = {"paraphrased_answer": str, "perturbed_answer": list}
         columns = {"question": str, "answer": str} | {c: kinds[c] for c in kinds if c in rows.column_names}
@@ -155,7 +155,7 @@ def check_sets(sets: Mapping[str, Dataset]) -> None:
             counts = [len(answers) for answers in rows["perturbed_answer"]]
             other = next((row for row, count in enumerate(counts) if count != counts[0]), None)
             if other is not None:
-                raise ValueError(
+                raise UserError(
                     f"Row {other} of the {name} set has {counts[other]} perturbed answers, row 0 has {counts[0]}. "
                     "Truth ratios compare rows with equally many: complete or remove the row."
                 )

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..files import UserError
 from .dream import DreamConfig
 from .llada import LLaDAConfig
 from .llada_moe import LLaDAMoEConfig
@@ -113,7 +114,7 @@ def backbone_name(config: PreTrainedConfig, model_class: type | None = None) -> 
     if getattr(config, "is_causal", True) is False:
         _refuse_recurrent(config)
         return "bidirectional"
-    raise ValueError(
+    raise UserError(
         f"{', '.join(architectures) or type(config).__name__} (model_type {config.model_type!r}) is a causal language "
         "model: its config does not say is_causal=False, so a masked token would not see the tokens after it. Load a "
         "masked diffusion model (LLaDA, Dream, a *ForMaskedLM), or, if this checkpoint was adapted to attend in both "
@@ -125,7 +126,7 @@ def _refuse_recurrent(config: PreTrainedConfig) -> None:
     """`is_causal` switches attention alone: state-space and convolution layers still read from left to right."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or not hasattr(config, "num_attention_heads"):
-        raise ValueError(
+        raise UserError(
             f"The config (model_type {config.model_type!r}) says is_causal=False, but its layers that are not "
             f"plain attention ({', '.join(sorted(kinds)) or 'here all'}) stay causal. Such models are not supported."
         )
@@ -144,18 +145,18 @@ def _mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     in_config = getattr(config, "mask_token_id", None)
     in_tokenizer = tokenizer.mask_token_id
     if in_config is None and in_tokenizer is None:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path!r}) has no mask token and the config "
             "no mask_token_id. A masked diffusion model needs the one it was trained with: set tokenizer.mask_token."
         )
     if None not in (in_config, in_tokenizer) and in_config != in_tokenizer:
-        raise ValueError(
+        raise UserError(
             f"The config says mask_token_id={in_config}, the tokenizer says {in_tokenizer} "
             f"({tokenizer.mask_token!r}). {LOAD_TOGETHER}"
         )
     mask_token_id = in_config if in_tokenizer is None else in_tokenizer
     if not 0 <= mask_token_id < vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The mask token id {mask_token_id} is outside the embedding, which has {vocab_size} rows. The tokenizer "
             "does not fit the model; after adding a token, call model.resize_token_embeddings and train the new row."
         )
@@ -169,7 +170,7 @@ def _end_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     eos = tokenizer.eos_token_id
     # Native configs have no default for eos. Elsewhere the value may be transformers' own, not the model's
     if native and eos is not None and in_config and eos not in in_config:
-        raise ValueError(
+        raise UserError(
             f"The config says eos_token_id={in_config[0]}, the tokenizer says {eos} ({tokenizer.eos_token!r}). "
             f"{LOAD_TOGETHER}"
         )
@@ -183,7 +184,7 @@ def _end_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     if not ends and tokenizer.sep_token_id is not None:
         ends.append(tokenizer.sep_token_id)
     if not ends:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path!r}) has no end-of-turn, eos or sep "
             "token, so nothing can end a response: set tokenizer.eos_token."
         )
@@ -202,7 +203,7 @@ def _pad_token_id(
     if in_tokenizer is None:
         return end_token_ids[-1] if in_config is None else in_config
     if in_tokenizer >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"The tokenizer's pad token id {in_tokenizer} ({tokenizer.pad_token!r}) is outside the embedding, which "
             f"has {vocab_size} rows: set tokenizer.pad_token to a token that the model knows."
         )
@@ -211,7 +212,7 @@ def _pad_token_id(
     # DiffuCoder: the config pads with eos, the tokenizer has gained a pad token. Both are hidden by the attention mask
     if name != "masked_lm" and in_config in end_token_ids and in_tokenizer not in end_token_ids:
         return in_tokenizer
-    raise ValueError(
+    raise UserError(
         f"The config says pad_token_id={in_config}, the tokenizer says {in_tokenizer} ({tokenizer.pad_token!r}). "
         f"{LOAD_TOGETHER}"
     )

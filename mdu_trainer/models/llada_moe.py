@@ -13,6 +13,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from ..files import UserError
 from .published import PublishedConfigMixin, refuse_generate, refuse_values
 
 MASK_TOKEN = "<|mask|>"
@@ -72,7 +73,7 @@ class LLaDAMoEConfig(PublishedConfigMixin, Qwen3MoeConfig):
         refuse_values("LLaDA-MoE", REQUIRED, kwargs | {"norm_topk_prob": self.norm_topk_prob})
         sparse = kwargs.get("moe_layer_freq") or ()
         if any(flag != 1 for flag in sparse):
-            raise ValueError(
+            raise UserError(
                 f"This LLaDA-MoE config has dense layers, which are not supported: moe_layer_freq={sparse}."
             )
         if kwargs.get("expert_intermediate_size") is not None:

@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ..files import UserError
 from . import dream, llada, llada_moe
 from .backbone import backbone_name
 from .refusals import refuse_unsupported
@@ -158,7 +159,7 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False, **hub_arg
             if raw.get("auto_map")
             else "The checkpoint ships none either"
         )
-        raise ValueError(f"{name_or_path}: no code here or in transformers knows model_type {model_type!r}. {advice}.")
+        raise UserError(f"{name_or_path}: no code here or in transformers knows model_type {model_type!r}. {advice}.")
     return AutoConfig.from_pretrained(
         name_or_path, trust_remote_code=trust_remote_code and model_type not in NATIVE, **hub_arguments
     )

@@ -6,6 +6,8 @@ from typing import Any, ClassVar, NoReturn
 
 from torch import nn
 
+from ..files import UserError
+
 
 def refuse_values(family: str, required: dict[str, tuple], config: dict[str, Any]) -> None:
     """Raise a ValueError that names every key of `config` whose value is not among those of `required`."""
@@ -15,7 +17,7 @@ def refuse_values(family: str, required: dict[str, tuple], config: dict[str, Any
         if key in config and config[key] not in values
     ]
     if wrong:
-        raise ValueError(
+        raise UserError(
             f"This {family} config describes another architecture than the published one: {', '.join(wrong)}."
         )
 

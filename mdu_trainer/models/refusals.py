@@ -2,6 +2,8 @@
 
 import re
 
+from ..files import UserError
+
 BLOCK_WISE = (
     "attends causally between blocks and in both directions within one. A plain bidirectional forward would compute "
     "something it was never trained for, so block-wise models are not supported"
@@ -25,4 +27,4 @@ def refuse_unsupported(model_type: str | None, architectures: list[str] | None) 
         plain = re.sub(r"[^a-z0-9]", "", name.lower())
         for beginning, reason in REASONS.items():
             if plain.startswith(beginning):
-                raise ValueError(f"{name} {reason}.")
+                raise UserError(f"{name} {reason}.")

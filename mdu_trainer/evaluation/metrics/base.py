@@ -10,6 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 import datasets
 import evaluate
 
+from ...files import UserError
+
 Rows = dict[str, list[float]]  # name of a figure -> a value a row
 
 
@@ -90,9 +92,9 @@ class RowMetric(evaluate.Metric):
         """Score these rows, and those added before."""
         columns = {name: kwargs.pop(name, None) for name in self.inputs}
         for name in {"predictions", "references"} & kwargs.keys():  # which `evaluate` would leave out without a word
-            raise ValueError(f"{type(self).__name__} takes the columns {', '.join(self.inputs)}, not {name}.")
+            raise UserError(f"{type(self).__name__} takes the columns {', '.join(self.inputs)}, not {name}.")
         if all(column is None for column in columns.values()) and len(self) == 0:
-            raise ValueError(f"There is nothing to score: no {' or '.join(self.inputs)} were given or added.")
+            raise UserError(f"There is nothing to score: no {' or '.join(self.inputs)} were given or added.")
         return super().compute(**columns, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **columns: Any) -> None:
@@ -104,7 +106,7 @@ class RowMetric(evaluate.Metric):
         """Add rows to score later."""
         columns = {name: value for name, value in columns.items() if name in self.inputs or value is not None}
         if columns.keys() != self.inputs.keys():
-            raise ValueError(
+            raise UserError(
                 f"{type(self).__name__} takes the columns {', '.join(self.inputs)}, and got "
                 f"{', '.join(columns) or 'none'}."
             )
@@ -113,9 +115,9 @@ class RowMetric(evaluate.Metric):
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) > 1:
             counts = " and ".join(f"{length} {name}" for name, length in lengths.items())
-            raise ValueError(f"There must be one value of each column a row, got {counts}.")
+            raise UserError(f"There must be one value of each column a row, got {counts}.")
         if not any(lengths.values()):
-            raise ValueError(f"There is nothing to score: {' and '.join(columns)} are empty.")
+            raise UserError(f"There is nothing to score: {' and '.join(columns)} are empty.")
         super().add_batch(**{name: list(column) for name, column in columns.items()})
 
     def _compute(self, use_aggregator: bool = True, **kwargs: Any) -> dict[str, float] | Rows:
@@ -129,16 +131,16 @@ class RowMetric(evaluate.Metric):
 def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Refuse an option that is none of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise UserError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
 def _check_column(name: str, column: Any, kind: Kind) -> None:
     """Raise before `evaluate` does, whose messages quote the values."""
     if column is None or isinstance(column, str) or not hasattr(column, "__len__"):
-        raise ValueError(f"{name} must be a list of {kind.items}, got {type(column).__name__}.")
+        raise UserError(f"{name} must be a list of {kind.items}, got {type(column).__name__}.")
     for row, value in enumerate(column):
         if not kind.fits(value):
-            raise ValueError(f"{name} must be {kind.items}, but row {row} is {_describe(value)}.")
+            raise UserError(f"{name} must be {kind.items}, but row {row} is {_describe(value)}.")
 
 
 def _describe(value: Any) -> str:

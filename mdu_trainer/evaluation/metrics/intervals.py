@@ -6,6 +6,8 @@ from typing import Literal
 import numpy as np
 from scipy.stats import bootstrap, hmean
 
+from ...files import UserError
+
 ROWS_A_BATCH = 1 << 22  # values that are resampled at a time
 
 STATISTICS: dict[str, Callable] = {"mean": np.mean, "median": np.median, "hmean": hmean}
@@ -44,11 +46,11 @@ def bootstrap_interval(
     """
     rows = np.asarray(values, dtype=np.float64)
     if rows.ndim != 1 or not len(rows) or not np.isfinite(rows).all():
-        raise ValueError(f"values must be finite numbers, one a row and at least one, got shape {rows.shape}.")
+        raise UserError(f"values must be finite numbers, one a row and at least one, got shape {rows.shape}.")
     if isinstance(statistic, str) and statistic not in STATISTICS:
-        raise ValueError(f"statistic must be one of {', '.join(STATISTICS)} or a function, got {statistic!r}.")
+        raise UserError(f"statistic must be one of {', '.join(STATISTICS)} or a function, got {statistic!r}.")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be above 0 and below 1, got {confidence}.")
+        raise UserError(f"confidence must be above 0 and below 1, got {confidence}.")
     if len(rows) == 1:
         return None, None
     if (rows == rows[0]).all():  # scipy warns of a degenerate distribution, and rounds

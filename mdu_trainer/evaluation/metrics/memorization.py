@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 from tqdm import tqdm
 
+from ...files import UserError
 from ...generation import DiffusionGenerationConfig, generate_ids
 from ...models import Backbone
 from .base import RowMetric, Rows
@@ -49,7 +50,7 @@ class ExactMemorization(RowMetric):
         """
         empty = [row for row, ids in enumerate(references) if not ids]
         if empty:
-            raise ValueError(f"The reference of row {empty[0]} has no tokens: remove the row.")
+            raise UserError(f"The reference of row {empty[0]} has no tokens: remove the row.")
         return {
             "exact_memorization": [
                 sum(a == b for a, b in zip(predicted, true, strict=False)) / len(true)
@@ -93,7 +94,7 @@ class ExtractionStrength(RowMetric):
         """
         for row, (prefix, length) in enumerate(zip(prefix_tokens, num_tokens, strict=True)):
             if not 0 <= prefix <= length or length == 0:
-                raise ValueError(f"Row {row} has a prefix of {prefix} tokens and an answer of {length}.")
+                raise UserError(f"Row {row} has a prefix of {prefix} tokens and an answer of {length}.")
         pairs = zip(prefix_tokens, num_tokens, strict=True)
         return {"extraction_strength": [1 - prefix / length for prefix, length in pairs]}
 
@@ -157,7 +158,7 @@ def shortest_prefixes(
         ValueError: for a response without tokens before its end token, or num_prefixes below 1.
     """
     if num_prefixes < 1:
-        raise ValueError(f"num_prefixes must be at least 1, got {num_prefixes}.")
+        raise UserError(f"num_prefixes must be at least 1, got {num_prefixes}.")
     answers = _answers(response_ids, backbone)
     lengths = [len(ids) for ids in answers]
     tries = [sorted({length * i // num_prefixes for i in range(num_prefixes)}, reverse=True) for length in lengths]
@@ -211,6 +212,6 @@ def _answers(response_ids: Sequence[list[int]], backbone: Backbone) -> list[list
     for row, ids in enumerate(response_ids):
         end = next((i for i, token in enumerate(ids) if token in backbone.end_token_ids), len(ids))
         if end == 0:
-            raise ValueError(f"The response of row {row} has no tokens before its end token: remove the row.")
+            raise UserError(f"The response of row {row} has no tokens before its end token: remove the row.")
         answers.append(ids[:end])
     return answers

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import mannwhitneyu
 
+from ...files import UserError
 from .base import RowMetric
 
 
@@ -78,7 +79,7 @@ class PrivacyLeakage(RowMetric):
         """
         reference = 1 - _auc(reference_scores, members)
         if reference == 0:
-            raise ValueError(
+            raise UserError(
                 "The attack tells all members from the others on the retain model, which was trained on neither: the "
                 "two kinds of rows differ by themselves. Choose others."
             )
@@ -104,11 +105,11 @@ def min_k_score(token_log_likelihoods: Sequence[Sequence[float]], k: float = 0.2
         ValueError: for a row without tokens, or k out of range.
     """
     if not 0 < k <= 1:
-        raise ValueError(f"k must be above 0 and at most 1, got {k}.")
+        raise UserError(f"k must be above 0 and at most 1, got {k}.")
     scores = []
     for row, tokens in enumerate(token_log_likelihoods):
         if not len(tokens):
-            raise ValueError(f"Row {row} has no tokens.")
+            raise UserError(f"Row {row} has no tokens.")
         scores.append(float(np.sort(tokens)[: max(1, math.floor(k * len(tokens)))].mean()))
     return scores
 
@@ -122,7 +123,7 @@ def zlib_score(per_token: Sequence[float], texts: Sequence[str]) -> list[float]:
         ValueError: for different numbers of likelihoods and texts.
     """
     if len(per_token) != len(texts):
-        raise ValueError(f"There are {len(per_token)} likelihoods and {len(texts)} texts: pass one of each a row.")
+        raise UserError(f"There are {len(per_token)} likelihoods and {len(texts)} texts: pass one of each a row.")
     return [float(value) / len(zlib.compress(text.encode())) for value, text in zip(per_token, texts, strict=True)]
 
 
@@ -130,6 +131,6 @@ def _auc(scores: list[float], members: list[int]) -> float:
     """Area under the ROC curve, which is Mann and Whitney's U over the number of pairs."""
     scores, members = np.asarray(scores), np.asarray(members, dtype=bool)
     if members.all() or not members.any():
-        raise ValueError(f"There must be members and others, but all {len(members)} rows are of one kind.")
+        raise UserError(f"There must be members and others, but all {len(members)} rows are of one kind.")
     inside, outside = scores[members], scores[~members]
     return float(mannwhitneyu(inside, outside).statistic) / (len(inside) * len(outside))

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import hmean, ks_2samp
 
+from ...files import UserError
 from .base import RowMetric, Rows, one_of
 
 TOFU = "Maini et al. TOFU: A Task of Fictitious Unlearning for LLMs. COLM 2024, arXiv 2401.06121"
@@ -164,7 +165,7 @@ class ModelUtility(RowMetric):
             ValueError: for no figures, a negative one, or one that is not finite.
         """
         if min(figures) < 0:
-            raise ValueError(f"figures must be at least 0, but figure {int(np.argmin(figures))} is {min(figures)}.")
+            raise UserError(f"figures must be at least 0, but figure {int(np.argmin(figures))} is {min(figures)}.")
         return {"model_utility": float(hmean(figures))}
 
 
