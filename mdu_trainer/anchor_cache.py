@@ -65,6 +65,7 @@ class AnchorCache:
             for visit, row, count in zip(*(x.tolist() for x in batch[:3]), strict=True):
                 self._start[visit, row] = (self._tokens, self._tokens + count)
                 self._tokens += count
+        fingerprint = fingerprint_of(fingerprint, list(self._start.items()))  # the order and lengths lay out the file
         state = PartialState()
         header, stale = self._header(fingerprint)
         if header is None:
@@ -146,7 +147,7 @@ class AnchorCache:
         return flat.view(self._tokens, width)
 
 
-def fingerprint(*facts: object) -> str:
+def fingerprint_of(*facts: object) -> str:
     """A hash of the facts' `repr`."""
     digest = hashlib.blake2b(digest_size=16)
     for fact in facts:

@@ -1,15 +1,84 @@
 """Configuration of the trainers: TrainingArguments plus what the diffusion and the unlearning need."""
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers.utils import logging
 
 from .files import UserError
 from .objectives import OBJECTIVES
 
+logger = logging.get_logger(__name__)
+
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
+
+# Arguments of transformers that would do harm here, and what to do instead. All others but those below are honoured.
+REFUSED = {
+    "label_smoothing_factor": "the losses are divergences and bounds, which have no labels to smooth",
+    "remove_unused_columns": "rows are tokenised when the trainer is made, and nothing would be left of them",
+    "auto_find_batch_size": (
+        "after an out-of-memory error it would start anew on weights that updates have changed already, with fewer "
+        "rows an update. Lower per_device_train_batch_size and raise gradient_accumulation_steps in its place"
+    ),
+    "bf16_full_eval": "the first evaluation would round the weights in training for good. Use bf16",
+    "fp16_full_eval": "the first evaluation would round the weights in training for good. Use fp16",
+    "use_liger_kernel": "it is for causal models; the head is fused with the loss here anyway",
+    "liger_kernel_config": "it is for causal models; the head is fused with the loss here anyway",
+    "use_cache": "a model that attends in both directions has nothing to cache",
+    "include_for_metrics": "the figures of an evaluation are computed here, from no more than they need",
+    "batch_eval_metrics": "the figures of an evaluation are means over all of its rows",
+    "eval_use_gather_object": "the figures of an evaluation are tensors",
+    "enable_jit_checkpoint": "SIGTERM ends a run with a checkpoint without it, and both would write one",
+    "parallelism_config": "weights and sequences are not split; use DDP, FSDP2 or DeepSpeed",
+    "dataloader_in_order": "a run would not repeat, and not resume where it stopped",
+}
+# Those that do nothing here, and why; a warning says so.
+IGNORED = {
+    "average_tokens_across_devices": "every row weighs the same on all devices",
+    "prediction_loss_only": "an evaluation always gives all of its figures",
+    "label_names": "rows have responses, not labels",
+    "length_column_name": "lengths are counted in tokens",
+    "do_train": "call train()",
+    "do_predict": "call predict()",
+    "local_rank": "the launcher's environment says it",
+}
+
+FILES = ("fsdp_config", "deepspeed", "accelerator_config")  # may name one instead of being a dict
+
+_INTEGERS = {  # the smallest that makes sense
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "save_total_limit": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "data_seed": 0,
+}
+_NUMBERS = {  # the smallest that makes sense, and whether it is excluded
+    "num_train_epochs": (0, True),
+    "learning_rate": (0, True),
+    "weight_decay": (0, False),
+    "adam_beta1": (0, False),
+    "adam_beta2": (0, False),
+    "adam_epsilon": (0, True),
+    "max_grad_norm": (0, False),
+    "warmup_steps": (0, False),
+    "logging_steps": (0, False),
+    "save_steps": (0, False),
+    "eval_steps": (0, False),
+    "eval_delay": (0, False),
+    "neftune_noise_alpha": (0, True),
+    "ddp_timeout": (0, True),
+    **dict.fromkeys(("t_min", "t_max", "time_epsilon", "prompt_mask_ratio"), (-math.inf, False)),
+}
 
 
 @dataclass
@@ -17,7 +86,9 @@ class MDLMConfig(TrainingArguments):
     r"""
     Configuration of [`MDLMTrainer`], which fine-tunes a masked diffusion language model.
 
-    Only the parameters that [`~transformers.TrainingArguments`] does not have, or whose defaults differ, are listed.
+    Only the parameters that [`~transformers.TrainingArguments`] does not have, or whose defaults or meaning differ,
+    are listed. Those of its parameters that would do harm here are refused (`REFUSED` says why), and those that do
+    nothing are named in a warning (`IGNORED`). Values that make no sense are refused before anything is loaded.
 
     Parameters:
         > Parameters that control the model
@@ -36,6 +107,17 @@ class MDLMConfig(TrainingArguments):
             did. A model trained this way ends short answers inside a longer block of masks.
         train_sampling_strategy (`str`, *optional*, defaults to `"random"`):
             `"random"`, `"sequential"`, or `"group_by_length"` (batches of rows of like length).
+        data_seed (`int`, *optional*):
+            Seed of the order of the rows; `seed` if not set. Times and masks follow `seed` alone.
+        dataloader_drop_last (`bool`, *optional*, defaults to `False`):
+            Leave out the rows of an epoch that do not fill a batch. An evaluation leaves out none.
+
+        > Parameters that control the choice of the best model
+
+        metric_for_best_model (`str`, *optional*), greater_is_better (`bool`, *optional*):
+            A figure of an evaluation; [`MDLMTrainer`] and [`MDUTrainer`] say how they are named. A name that stands
+            for no figure, or for one that does not tell a good model, is refused with those that there are. Unless
+            the figure is a loss, say whether more is better.
 
         > Parameters that control the forward process
 
@@ -79,22 +161,103 @@ class MDLMConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     def __post_init__(self):
-        super().__post_init__()
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            raise UserError("output_dir is empty; name a folder for checkpoints and the model.")
+        self._check_numbers(_INTEGERS, _NUMBERS)
+        self._check_direction()
+        try:
+            super().__post_init__()
+        except json.JSONDecodeError as error:
+            raise UserError(f"An option that is given as a JSON object cannot be read: {error}.") from None
+        except (ValueError, TypeError) as error:  # what transformers refuses is the user's mistake as well
+            raise UserError(str(error)) from None
+        self._check_arguments()
+        self.check_values()
+
+    def _check_numbers(self, integers: dict[str, int], numbers: dict[str, tuple[float, bool]]) -> None:
+        unset = {f.name for f in fields(self) if f.default is None and getattr(self, f.name) is None}
+        for name, smallest in integers.items():
+            value = getattr(self, name)
+            if name not in unset and not (_is(value, Integral) and value >= smallest):
+                raise UserError(f"{name} must be a whole number and at least {smallest}, got {value}.")
+        for name, (smallest, excluded) in numbers.items():
+            value = getattr(self, name)
+            fits = _is(value, Real) and math.isfinite(value) and (value > smallest if excluded else value >= smallest)
+            if name not in unset and not fits:
+                bound = f" and {'larger than' if excluded else 'at least'} {smallest}" if smallest == 0 else ""
+                raise UserError(f"{name} must be {'finite' if bound else 'a number'}{bound}, got {value}.")
+        if not (_is(self.max_steps, Integral) and (self.max_steps == -1 or self.max_steps > 0)):
+            raise UserError(
+                f"max_steps must be a whole number from 1, or -1 for num_train_epochs, got {self.max_steps}."
+            )
+        if max(self.adam_beta1, self.adam_beta2) >= 1:
+            raise UserError(
+                f"adam_beta1 and adam_beta2 must be smaller than 1, got {self.adam_beta1} and {self.adam_beta2}."
+            )
+        if self.seed >= 2**32:
+            raise UserError(f"seed must be smaller than 2**32, got {self.seed}.")
+
+    def _check_direction(self) -> None:
+        """transformers takes the largest of whatever does not end in "loss", which may be the worst model."""
+        metric = self.metric_for_best_model
+        clear = metric is None or (metric.endswith("loss") and not metric.endswith("forget_retain_loss"))
+        if self.greater_is_better is None and not clear:
+            raise UserError(f"Is more or less of metric_for_best_model = '{metric}' better? Set greater_is_better.")
+
+    def _check_arguments(self) -> None:
+        """Refuse arguments of transformers that would do harm, and name those that do nothing."""
+        defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(type(self))}
+        changed = {name for name in defaults if getattr(self, name) != defaults[name]}
+        for name in sorted(changed & set(REFUSED)):
+            raise UserError(f"{name} = {getattr(self, name)} is not supported: {REFUSED[name]}. Leave {name} out.")
+        for name in sorted(changed & set(IGNORED)):
+            logger.warning_once(f"{name} = {getattr(self, name)} does nothing: {IGNORED[name]}.")
+        if self.do_eval and self.eval_strategy == IntervalStrategy.NO:
+            logger.warning_once("do_eval = True does nothing: set eval_strategy, or call evaluate().")
+        if self.accelerator_config.split_batches:
+            raise UserError(
+                "accelerator_config: split_batches is not supported: per_device_train_batch_size is the rows of each "
+                "device here. Leave split_batches out."
+            )
+        for name in self._VALID_DICT_FIELDS:
+            if isinstance(getattr(self, name), str) and name not in FILES:
+                raise UserError(f"{name} must be a dict or a JSON object, got {getattr(self, name)!r}.")
+        for name in self.report_to:
+            if name not in INTEGRATION_TO_CALLBACK:
+                raise UserError(f"report_to '{name}' is unknown; choose of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+        for name, strategy, steps in (
+            ("logging_steps", self.logging_strategy, IntervalStrategy.STEPS),
+            ("save_steps", self.save_strategy, SaveStrategy.STEPS),
+        ):
+            if strategy == steps and getattr(self, name) == 0:
+                raise UserError(f"{name} must be larger than 0, got 0. Or set {name[:-6]}_strategy to 'no'.")
+
+    def check_values(self) -> None:
+        """Refuse values that contradict each other, also after some were set anew (a search for hyperparameters).
+
+        Raises:
+            UserError: naming the parameter, its value and what it may be.
+        """
+        self._check_numbers(_INTEGERS, _NUMBERS)
         if not 0 < self.time_epsilon < 1:
             raise UserError(f"time_epsilon must lie between 0 and 1, got {self.time_epsilon}.")
         if not 0 <= self.t_min <= 1 or not 0 < self.t_max <= 1:
             raise UserError(f"t_min and t_max must lie in [0, 1], got t_min = {self.t_min}, t_max = {self.t_max}.")
         if self.t_min > self.t_max:
             raise UserError(f"t_min = {self.t_min} is larger than t_max = {self.t_max}; swap them.")
+        if self.max_length is not None and not (_is(self.max_length, Integral) and self.max_length >= 2):
+            raise UserError(f"max_length = {self.max_length} leaves no room for a prompt and a response.")
         if not 0 <= self.prompt_mask_ratio <= 1:
             raise UserError(f"prompt_mask_ratio is a share in [0, 1], got {self.prompt_mask_ratio}.")
-        if self.max_length is not None and self.max_length < 2:
-            raise UserError(f"max_length = {self.max_length} leaves no room for a prompt and a response.")
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
             raise UserError(
                 f"train_sampling_strategy '{self.train_sampling_strategy}' is not supported; use one of "
                 f"{', '.join(SAMPLING_STRATEGIES)}."
             )
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass
@@ -188,18 +351,24 @@ class MDUConfig(MDLMConfig):
     )
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an update."})
 
-    def __post_init__(self):
-        super().__post_init__()
+    def check_values(self) -> None:
+        """As in `MDLMConfig`, and the options of the losses."""
+        super().check_values()
         for name in ("loss_type", "kl_reduction", "anchor_source", "retain_loss_type", "reference_precision"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
-        if not (math.isfinite(self.tau) and self.tau >= 0):
-            raise UserError(f"tau must be finite and at least 0, got {self.tau}.")
-        if not (math.isfinite(self.retain_weight) and self.retain_weight >= 0):
-            raise UserError(f"retain_weight must be finite and at least 0, got {self.retain_weight}.")
-        if self.beta is not None and not (math.isfinite(self.beta) and self.beta > 0):
-            raise UserError(f"beta must be finite and larger than 0, got {self.beta}.")
+        self._check_numbers({}, {name: (0, False) for name in ("tau", "retain_weight")} | {"beta": (0, True)})
+        for name in ("gamma", "alpha"):
+            if not (_is(getattr(self, name), Real) and math.isfinite(getattr(self, name))):
+                raise UserError(f"{name} must be finite, got {getattr(self, name)}.")
+        if self.reference_device is not None:
+            try:
+                torch.device(self.reference_device)
+            except RuntimeError:
+                raise UserError(
+                    f"reference_device '{self.reference_device}' is no device; name one like 'cpu' or 'cuda:0'."
+                ) from None
         if self.precompute_anchor:
             self._check_precompute_anchor()
         if self.pad_with_end_tokens or self.prompt_mask_ratio or not self.time_weighting:

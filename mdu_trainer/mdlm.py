@@ -3,7 +3,6 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .checkpoints import make_writable
@@ -29,6 +28,7 @@ from .data import (
 )
 from .distributed import DistributedBackend
 from .divergence import Joint, Measure, TokenFigures, TokenNLL
+from .evaluating import EvaluationMixin
 from .files import UserError
 from .masking import Corruption, MaskSchedule, corrupt
 from .models import load_model, load_tokenizer, resolve_backbone, row_figures
@@ -38,6 +38,7 @@ from .safety import SafeTrainingMixin
 logger = logging.get_logger(__name__)
 
 Batch = dict[str, Tensor]
+READ_ONCE = ("max_length", "pad_with_end_tokens")  # arguments that a search cannot vary
 
 
 class Figure(NamedTuple):
@@ -75,7 +76,7 @@ class Noised(NamedTuple):
         return diffusion_bound(nll, self.row, self.weight)
 
 
-class MDLMTrainer(SafeTrainingMixin, Trainer):
+class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
     """Fine-tune a masked diffusion language model on prompt-completion rows.
 
         L = E_t [ 1/t * sum_{i in M_t} CE_i / |y| ]          (LLaDA, arXiv 2502.09992, eq. 5)
@@ -84,11 +85,14 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         model: a model's name or path, a `PreTrainedModel`, or a `PeftModel`.
         args: the configuration.
         train_dataset: rows in a format of `mdu_trainer.data`.
-        eval_dataset: rows, or a dict of names and rows. Their masks are fixed by the seed.
+        eval_dataset: rows, or a dict of names and rows. Their masks are fixed by the seed. The loss is `eval_loss`, of
+            the set `dev` among others `eval_dev_loss`.
         processing_class: the tokenizer; the model's own if not given.
         peft_config: wraps the model in an adapter. Without `target_modules`, the backbone's are taken.
         data_collator: in place of `DataCollatorForUnlearning`.
         callbacks, optimizers: as in `Trainer`.
+        model_init: makes the model, in place of `model`; every `train` then starts from a new one. For
+            `hyperparameter_search`.
 
     Example:
 
@@ -102,7 +106,7 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: MDLMConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -111,18 +115,24 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         data_collator: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        model_init: Callable[..., PreTrainedModel] | None = None,
     ):
         args = self._config(args)
+        _check_source(model, model_init, optimizers)
+        self._check_eval_sets(args, eval_dataset)
         if args.should_save and train_dataset is not None:
             make_writable(args.output_dir)
         if args.n_gpu > 1:
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; `accelerate launch` uses all of them.")
             args._n_gpu = 1
         set_seed(args.seed)  # the Trainer does so too, but after the adapter's first weights are drawn
+        if model is None:
+            self.model_init = model_init
+            model = super().call_model_init()
         processing_class = processing_class or _load_tokenizer_of(model, args)
         model = _load(model, args)
         self.backbone = resolve_backbone(model, processing_class)
-        self._tokenizer = processing_class
+        self._tokenizer, self._peft_config = processing_class, peft_config
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         parts = self._tokenize_train(args, train_dataset)
         collator = DataCollatorForUnlearning(
@@ -132,13 +142,15 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
             model=_with_adapter(model, peft_config, args, self.backbone.lora_target_modules),
             args=args,
             data_collator=data_collator or collator,
-            train_dataset=RowPairs(parts, args.seed, _order(args)) if parts else None,
+            train_dataset=_pairs(parts, args) if parts else None,
             eval_dataset=self._tokenize_eval(args, eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
             compute_metrics=self._mean_rows,
             optimizers=optimizers,
         )
+        self.model_init = model_init  # the Trainer would make another model at once
+        self._read_once = {name: getattr(args, name) for name in READ_ONCE}
         self.model_accepts_loss_kwargs = False
         self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
         self._stage = "train"  # which rows are visited: these, or an eval set's
@@ -150,6 +162,45 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         if not isinstance(args, cls.config_class):
             raise TypeError(f"args must be a {cls.config_class.__name__}, got a {type(args).__name__}.")
         return args
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
+        """A new model, with a new adapter if there is to be one."""
+        model = super().call_model_init(trial)
+        return _with_adapter(model, self._peft_config, self.args, self.backbone.lora_target_modules)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:  # the model is new, and a trial may have set arguments
+            self._start_over()
+            self._begin()
+
+    def _start_over(self) -> None:
+        """Make what depends on arguments and model anew."""
+        args = self.args
+        args.check_values()
+        changed = [name for name, value in self._read_once.items() if getattr(args, name) != value]
+        if changed:
+            raise UserError(f"{changed[0]} was read when the rows were prepared: make a trainer for each value of it.")
+        self.guard.accelerator = self.accelerator
+        self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
+        self._metrics.clear()
+        if self.train_dataset is not None:
+            parts = self.train_dataset.parts
+            self.train_dataset = _pairs(parts, args)
+            self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
+
+    def _check_run(self) -> None:
+        args = self.args
+        if self.train_dataset is None:
+            raise UserError("There are no rows to train on: pass train_dataset.")
+        rows = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(self.train_dataset) < rows:
+            raise UserError(
+                f"dataloader_drop_last leaves out all {len(self.train_dataset)} rows: a batch takes {rows}. Set it to "
+                "False, or lower per_device_train_batch_size."
+            )
+        if args.metric_for_best_model is not None and args.eval_strategy != IntervalStrategy.NO:
+            self._check_metric(args.metric_for_best_model)
 
     # The loss
 
@@ -239,20 +290,6 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
     def _tokenize(self, args: MDLMConfig, dataset: Dataset, name: str, **kwargs: bool) -> TokenizedRows:
         return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=args.max_length, **kwargs)
 
-    def _tokenize_eval(self, args: MDLMConfig, dataset: Dataset | dict[str, Dataset] | None) -> Any:
-        if dataset is None or isinstance(dataset, RowPairs):
-            return dataset
-        if isinstance(dataset, dict):
-            return {name: self._tokenize_eval(args, rows) for name, rows in dataset.items()}
-        rows = self._tokenize(args, dataset, "eval", **self._eval_columns(args))
-        return RowPairs({name: rows for name in self._eval_parts(args)}, args.seed, in_order)
-
-    def _eval_parts(self, args: MDLMConfig) -> list[str]:
-        return ["train"]
-
-    def _eval_columns(self, args: MDLMConfig) -> dict[str, bool]:
-        return {}
-
     def _schedule(self, name: str, num_rows: int) -> MaskSchedule:
         args = self.args
         return MaskSchedule(args.seed, name, num_rows, args.t_min, args.t_max, args.time_epsilon)
@@ -263,9 +300,6 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         rows = self.args.train_batch_size * self.args.world_size
         filled = several and not self.args.dataloader_drop_last
         return EpochSampler(size, epoch=lambda: int(self.state.epoch or 0), multiple=rows if filled else 1)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> EpochSampler:
-        return EpochSampler(len(eval_dataset), epoch=lambda: 0)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -288,63 +322,17 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         """Estimate of the forward and backward passes on every part of a batch."""
         return sum(super(MDLMTrainer, self).floating_point_ops(part) for part in inputs.values())
 
-    # Evaluation
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """The losses on eval sets, with masks fixed by the seed: equal weights give equal figures."""
-        if not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenize_eval(self.args, eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; also sets the masks of the set that is evaluated."""
-        named = isinstance(eval_dataset, str)
-        dataset = self.eval_dataset[eval_dataset] if named else eval_dataset or self.eval_dataset
-        self._eval_schedules = self._schedules_of(dataset) if dataset is not None else {}
-        self._eval_stage = next((name for name, known in self._eval_sets.items() if known is dataset), "eval")
-        return super().get_eval_dataloader(eval_dataset)
-
-    @property
-    def _eval_sets(self) -> dict[str, RowPairs]:
-        """The eval sets given to the constructor, by the name of their stage."""
-        if isinstance(self.eval_dataset, dict):
-            return {f"eval-{name}": dataset for name, dataset in self.eval_dataset.items()}
-        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
-
-    def _schedules_of(self, dataset: RowPairs) -> dict[str, MaskSchedule]:
-        return {name: self._schedule(f"eval-{name}", len(rows)) for name, rows in dataset.parts.items()}
-
-    @contextmanager
-    def _visiting(self, stage: str, schedules: dict[str, MaskSchedule]) -> Iterator[None]:
-        before = self._stage, self._schedules
-        self._stage, self._schedules = stage, schedules
-        try:
-            yield
-        finally:
-            self._stage, self._schedules = before
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Batch], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[None, Tensor, Tensor]:
-        """The K figures of a batch and their weights, `[B, K, 2]`; weighted means over all rows are the metrics."""
-        inputs = self._prepare_inputs(inputs)
-        with self._visiting(self._eval_stage, self._eval_schedules):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                figures = self._figures(model, inputs)
-        self._eval_names = list(figures)
-        rows = torch.stack([torch.stack(figure, dim=1).float() for figure in figures.values()], dim=1)
-        return None, rows, torch.zeros(len(rows), device=rows.device)
-
-    def _mean_rows(self, prediction: EvalPrediction) -> dict[str, float]:
-        figures = torch.from_numpy(prediction.predictions).double()
-        means = (figures[..., 0] * figures[..., 1]).sum(dim=0) / figures[..., 1].sum(dim=0)
-        metrics = dict(zip(self._eval_names, means.tolist(), strict=True))
-        return metrics if "loss" in metrics else metrics | {"loss": metrics["forget_loss"]}
+    def _track_num_input_tokens(self, inputs: dict[str, Batch]) -> None:
+        """Count the tokens of every part of a batch, but for rows that only fill it up."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        total = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        for part in inputs.values():
+            tokens = part["attention_mask"]
+            if self.args.include_num_input_tokens_seen == "all":
+                tokens = torch.ones_like(tokens)
+            total += tokens[part["weight"] > 0].sum().to(total.device)
+        self.state.num_input_tokens_seen += self.accelerator.reduce(total, "sum").item()
 
     # Logging
 
@@ -353,7 +341,8 @@ class MDLMTrainer(SafeTrainingMixin, Trainer):
         for name, (value, weight) in figures.items():
             if name != "loss" and self.model.training:
                 total = torch.stack([(value * weight).sum(), weight.sum()]).float()
-                self._metrics[name] += torch.where(total.isfinite().all(), total, 0.0)
+                keep = total.isfinite().all() | (not self.args.logging_nan_inf_filter)
+                self._metrics[name] += torch.where(keep, total, 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`, with the means of the figures since the last training log."""
@@ -407,6 +396,17 @@ def _with_adapter(
         # the embeddings' output must carry a gradient, or checkpointed layers below the first adapter have none
         model.enable_input_require_grads()
     return model
+
+
+def _check_source(model: Any, model_init: Callable | None, optimizers: tuple) -> None:
+    if (model is None) == (model_init is None):
+        raise UserError("Pass the model to train, or as model_init a function that makes it; one of the two.")
+    if model_init is not None and any(part is not None for part in optimizers):
+        raise UserError("optimizers are of one model, and model_init makes a new one for each run. Leave them out.")
+
+
+def _pairs(parts: dict[str, TokenizedRows], args: MDLMConfig) -> RowPairs:
+    return RowPairs(parts, args.seed if args.data_seed is None else args.data_seed, _order(args))
 
 
 def _order(args: MDLMConfig) -> Callable:

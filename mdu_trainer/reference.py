@@ -154,12 +154,23 @@ def frozen_pass(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _adapters_off(model: PeftModel) -> Iterator[None]:
-    """PEFT also marks adapters that are off as not trained, which FSDP would take over for the passes that follow."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with model.disable_adapter():
-        for p in trained:
-            p.requires_grad_(True)
-        yield
+    """PEFT also marks adapters that are off as not trained, which FSDP would take over for the passes that follow.
+
+    On leaving it marks all as trained, also those that were frozen.
+    """
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        with model.disable_adapter():
+            _mark(trained)
+            yield
+    finally:
+        _mark(trained)
+
+
+def _mark(trained: list[tuple[nn.Parameter, bool]]) -> None:
+    for p, is_trained in trained:
+        if p.requires_grad != is_trained:
+            p.requires_grad_(is_trained)
 
 
 def _check_unsharded(distributed: DistributedBackend) -> None:

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .checkpoints import CheckpointMixin, choose
 from .files import UserError
+from .updates import TrainedTensors, check_trainable
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +50,8 @@ class SafeTrainingMixin(CheckpointMixin):
     What a subclass computes as the loss of a micro-batch, it shows to `guard.see`.
     """
 
+    _made_optimizer = False  # by the trainer, not by the user
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.guard = RunGuard(self.accelerator)
@@ -58,20 +61,54 @@ class SafeTrainingMixin(CheckpointMixin):
         """As in `Trainer`, from whole checkpoints only, with finite updates only, and obeying signals.
 
         Args:
-            resume_from_checkpoint: a checkpoint's path, or True for the newest in `args.output_dir` that is whole.
+            resume_from_checkpoint: a checkpoint's path, or True for the newest in `args.output_dir` that is whole. If
+                not given, `args.resume_from_checkpoint`.
             trial, **kwargs: as in `Trainer`.
 
         Raises:
             CheckpointError: the checkpoint to resume from is not whole, or one could not be written.
             NonFiniteLossError: weights, or two updates in a row, are NaN or infinite.
             TrainingInterrupted: SIGTERM or SIGINT, after a checkpoint.
+            UserError: the run would change nothing, or it did not.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
-        check_weights(self.model, self.accelerator, "before training; no update was made")
-        self._prepare_training()
+        if self.model_init is None:  # or else the Trainer makes the model first
+            self._begin()
         self._written = None
         with self._reporting_failure(), self.guard.listening():
-            return super().train(checkpoint, trial, **kwargs)
+            output = super().train(checkpoint, trial, **kwargs)
+            self._check_changed()
+        return output
+
+    def _begin(self) -> None:
+        """Look at the run and its weights before the first of them is changed."""
+        check_trainable(self.model)
+        self._check_run()
+        check_weights(self.model, self.accelerator, "before training; no update was made")
+        self._prepare_training()
+
+    def _check_run(self) -> None:
+        """Refuse a run that cannot end well."""
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        own_optimizer = self.optimizer is not None and not self._made_optimizer
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._made_optimizer = not own_optimizer
+        self._trained = TrainedTensors(self.model, self.accelerator, None if own_optimizer else self.optimizer)
+        return prepared
+
+    def _check_changed(self) -> None:
+        """Refuse to call a run a success that changed nothing. One that was resumed at its end had nothing to do."""
+        updates = self.state.global_step - self._initial_global_step
+        if updates:
+            self._trained.check(updates)
+        elif self.state.global_step >= self.state.max_steps:
+            logger.warning(f"The run was finished at step {self.state.global_step}: no update was left to make.")
+        else:
+            cause = "a callback stopped it" if self.control.should_training_stop else "the data loader gave no batch"
+            raise UserError(f"No update was made, so nothing has changed: {cause} before the first one.")
 
     def _prepare_training(self) -> None:
         """What is to be done while the weights are those at the start."""
@@ -83,6 +120,7 @@ class SafeTrainingMixin(CheckpointMixin):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
+        self._trained.see(grad_norm)
         if not self.guard.admits(model, grad_norm, self.state.global_step + 1):
             model.zero_grad()  # optimizers leave a weight without gradient alone, decay included
         return grad_norm

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
-from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint
+from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint_of
 from .config import MDUConfig
 from .data import RowPairs, TokenizedRows, count_overlap
 from .divergence import AnchorKL, Measure, Prediction, TokenNLL
+from .evaluating import EvalRows
 from .files import UserError
 from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row, weighted
 from .models import row_projection, weights_fingerprint
-from .objectives import OBJECTIVES, ForgetTerms
+from .objectives import OBJECTIVES, ForgetTerms, Objective
 from .provenance import Provenance
 from .publishing import PublishingMixin
 from .reference import Reference, frozen_pass, trained_head
@@ -39,11 +40,21 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         args: the configuration; `args.loss_type` names the forget loss.
         train_dataset: the rows to forget, in a format of `mdu_trainer.data`.
         retain_dataset: the rows to keep. Needed unless `args.retain_weight` is 0.
-        eval_dataset: rows, or a dict of names and rows. Both losses are computed on each; masks are fixed by the seed.
-        processing_class, peft_config, data_collator, callbacks, optimizers: as in `MDLMTrainer`.
+        eval_dataset: rows, or a dict of names and rows; see below. Masks are fixed by the seed.
+        processing_class, peft_config, data_collator, callbacks, optimizers, model_init: as in `MDLMTrainer`.
 
     Logs means over the rows since the last log: `loss`, `forget_loss`, `retain_loss`, and of the forget rows `kl` (to
     the anchor; to the uniform distribution for objectives without one), `entropy` and `masked_fraction`.
+
+    An evaluation computes them on each eval set, as `eval_<figure>`, or `eval_<set>_<figure>` for a set of a dict:
+
+    - The set named "retain" is asked for the retain loss only: `eval_retain_loss`.
+    - The set named "forget" is asked for the forget loss, `eval_forget_loss`, and (unless `retain_weight` is 0) for
+      `eval_forget_retain_loss`: how unlikely its answers have become.
+    - With both, `eval_loss` is L, the forget loss of the one plus `retain_weight` times the retain loss of the other.
+      It is what `metric_for_best_model` takes if it is not set.
+    - Any other set is asked for both losses, and its `loss` is L of these rows. No model is good at both terms, so
+      `metric_for_best_model` takes one of `forget_loss` and `retain_loss` then.
 
     Example:
 
@@ -55,7 +66,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PreTrainedModel | PeftModel | None = None,
         args: MDUConfig | None = None,
         train_dataset: Dataset | None = None,
         retain_dataset: Dataset | None = None,
@@ -65,13 +76,12 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         data_collator: Callable | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
+        model_init: Callable[..., PreTrainedModel] | None = None,
     ):
         args = self._config(args)
         _check_retain(args, train_dataset, retain_dataset)
         self._retain_dataset = retain_dataset
         self.provenance = Provenance(train_dataset, retain_dataset)
-        self.objective = OBJECTIVES[args.loss_type]
-        self.beta = self.objective.beta if args.beta is None else args.beta
         super().__init__(
             model=model,
             args=args,
@@ -82,16 +92,45 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
             data_collator=data_collator,
             callbacks=callbacks,
             optimizers=optimizers,
+            model_init=model_init,
         )
         self._anchors: dict[str, AnchorCache] = {}
         self.reference = self._make_reference()
         self.provenance.warn_of_relearning(self)
 
+    @property
+    def forget_objective(self) -> Objective:
+        """The forget loss, of `args.loss_type`. (The Trainer calls what a search has measured its `objective`.)"""
+        return OBJECTIVES[self.args.loss_type]
+
+    @property
+    def beta(self) -> float:
+        """The inverse temperature: `args.beta`, or the objective's own."""
+        return self.forget_objective.beta if self.args.beta is None else self.args.beta
+
+    def _start_over(self) -> None:
+        super()._start_over()
+        _check_retain(self.args, self.train_dataset, self._retain_dataset)
+        if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
+            raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._with_parts(rows) for name, rows in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = self._with_parts(self.eval_dataset)
+        self._anchors = {}
+        self.reference = self._make_reference()
+
+    def _with_parts(self, dataset: RowPairs | None) -> RowPairs | None:
+        """An eval set with the parts that the configuration asks for now."""
+        if not isinstance(dataset, EvalRows):
+            return dataset
+        return EvalRows(dataset.rows, self._eval_parts(self.args, dataset.name), dataset.name)
+
     def _make_reference(self) -> Reference | None:
         args = self.args
-        anchored = self.objective.anchor and args.tau > 0 and args.anchor_source == "initial"
+        anchored = self.forget_objective.anchor and args.tau > 0 and args.anchor_source == "initial"
         retain_kl = args.retain_weight > 0 and args.retain_loss_type == "kl"
-        if not (anchored or retain_kl or self.objective.reference):
+        if not (anchored or retain_kl or self.forget_objective.reference):
             return None
         return Reference(
             self.model,
@@ -120,6 +159,8 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         return self._finish(loss, figures, return_outputs)
 
     def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
+        if list(inputs) == ["retain"]:  # an eval set to keep
+            return self._retain_figures(model, inputs["retain"])
         # 1. Draw t and mask the responses: y_t. A preferred response is masked as the one to forget.
         noised = {name: self._noise("retain" if name == "retain" else "forget", inputs[name]) for name in inputs}
         # 2. The anchor: theta_0 sees the same y_t behind an all-[MASK] prompt.
@@ -136,7 +177,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         weight = self._forget_weight(noised["forget"])
         figures = {"forget_loss": Figure(loss, weight)}
         entropy = found[0].entropy
-        if self.objective.anchor:
+        if self.forget_objective.anchor:
             figures["kl"] = Figure(noised["forget"].per_row(values["forget"].detach()), weight)
         else:  # to the uniform anchor
             figures["kl"] = each_row(math.log(self.backbone.vocab_size) - noised["forget"].per_row(entropy))
@@ -145,28 +186,36 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
             figures["retain_loss"] = each_row(self._retain_loss(noised["retain"], values["retain"]))
         return figures
 
+    def _retain_figures(self, model: nn.Module, batch: Batch) -> Figures:
+        noised = self._noise("retain", batch)
+        ((value, entropy),) = self._measure(model, (noised, self._retain_measure(model, noised)))
+        return {
+            "retain_loss": each_row(self._retain_loss(noised, value)),
+            **self._prediction_figures(noised, entropy),
+        }
+
     def _forget_loss(self, model: nn.Module, noised: dict[str, Noised], values: dict[str, Tensor]) -> Tensor:
         """The objective, with what else it compares the prediction with: theta_0 on the same masks, preferences."""
         forget = noised["forget"]
         terms = ForgetTerms(forget.row, forget.num_masked, forget.num_response, forget.weight)
         terms = terms._replace(beta=self.beta, gamma=self.args.gamma, alpha=self.args.alpha)
-        terms = terms._replace(**{"kl" if self.objective.anchor else "nll": values["forget"]})
-        if self.objective.reference:
+        terms = terms._replace(**{"kl" if self.forget_objective.anchor else "nll": values["forget"]})
+        if self.forget_objective.reference:
             terms = terms._replace(reference_bound=self._reference_bound(model, forget))
-        if self.objective.preferred:
+        if self.forget_objective.preferred:
             preferred = noised["preferred"]
             terms = terms._replace(
                 preferred_bound=preferred.bound(values["preferred"]),
                 preferred_reference_bound=self._reference_bound(model, preferred),
             )
-        return self.objective.loss(terms)
+        return self.forget_objective.loss(terms)
 
     def _forget_measure(self, model: nn.Module, batch: Batch, noised: Noised) -> Measure:
         """What is asked of the conditional pass, with the tokens' shares in the loss where they are known."""
-        if self.objective.anchor:
+        if self.forget_objective.anchor:
             weight = self._forget_weight(noised) / noised.num_masked
             return AnchorKL(self.args.tau, self._anchor(model, batch, noised), token_weight=weight[noised.row])
-        weight = (noised.weight / noised.num_response)[noised.row] if self.objective.linear else None
+        weight = (noised.weight / noised.num_response)[noised.row] if self.forget_objective.linear else None
         return TokenNLL(noised.targets, token_weight=weight)
 
     def _forget_weight(self, noised: Noised) -> Tensor:
@@ -175,16 +224,21 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
 
     @property
     def _pools_tokens(self) -> bool:
-        return self.objective.anchor and self.args.kl_reduction == "token"
+        return self.forget_objective.anchor and self.args.kl_reduction == "token"
+
+    @property
+    def _retain_loss_type(self) -> str:
+        """Without a retain loss in training, theta_0 is not kept for the figures of an eval set."""
+        return self.args.retain_loss_type if self.args.retain_weight else "nelbo"
 
     def _retain_measure(self, model: nn.Module, noised: Noised) -> Measure:
-        if self.args.retain_loss_type == "nelbo":
+        if self._retain_loss_type == "nelbo":
             return TokenNLL(noised.targets, token_weight=(noised.weight / noised.num_response)[noised.row])
         initial = self._initial(model, noised, noised.corruption.noisy_ids)
         return AnchorKL(1.0, initial, token_weight=(1 / noised.num_masked)[noised.row])
 
     def _retain_loss(self, noised: Noised, value: Tensor) -> Tensor:
-        if self.args.retain_loss_type == "nelbo":
+        if self._retain_loss_type == "nelbo":
             return noised.bound(value) / noised.num_response
         return noised.per_row(value)
 
@@ -230,6 +284,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         for stage, dataset in self._eval_sets.items():
             stages[stage] = (dataset, self._schedules_of(dataset))
             batches[stage] = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
+        stages = {stage: made for stage, made in stages.items() if "forget" in made[0].parts}  # others have no anchor
         head = trained_head(self.model, self.args.device)
         weights = weights_fingerprint(self.model)
         anchors = {}
@@ -238,7 +293,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
             with self._visiting(stage, schedules):
                 anchors[stage] = AnchorCache(
                     Path(self.args.output_dir) / FOLDER / stage,
-                    fingerprint=fingerprint(weights, dataset.parts["forget"], *facts),
+                    fingerprint=fingerprint_of(weights, dataset.parts["forget"], *facts),
                     batches=partial(self._anchor_batches, dataset, batches[stage]),
                     head=head,
                 )
@@ -248,12 +303,13 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         """The counters of each micro-batch that training reads, those of the processes in turn."""
         args, size, batch_size = self.args, len(self.train_dataset), self.args.train_batch_size
         rows = batch_size * args.world_size
-        updates = math.ceil(math.ceil(size / rows) / args.gradient_accumulation_steps)  # an epoch
+        rounds = size // rows if args.dataloader_drop_last else math.ceil(size / rows)  # of micro-batches, an epoch
+        updates = math.ceil(rounds / args.gradient_accumulation_steps)
         steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
         batches = []
         for epoch in range(math.ceil(steps / updates)):
             left = (steps - epoch * updates) * args.gradient_accumulation_steps * rows
-            start, stop = epoch * size, epoch * size + min(size, left)
+            start, stop = epoch * size, epoch * size + min(size, rounds * rows, left)
             batches += [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
         return batches
 
@@ -270,7 +326,7 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
         retain = self._retain_dataset
         if dataset is None:
             return {}
-        parts = {"forget": self._tokenize(args, dataset, "forget", preferred=self.objective.preferred)}
+        parts = {"forget": self._tokenize(args, dataset, "forget", preferred=OBJECTIVES[args.loss_type].preferred)}
         if retain is not None:
             parts["retain"] = self._tokenize(args, retain, "retain")
             overlap = count_overlap(parts["forget"], parts["retain"])
@@ -281,11 +337,70 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
                 )
         return parts
 
-    def _eval_parts(self, args: MDUConfig) -> list[str]:
+    def _check_run(self) -> None:
+        super()._check_run()
+        if not (self.args.loss_type == "mdu" and self.args.tau == 1):
+            return
+        prompts = self.train_dataset.parts["forget"].prompts
+        bare = sum(all(token == self.backbone.mask_token_id for token in prompt) for prompt in prompts)
+        if bare:
+            raise UserError(
+                f"{bare} of {len(prompts)} forget rows have an empty prompt. At tau = 1 the model's own prediction is "
+                "their anchor, so they would never be forgotten. Take a smaller tau, or give them a prompt."
+            )
+
+    # Evaluation
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `MDLMTrainer`; with a "forget" and a "retain" set also L, the loss of the one plus the other's."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if _has_both(self.eval_dataset if eval_dataset is None else eval_dataset):
+            forget, retain = (metrics[f"{metric_key_prefix}_{name}_loss"] for name in ("forget", "retain"))
+            whole = {f"{metric_key_prefix}_loss": forget + self.args.retain_weight * retain}
+            self.log(dict(whole))
+            metrics |= whole
+        return metrics
+
+    def _eval_parts(self, args: MDUConfig, name: str | None) -> list[str]:
+        if name == "retain":
+            return ["retain"]
         return ["forget", "retain"] if args.retain_weight else ["forget"]
 
-    def _eval_columns(self, args: MDUConfig) -> dict[str, bool]:
-        return {"preferred": self.objective.preferred}
+    def _eval_columns(self, args: MDUConfig, parts: list[str]) -> dict[str, bool]:
+        return {"preferred": "forget" in parts and OBJECTIVES[args.loss_type].preferred}
+
+    def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
+        if name == "forget" or "retain" not in parts:
+            return {"forget_loss": 1.0}
+        if "forget" not in parts:
+            return {"retain_loss": 1.0}
+        return {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
+
+    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
+        losses = {"forget": ["forget_loss", "kl"], "retain": ["retain_loss"]}
+        prefix = "eval_" if name is None else f"eval_{name}_"
+        own = [prefix + figure for part in parts for figure in losses[part]]
+        return own + super()._figure_names(name, parts)
+
+    def _all_figure_names(self) -> list[str]:
+        return super()._all_figure_names() + (["eval_loss"] if _has_both(self.eval_dataset) else [])
+
+    def _unclear_names(self) -> dict[str, str]:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        why = "it adds the forget and the retain loss of the same rows, and no model is good at both"
+        mixed = [
+            name for name, rows in sets.items() if rows is not None and len(self._loss_of(name, [*rows.parts])) > 1
+        ]
+        return {"eval_loss" if name is None else f"eval_{name}_loss": why for name in mixed}
+
+
+def _has_both(sets: Any) -> bool:
+    return isinstance(sets, dict) and {"forget", "retain"} <= sets.keys()
 
 
 def _check_retain(args: MDUConfig, forget: Dataset | None, retain: Dataset | None) -> None:
