@@ -37,6 +37,7 @@ REFUSED = {
     "eval_use_gather_object": "the figures of an evaluation are tensors",
     "enable_jit_checkpoint": "SIGTERM ends a run with a checkpoint without it, and both would write one",
     "parallelism_config": "weights and sequences are not split; use DDP, FSDP2 or DeepSpeed",
+    "debug": "its hooks look into the head's output, which is empty here: the head is fused with the loss",
     "dataloader_in_order": "a run would not repeat, and not resume where it stopped",
 }
 # Those that do nothing here, and why; a warning says so.
@@ -207,7 +208,7 @@ class MDLMConfig(TrainingArguments):
     def _check_arguments(self) -> None:
         """Refuse arguments of transformers that would do harm, and name those that do nothing."""
         defaults = {f.name: f.default if f.default is not MISSING else f.default_factory() for f in fields(type(self))}
-        changed = {name for name in defaults if getattr(self, name) != defaults[name]}
+        changed = {name for name in defaults if (getattr(self, name) or None) != (defaults[name] or None)}
         for name in sorted(changed & set(REFUSED)):
             raise UserError(f"{name} = {getattr(self, name)} is not supported: {REFUSED[name]}. Leave {name} out.")
         for name in sorted(changed & set(IGNORED)):

@@ -114,10 +114,9 @@ class EvaluationMixin:
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """As in `Trainer`; also sets the masks of the set that is evaluated."""
         named = isinstance(eval_dataset, str)
-        if named and eval_dataset not in (self.eval_dataset if isinstance(self.eval_dataset, dict) else {}):
-            raise UserError(
-                f"There is no eval set '{eval_dataset}'; there are: {', '.join(self._eval_sets) or 'none'}."
-            )
+        known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if named and eval_dataset not in known:
+            raise UserError(f"There is no eval set '{eval_dataset}'; there are: {', '.join(known) or 'none by name'}.")
         dataset = self.eval_dataset[eval_dataset] if named else eval_dataset or self.eval_dataset
         if dataset is None:
             raise UserError("There is no eval set. Pass eval_dataset to evaluate, or to the constructor.")

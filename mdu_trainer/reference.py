@@ -235,7 +235,11 @@ def _to_8bit(model: nn.Module) -> None:
 
 def _adapter_is_identity(model: PeftModel) -> bool:
     """Whether the active adapters change nothing yet: LoRA layers, one factor of which is zero (A in embeddings)."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    is_lora = all("lora_" in name or "modules_to_save" in name for name, _ in trained)
-    zero_at_first = [p for name, p in trained if "lora_B" in name or "lora_embedding_A" in name]
+
+    def is_active(name: str) -> bool:  # frozen ones are part of theta_0 all the same
+        return "lora_" in name and any(f".{adapter}." in f"{name}." for adapter in model.active_adapters)
+
+    adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad or is_active(name)]
+    is_lora = all("lora_" in name or "modules_to_save" in name for name, _ in adapters)
+    zero_at_first = [p for name, p in adapters if "lora_B" in name or "lora_embedding_A" in name]
     return is_lora and bool(zero_at_first) and not any(p.any() for p in zero_at_first)

@@ -107,8 +107,10 @@ class SafeTrainingMixin(CheckpointMixin):
         elif self.state.global_step >= self.state.max_steps:
             logger.warning(f"The run was finished at step {self.state.global_step}: no update was left to make.")
         else:
-            cause = "a callback stopped it" if self.control.should_training_stop else "the data loader gave no batch"
-            raise UserError(f"No update was made, so nothing has changed: {cause} before the first one.")
+            raise UserError(
+                "No update was made, so nothing has changed: a callback stopped it before the first one, or the data "
+                "loader gave no batch."
+            )
 
     def _prepare_training(self) -> None:
         """What is to be done while the weights are those at the start."""

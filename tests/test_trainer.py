@@ -3,18 +3,23 @@
 import copy
 import logging
 import math
+import sys
+import types
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn.functional import logsigmoid
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, TrainerCallback
+from transformers.hyperparameter_search import OptunaBackend
 from trl import ModelConfig, get_peft_config
 
 from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError, divergence
 from mdu_trainer.data import question_answer_rows
+from mdu_trainer.files import UserError
 from mdu_trainer.testing import forget_retain_split
+from mdu_trainer.updates import fingerprint
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 
@@ -414,7 +419,7 @@ def test_evaluation_takes_other_sets_and_leaves_training_as_it_was(make_trainer,
     batch = batch_of(trainer)
     before = trainer.compute_loss(trainer.model, batch).item()
     metrics = trainer.evaluate(sets[1])
-    assert metrics["eval_loss"] == metrics["eval_forget_loss"]
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_forget_loss"] + metrics["eval_retain_loss"])
     assert trainer.compute_loss(trainer.model, batch).item() == before
 
 
@@ -565,3 +570,411 @@ def test_model_by_path(make_model, tokenizer, sets, tmp_path):
     assert trainer.processing_class.mask_token_id == tokenizer.mask_token_id
     trainer.save_model()
     assert MDUTrainer(str(tmp_path / "out"), args, sets[0]).model.config.is_causal is False
+
+
+# Names of the losses of eval sets
+
+
+def expected_eval(trainer, initial, name, part, loss_type):
+    """The mean loss of a constructor's eval set, row by row from the formula."""
+    rows = trainer.eval_dataset[name]
+    batch = trainer.data_collator([rows[i] for i in range(len(rows))])
+    with trainer._visiting(f"eval-{name}", trainer._schedules_of(rows)):
+        found = [expected_row(trainer, initial, part, batch, i, loss_type)[0] for i in range(len(rows))]
+    return (sum(found) / len(found)).item()
+
+
+@pytest.mark.parametrize(
+    "options", [{"tau": 0.5, "retain_weight": 0.3}, {"loss_type": "npo"}, {"loss_type": "dpo"}, {"retain_weight": 0.0}]
+)
+def test_each_eval_set_has_its_own_loss_under_its_name(make_trainer, make_model, sets, options):
+    model = make_model().double()
+    initial = copy.deepcopy(model)
+    held_out = {"forget": sets[0].select(range(5)), "retain": sets[1].select(range(6))}
+    trainer = make_trainer(model, eval_dataset=held_out, **options)
+    perturb(trainer.model)
+    metrics = trainer.evaluate()
+    forget = expected_eval(trainer, initial, "forget", "forget", trainer.args.loss_type)
+    retain = expected_eval(trainer, initial, "retain", "retain", "nelbo")
+    assert metrics["eval_forget_loss"] == metrics["eval_forget_forget_loss"] == pytest.approx(forget, rel=1e-5)
+    assert metrics["eval_retain_loss"] == metrics["eval_retain_retain_loss"] == pytest.approx(retain, rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(forget + trainer.args.retain_weight * retain, rel=1e-5)
+    assert "eval_retain_forget_loss" not in metrics, "nobody wants the rows to keep forgotten"
+    logged = {name: value for log in trainer.state.log_history for name, value in log.items()}
+    assert [logged[n] for n in metrics if n.endswith("loss")] == [metrics[n] for n in metrics if n.endswith("loss")]
+    other = trainer.evaluate(held_out, metric_key_prefix="test")
+    assert other["test_loss"] == metrics["eval_loss"] and other["test_retain_loss"] == metrics["eval_retain_loss"]
+
+
+def test_loss_of_any_other_set_is_the_whole(make_trainer, sets):
+    trainer = make_trainer(eval_dataset={"dev": sets[0]}, tau=0.5, retain_weight=0.25)
+    metrics = trainer.evaluate()
+    whole = metrics["eval_dev_forget_loss"] + 0.25 * metrics["eval_dev_retain_loss"]
+    assert metrics["eval_dev_loss"] == pytest.approx(whole, rel=1e-12) and "eval_loss" not in metrics
+    assert trainer.evaluate("dev")["eval_loss"] == metrics["eval_dev_loss"]
+    with pytest.raises(UserError, match="no eval set 'def'; there are: dev"):
+        trainer.evaluate("def")
+    alone = make_trainer(eval_dataset=sets[0], retain_weight=0.0).evaluate()
+    assert alone["eval_loss"] == alone["eval_forget_loss"]
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
+@pytest.mark.parametrize(
+    "names, options, there",
+    [
+        (None, {}, "eval_forget_loss, eval_kl, eval_retain_loss, eval_entropy, eval_masked_fraction."),
+        (["dev"], {"metric_for_best_model": "dev_loss"}, "eval_dev_forget_loss, eval_dev_kl, eval_dev_retain_loss"),
+        (["dev"], {}, "'eval_loss' cannot choose a model: there is no such figure"),
+        (["forget", "retain"], {"metric_for_best_model": "forgot_loss"}, "eval_retain_loss, .*eval_loss"),
+    ],
+)
+def test_a_name_that_tells_no_good_model_is_refused_before_training(make_trainer, sets, names, options, there):
+    trainer = make_trainer(eval_dataset=names and dict(zip(names, sets, strict=False)) or sets[0], **BEST | options)
+    with pytest.raises(UserError, match=there):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_figure_that_a_callback_does_not_give_is_named(make_trainer, sets):
+    class Quiet(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            pass
+
+    trainer = make_trainer(eval_dataset=sets[0], callbacks=[Quiet()], metric_for_best_model="my_loss", **BEST)
+    with pytest.raises(UserError, match="no figure 'my_loss'; an evaluation gave .*eval_forget_loss"):
+        trainer.train()
+
+
+def test_best_model_by_the_whole_loss_of_both_sets(make_trainer, sets):
+    held_out = dict(zip(("forget", "retain"), sets, strict=True))
+    trainer = make_trainer(eval_dataset=held_out, learning_rate=0.05, max_steps=4, **BEST)
+    trainer.train()
+    found = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    assert len(found) == 4 and trainer.state.best_metric == min(found)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found))
+
+
+def test_names_that_two_sets_would_share(make_trainer, sets):
+    with pytest.raises(UserError, match="eval_forget_retain_loss would name a figure of two eval sets"):
+        make_trainer(eval_dataset={"forget": sets[0], "forget_retain": sets[0]})
+    with pytest.raises(UserError, match="eval_strategy is 'epoch' but there is no eval set"):
+        make_trainer(eval_strategy="epoch")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_set_is_evaluated_and_no_row_left_out(make_trainer, sets, workers):
+    options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": bool(workers)}
+    plain = make_trainer()
+    trainer = make_trainer(eval_dataset=sets[0], dataloader_drop_last=True, **options)
+    for rows in (sets[0], sets[1].select(range(11))):  # neither fills batches of eight
+        expected, found = plain.evaluate(rows), trainer.evaluate(rows)
+        assert [found[n] for n in expected if "loss" in n] == [expected[n] for n in expected if "loss" in n]
+
+
+def test_predict_gives_the_figures_of_each_row(make_trainer, sets):
+    trainer = make_trainer(tau=0.5, per_device_eval_batch_size=3)
+    perturb(trainer.model)
+    output = trainer.predict(sets[0])
+    assert set(output.predictions) == {"forget_loss", "kl", "entropy", "masked_fraction", "retain_loss"}
+    metrics = trainer.evaluate(sets[0])
+    for name, values in output.predictions.items():
+        assert values.shape == (8,) and values.mean() == pytest.approx(metrics[f"eval_{name}"], rel=1e-6)
+        assert output.metrics[f"test_{name}"] == metrics[f"eval_{name}"]
+    alone = trainer.predict(sets[0].select([0]))
+    assert alone.metrics["test_entropy"] > 0
+    with pytest.raises(UserError, match="predict takes one set"):
+        trainer.predict({"a": sets[0]})
+
+
+# Runs that change nothing
+
+
+def adapted(model, frozen=True):
+    model = get_peft_model(model, LoraConfig(**LORA))
+    perturb(model)
+    return model.requires_grad_(not frozen)
+
+
+@pytest.mark.parametrize("options", [{"tau": 0.0}, {"tau": 0.5}, {"tau": 0.5, "precompute_anchor": True}])
+def test_nothing_trainable(make_trainer, make_model, options):
+    for model in (adapted(make_model()), make_model().requires_grad_(False)):
+        trainer = make_trainer(model, **options)
+        with pytest.raises(UserError, match="No tensor of the model is trainable.*is_trainable=True"):
+            trainer.train()
+
+
+def test_columns_removed_behind_the_config(make_trainer):
+    trainer = make_trainer()
+    trainer.args.remove_unused_columns = True  # a batch of nothing ends the epoch before it begins
+    with pytest.raises(UserError, match="No update was made.*the data loader gave no batch"):
+        trainer.train()
+
+
+class Stop(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+def test_stopped_before_the_first_update(make_trainer):
+    with pytest.raises(UserError, match="No update was made.*a callback stopped it"):
+        make_trainer(callbacks=[Stop()], gradient_accumulation_steps=2).train()
+
+
+@pytest.mark.parametrize("anchor_source", ["initial", "current"])
+def test_an_anchor_that_equals_the_prediction(make_trainer, sets, tokenizer, anchor_source):
+    rows = Dataset.from_list([{"prompt": "", "completion": row["completion"][0]["content"]} for row in sets[0]])
+    trainer = make_trainer(forget=rows, tau=1.0, anchor_source=anchor_source)
+    with pytest.raises(UserError, match="8 of 8 forget rows have an empty prompt. At tau = 1"):
+        trainer.train()
+    make_trainer(forget=rows, tau=0.5, anchor_source=anchor_source).train()
+
+
+def test_gradients_that_are_all_zero(make_trainer):
+    trainer = make_trainer(weight_decay=0.1)  # which moves weights all the same
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda *args, **kwargs: 0 * compute(*args, **kwargs)
+    with pytest.raises(UserError, match="3 updates were made, but every gradient was zero"):
+        trainer.train()
+
+
+def test_updates_that_round_away(make_trainer, make_model):
+    model = make_model().to(torch.bfloat16)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.where(p >= 0, 1.0, -1.0))  # nothing near 0, where bfloat16 is fine
+    trainer = make_trainer(model, learning_rate=1e-6)
+    with pytest.raises(UserError, match="no trained tensor differs.*half precision.*load them in float32"):
+        trainer.train()
+
+
+def test_a_schedule_without_a_rate(make_trainer):
+    trainer = make_trainer(lr_scheduler_type="constant_with_warmup", warmup_steps=1000, max_steps=1)
+    with pytest.raises(UserError, match="An update was made, but no trained tensor differs.*Raise the learning rate"):
+        trainer.train()
+
+
+class Unfreeze(TrainerCallback):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.requires_grad_(True)
+
+
+def test_tensors_that_became_trainable_too_late(make_trainer, make_model):
+    model = make_model().requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    trainer = make_trainer(model, callbacks=[Unfreeze()])
+    with pytest.raises(UserError, match="model.embed_tokens.weight and .* other tensors became trainable after"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_frozen_adapter_stays_frozen_through_the_anchors_pass(make_trainer, make_model):
+    """PEFT marks every adapter as trained when it switches them on again."""
+    model = get_peft_model(make_model(), LoraConfig(**LORA))
+    frozen = [p for name, p in model.named_parameters() if "layers.0" in name and "lora_" in name]
+    for p in frozen:
+        p.requires_grad_(False)
+    trainer = make_trainer(model, tau=0.5)
+    assert trainer.reference.first_adapter == {}
+    trainer.train()
+    assert not any(p.requires_grad for p in frozen)
+
+
+def test_a_frozen_adapter_below_a_new_one_is_part_of_theta_0(make_trainer, make_model):
+    model = get_peft_model(make_model().double(), LoraConfig(**LORA))
+    perturb(model)
+    model.add_adapter("new", LoraConfig(**LORA))
+    model.base_model.set_adapter(["default", "new"])
+    for name, p in model.double().named_parameters():
+        p.requires_grad_(".new." in name)
+    initial = copy.deepcopy(model).eval()
+    trainer = make_trainer(model, tau=0.5)
+    perturb(trainer.model)
+    batch = batch_of(trainer)
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert loss.item() == pytest.approx(expected_loss(trainer, initial, batch).item(), rel=1e-6)
+
+
+def test_a_run_resumed_at_its_end_is_no_error(make_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
+    options = {"max_steps": -1, "num_train_epochs": 1, "save_strategy": "epoch"}
+    whole = make_trainer(**options)
+    whole.train()
+    resumed = make_trainer(**options)
+    resumed.train(resume_from_checkpoint=True)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert "no update was left to make" in caplog.text
+    config = make_trainer(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-5", **options)
+    config.train()
+    assert config.state.global_step == 5 and torch.equal(weights(whole), weights(config))
+
+
+def test_an_optimizer_of_the_user_may_train_a_part(make_trainer, make_model):
+    model = make_model()
+    optimizer = torch.optim.SGD(model.lm_head.parameters(), lr=0.1)
+    trainer = make_trainer(model)
+    trainer.optimizer = optimizer
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer.train()
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, before[n])] == ["lm_head.weight"]
+
+
+def test_fingerprint_sees_any_change():
+    tensor = torch.randn(1000).to(torch.bfloat16)
+    swapped = tensor.clone()
+    swapped[[0, 1]] = tensor[[1, 0]]
+    nudged = tensor.clone()
+    nudged.view(torch.int16)[500] += 1
+    assert len({fingerprint(t) for t in (tensor, tensor.clone(), swapped, nudged)}) == 3
+
+
+def test_rows_that_drop_last_leaves_out(make_trainer):
+    with pytest.raises(UserError, match="dataloader_drop_last leaves out all 20 rows: a batch takes 32"):
+        make_trainer(dataloader_drop_last=True, per_device_train_batch_size=32).train()
+
+
+# Anchors computed before training
+
+
+@pytest.mark.parametrize("steps", [{"max_steps": 9}, {"max_steps": -1, "num_train_epochs": 1.5}])
+def test_precomputed_anchors_of_whole_batches_only(make_trainer, steps):
+    ends = []
+    for precompute in (False, True):
+        options = {"dataloader_drop_last": True, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
+        trainer = make_trainer(tau=0.5, precompute_anchor=precompute, **options | steps)
+        trainer.train()
+        ends.append(weights(trainer))
+    assert torch.equal(*ends)
+
+
+def test_precomputed_anchors_of_another_order_are_made_anew(make_trainer):
+    make_trainer(tau=0.5, precompute_anchor=True, max_steps=5).train()
+    for options in ({"train_sampling_strategy": "sequential"}, {"data_seed": 3}):
+        ends = []
+        for precompute in (True, False):
+            trainer = make_trainer(tau=0.5, precompute_anchor=precompute, max_steps=5, **options)
+            trainer.train()
+            ends.append(weights(trainer))
+        assert torch.equal(*ends)
+
+
+# Models made for each run
+
+
+def test_model_init_starts_anew(make_trainer, make_model, sets, tokenizer):
+    def make(**passed):
+        args = make_trainer(tau=0.5).args
+        return MDUTrainer(
+            args=args, train_dataset=sets[0], retain_dataset=sets[1], processing_class=tokenizer, **passed
+        )
+
+    lora = {"peft_config": LoraConfig(**LORA)}
+    for adapter in ({}, lora):
+        given, made = make(model=make_model(), **adapter), make(model_init=lambda: make_model(), **adapter)
+        for trainer in (given, made, made):
+            trainer.train()
+            trainer.ends = [*getattr(trainer, "ends", []), weights(trainer)]
+        assert all(torch.equal(given.ends[0], end) for end in made.ends)
+    with pytest.raises(UserError, match="one of the two"):
+        make()
+    with pytest.raises(UserError, match="one of the two"):
+        make(model=make_model(), model_init=make_model)
+    with pytest.raises(UserError, match="pass model_init in place of model"):
+        given.hyperparameter_search(backend="optuna")
+
+
+class Trial:
+    """As much of optuna's as the Trainer asks of one."""
+
+    def __init__(self, study, number):
+        self.study, self.number, self.params, self.value = study, number, {}, None
+
+    def suggest_categorical(self, name, choices):
+        return self.params.setdefault(name, choices[self.number % len(choices)])
+
+    def report(self, value, step):
+        pass
+
+    def should_prune(self):
+        return False
+
+
+class Study:
+    def optimize(self, objective, n_trials, **kwargs):
+        self.trials = [Trial(self, number) for number in range(n_trials)]
+        for trial in self.trials:
+            trial.value = objective(trial)
+        self.best_trial = min(self.trials, key=lambda trial: trial.value)
+
+    def _is_multi_objective(self):
+        return False
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """A module in optuna's place."""
+    fake = types.ModuleType("optuna")
+    fake.Trial, fake.create_study = Trial, lambda **kwargs: Study()
+    monkeypatch.setitem(sys.modules, "optuna", fake)
+    monkeypatch.setattr(OptunaBackend, "is_available", staticmethod(lambda: True))
+
+
+def search(make_trainer, make_model, sets, tokenizer, space, **options):
+    """A search over what `space` names; the trainer and what it found."""
+    held_out = dict(zip(("forget", "retain"), sets, strict=True))
+    trainer = MDUTrainer(
+        args=make_trainer(**options).args,
+        train_dataset=sets[0],
+        retain_dataset=sets[1],
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        model_init=lambda: make_model(),
+    )
+    values = {name: len(choices) for name, choices in space.items()}
+    best = trainer.hyperparameter_search(
+        lambda trial: {name: trial.suggest_categorical(name, choices) for name, choices in space.items()},
+        n_trials=max(values.values()),
+        direction="minimize",
+        backend="optuna",
+    )
+    return trainer, best
+
+
+def test_search_with_a_stand_in_for_optuna(make_trainer, make_model, sets, tokenizer, stand_in, monkeypatch):
+    ended = []
+    train = MDUTrainer.train
+
+    def remembered(self, *args, **kwargs):
+        train(self, *args, **kwargs)
+        ended.append(weights(self))
+
+    monkeypatch.setattr(MDUTrainer, "train", remembered)
+    space = {"tau": [0.5, 0.0, 1.0], "loss_type": ["mdu", "npo", "mdu"], "t_min": [0.0, 0.2, 0.5], "seed": [1, 2, 3]}
+    trainer, best = search(make_trainer, make_model, sets, tokenizer, space, tau=0.25)
+    runs = []
+    for number in range(3):
+        alone = make_trainer(
+            eval_dataset=trainer.eval_dataset, **{name: choices[number] for name, choices in space.items()}
+        )
+        alone.train()
+        assert torch.equal(ended.pop(0), weights(alone)), "a trial is the run that it names"
+        runs.append(alone.evaluate()["eval_loss"])
+    assert best.objective == min(runs) and best.run_id == str(runs.index(min(runs)))
+    with pytest.raises(UserError, match="tau must be finite and at least 0"):
+        search(make_trainer, make_model, sets, tokenizer, {"tau": [-1.0]})
+    with pytest.raises(UserError, match="max_length was read when the rows were prepared"):
+        search(make_trainer, make_model, sets, tokenizer, {"max_length": [99]})
+
+
+def test_search_with_optuna(make_trainer, make_model, sets, tokenizer):
+    pytest.importorskip("optuna", reason="needs optuna")
+    space = {"tau": [0.0, 0.5]}
+    trainer, best = search(make_trainer, make_model, sets, tokenizer, space, eval_strategy="steps", eval_steps=3)
+    assert math.isfinite(best.objective) and best.hyperparameters.keys() == {"tau"}
