@@ -15,6 +15,7 @@ EXTRAS = {
         "bitsandbytes>=0.46.1",
         "hypothesis>=6.100",
         "matplotlib>=3.9",
+        "optuna>=4",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.5",

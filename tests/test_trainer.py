@@ -5,6 +5,7 @@ import logging
 import math
 import sys
 import types
+from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
@@ -921,6 +922,8 @@ class Study:
 def stand_in(monkeypatch):
     """A module in optuna's place."""
     fake = types.ModuleType("optuna")
+    fake.__spec__ = ModuleSpec("optuna", None)
+    fake.trial = types.SimpleNamespace(BaseTrial=Trial)
     fake.Trial, fake.create_study = Trial, lambda **kwargs: Study()
     monkeypatch.setitem(sys.modules, "optuna", fake)
     monkeypatch.setattr(OptunaBackend, "is_available", staticmethod(lambda: True))
