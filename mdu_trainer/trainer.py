@@ -17,7 +17,7 @@ from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint_of
 from .config import MDUConfig
 from .data import RowPairs, TokenizedRows, count_overlap
 from .divergence import AnchorKL, Measure, Prediction, TokenNLL
-from .evaluating import EvalRows
+from .evaluating import EvalRows, UnlearningEvaluationMixin
 from .files import UserError
 from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row, weighted
 from .models import row_projection, weights_fingerprint
@@ -29,7 +29,7 @@ from .reference import Reference, frozen_pass, trained_head
 logger = logging.get_logger(__name__)
 
 
-class MDUTrainer(PublishingMixin, MDLMTrainer):
+class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
     """Make a masked diffusion language model forget (MDU, arXiv 2605.18253, and its baselines).
 
         L_forget = E_t [ 1/|M_t| sum_{i in M_t} KL( p_theta(. | x, y_t)_i || softmax(tau logits_theta0(m, y_t)_i) ) ]
@@ -348,59 +348,6 @@ class MDUTrainer(PublishingMixin, MDLMTrainer):
                 f"{bare} of {len(prompts)} forget rows have an empty prompt. At tau = 1 the model's own prediction is "
                 "their anchor, so they would never be forgotten. Take a smaller tau, or give them a prompt."
             )
-
-    # Evaluation
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As in `MDLMTrainer`; with a "forget" and a "retain" set also L, the loss of the one plus the other's."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if _has_both(self.eval_dataset if eval_dataset is None else eval_dataset):
-            forget, retain = (metrics[f"{metric_key_prefix}_{name}_loss"] for name in ("forget", "retain"))
-            whole = {f"{metric_key_prefix}_loss": forget + self.args.retain_weight * retain}
-            self.log(dict(whole))
-            metrics |= whole
-        return metrics
-
-    def _eval_parts(self, args: MDUConfig, name: str | None) -> list[str]:
-        if name == "retain":
-            return ["retain"]
-        return ["forget", "retain"] if args.retain_weight else ["forget"]
-
-    def _eval_columns(self, args: MDUConfig, parts: list[str]) -> dict[str, bool]:
-        return {"preferred": "forget" in parts and OBJECTIVES[args.loss_type].preferred}
-
-    def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
-        if name == "forget" or "retain" not in parts:
-            return {"forget_loss": 1.0}
-        if "forget" not in parts:
-            return {"retain_loss": 1.0}
-        return {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
-
-    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
-        losses = {"forget": ["forget_loss", "kl"], "retain": ["retain_loss"]}
-        prefix = "eval_" if name is None else f"eval_{name}_"
-        own = [prefix + figure for part in parts for figure in losses[part]]
-        return own + super()._figure_names(name, parts)
-
-    def _all_figure_names(self) -> list[str]:
-        return super()._all_figure_names() + (["eval_loss"] if _has_both(self.eval_dataset) else [])
-
-    def _unclear_names(self) -> dict[str, str]:
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
-        why = "it adds the forget and the retain loss of the same rows, and no model is good at both"
-        mixed = [
-            name for name, rows in sets.items() if rows is not None and len(self._loss_of(name, [*rows.parts])) > 1
-        ]
-        return {"eval_loss" if name is None else f"eval_{name}_loss": why for name in mixed}
-
-
-def _has_both(sets: Any) -> bool:
-    return isinstance(sets, dict) and {"forget", "retain"} <= sets.keys()
 
 
 def _check_retain(args: MDUConfig, forget: Dataset | None, retain: Dataset | None) -> None:
