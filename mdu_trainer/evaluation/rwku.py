@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from ..files import UserError
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
-from ..words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, split_words
+from ..words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words, split_words
 from .report import Run
 from .runner import score_questions
 from .scoring import METRICS, Batch, Figures, Metric, QuestionSet, encode_questions, estimates
@@ -339,14 +339,17 @@ def _text(row: Row) -> Asked:
 # What is measured
 
 
-def word_match(text: str, references: Sequence[str]) -> tuple[float, float]:
+def word_match(text: str, references: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
     """Exact match and F1 of words, of the best of the references, as SQuAD and RWKU count them.
 
     Words are compared in lower case, without punctuation and articles (Rajpurkar et al., 2016, arXiv 1606.05250), and
-    characters where a script has no spaces, as MLQA does (Lewis et al., 2020, arXiv 1910.07475).
+    characters where a script has no spaces, as MLQA does (Lewis et al., 2020, arXiv 1910.07475). None where no
+    reference holds a word, which silence would match.
     """
     found = _words(text)
-    wanted = [_words(text) for text in references]
+    wanted = [_words(text) for text in references if has_words(text)]
+    if not wanted:
+        return None, None
     return float(found in wanted), max(_f1(found, words) for words in wanted)
 
 
@@ -366,9 +369,8 @@ def _f1(found: list[str], wanted: list[str]) -> float:
     return 2 * (Counter(found) & Counter(wanted)).total() / (len(found) + len(wanted))
 
 
-_WORD_OR_PUNCTUATION = regex.compile(
-    rf"{SINGLE}|[{WORD_CHARACTER}_]+|[^\s_{WORD_CHARACTER}{UNSPACED}{SYMBOL}]+", regex.V1
-)
+_PUNCTUATION_RUN = rf"[^\s_{WORD_CHARACTER}{UNSPACED}{SYMBOL}]+"
+_WORD_OR_PUNCTUATION = regex.compile(rf"{SINGLE}|[{WORD_CHARACTER}_]+|{_PUNCTUATION_RUN}", regex.V1)
 
 
 def ngram_entropy(text: str) -> float:
