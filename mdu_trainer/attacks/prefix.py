@@ -6,8 +6,11 @@ from ..analysis.spans import token_spans
 from ..words import SINGLE, SYMBOL, UNSPACED
 from .base import AttackScores, NothingToAttack, Target, recall, said
 
+_POINTS = r"\u0f0b\u0f0c\u1361"  # what stands for a space in Tibetan and Ethiopic
 # what stands between spaces, and of scripts without spaces a character, each with its punctuation
-WORD = regex.compile(rf"\p{{P}}*{SINGLE}[\p{{P}}\u200b]*|[\S--[{UNSPACED}{SYMBOL}]]+", regex.V1)
+WORD = regex.compile(
+    rf"\p{{P}}*{SINGLE}[\p{{P}}\u200b]*|[\S--[{UNSPACED}{SYMBOL}{_POINTS}]]+[{_POINTS}]*|[{_POINTS}]+", regex.V1
+)
 
 
 def attack(target: Target, seed: int) -> AttackScores:
