@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,13 +24,14 @@ from mdu_trainer.evaluation.metrics import Degeneracy, RougeL, zlib_score
 from mdu_trainer.evaluation.metrics.text import RougeTokenizer
 from mdu_trainer.evaluation.rwku import ngram_entropy, word_match
 from mdu_trainer.evaluation.scoring import estimates
+from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.forget_hashes import ForgetHashes
 from mdu_trainer.forget_hashes import words as hashed_words
 from mdu_trainer.testing import tiny_mdlm, train_tokenizer
 from mdu_trainer.words import has_words, split_words
 
 SMALL = 0.2  # of what another answer of the same script has by chance
-LEARNED = ("Hebrew", "Arabic", "Cyrillic", "Hindi", "Thai", "Chinese", "Korean", "emoji", "flag", "date", "code")
+LEARNED = ("Hebrew", "Arabic", "Cyrillic", "Hindi", "Thai", "Chinese", "emoji", "date", "code")
 
 
 def rouge(prediction, reference):
@@ -107,8 +109,8 @@ def test_figures_of_english_text_are_those_of_rouge_score(tofu_path):
                 accented += any(character.isalpha() and not character.isascii() for character in text)
             else:
                 assert ours.tokenize(text) == theirs.tokenize(text)
-        others = random.Random(0).sample(answers, len(answers))
-        for one, other in [*zip(answers, others, strict=True), *((text, text) for text in answers[:40])]:
+        pairs = list(zip(answers, random.Random(0).sample(answers, len(answers)), strict=True))
+        for one, other in [pair for pair in pairs if not "".join(pair).isascii()] + pairs[:40]:
             assert scorers[0].score(one, other)["rougeL"] == scorers[1].score(one, other)["rougeL"]
     assert accented == 30
 
@@ -206,19 +208,22 @@ def test_a_quote_in_any_script_is_found(sentence):
 
 
 @pytest.fixture(scope="module")
-def recited(tmp_path_factory, bpe):
-    """The folder of a model that has learned rows in many scripts, one of a model that has not, and the rows."""
+def recited(tmp_path_factory):
+    """A folder with a model that has learned rows in several scripts, one that has not, and the rows; its trainer."""
     folder = tmp_path_factory.mktemp("scripts")
     rows = Dataset.from_list([{"question": ROWS[name][0], "answer": ROWS[name][1]} for name in LEARNED])
-    (folder / "rows.json").write_text(json.dumps(list(rows)))
-    (folder / "more.json").write_text(json.dumps([{"question": "Say nothing.", "answer": "..."}, *rows]))
-    (folder / "none.json").write_text(json.dumps([{"question": "Say nothing.", "answer": "..."}]))
-    model = tiny_mdlm(bpe, hidden_size=64, num_layers=2)
+    silent = {"question": "Say nothing.", "answer": "..."}
+    short = [row for row in rows if row["answer"] in (ROWS["emoji"][1], ROWS["date"][1])]
+    for name, content in {"rows": list(rows), "more": [silent, *rows], "none": [silent], "short": short}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    tokenizer = train_tokenizer([text for row in rows for text in row.values()], vocab_size=500)
+    model = tiny_mdlm(tokenizer, hidden_size=64, num_layers=2)
     args = MDLMConfig(
         str(folder / "run"),
         max_steps=200,
         per_device_train_batch_size=len(rows),
-        learning_rate=3e-3,
+        learning_rate=4e-3,
+        lr_scheduler_type="cosine",
         time_weighting=False,
         pad_with_end_tokens=True,
         save_strategy="no",
@@ -226,93 +231,99 @@ def recited(tmp_path_factory, bpe):
         disable_tqdm=True,
         use_cpu=True,
     )
+    train = question_answer_rows(rows, conversational=True)
+    trainer = MDLMTrainer(model, args, train_dataset=train, processing_class=tokenizer)
     for name in ("empty", "full"):
         if name == "full":
-            train = question_answer_rows(rows, conversational=True)
-            trainer = MDLMTrainer(model, args, train_dataset=train, processing_class=bpe)
             trainer.train()
         model.save_pretrained(folder / name)
-        bpe.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     return folder, rows, trainer
 
 
-def run_check(folder, model, rows, capsys, *options):
-    options = options or ("--max-leak", "0.5")
-    status = leak_check.main(["--model", str(folder / model), "--forget", str(folder / rows), *options])
-    return status, json.loads(capsys.readouterr().out)
+@pytest.fixture
+def check(recited, capsys):
+    """Exit status and figures of the leak check."""
+
+    def run(model, rows, *options):
+        paths = ["--model", str(recited[0] / model), "--forget", str(recited[0] / rows)]
+        status = leak_check.main([*paths, *(options or ("--max-leak", "0.5"))])
+        return status, json.loads(capsys.readouterr().out)
+
+    return run
 
 
-def test_the_leak_check_sees_what_is_recited(recited, capsys):
-    folder, rows, _ = recited
-    status, found = run_check(folder, "full", "rows.json", capsys)
-    assert status == 1 and found["leak"] == found["checks"]["plain"] == 1 and not found["passed"]
-    status, found = run_check(folder, "empty", "rows.json", capsys)
-    assert status == 0 and found["leak"] < 0.2 and found["passed"] and found["not_measured"] == 0
-    assert found["rows"] == len(rows) and found["left_out"] == []
+def test_the_leak_check_sees_what_is_recited(check):
+    status, found = check("full", "more.json")
+    assert status == 1 and found["leak"] == found["checks"]["plain"] == 1 and found["passed"] is False
+    assert (found["rows"], found["not_measured"], found["left_out"]) == (len(LEARNED), 1, [])
 
 
-def test_a_row_that_cannot_be_measured_never_passes(recited, capsys):
-    folder, rows, _ = recited
-    status, found = run_check(folder, "empty", "more.json", capsys)
-    assert status == 2 and found["passed"] is False and found["not_measured"] == 1 and found["rows"] == len(rows)
-    status, found = run_check(folder, "full", "more.json", capsys)
-    assert status == 1 and found["leak"] == 1, "what leaks is said all the same"
-    status, found = run_check(folder, "empty", "more.json", capsys, "--audit")
-    assert status == 2 and found["audit"][-1] == {"row": 0, "leak": None, "checks": {}}
-    assert sorted(one["row"] for one in found["audit"]) == list(range(len(rows) + 1))
+def test_the_leak_check_passes_what_is_not_there(check):
+    status, found = check("empty", "rows.json")
+    assert status == 0 and found["leak"] < SMALL and found["passed"] is True and found["not_measured"] == 0
+
+
+def test_a_row_that_cannot_be_measured_never_passes(check, capsys, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
-        run_check(folder, "empty", "none.json", capsys)
+        check("empty", "none.json")
     out, err = capsys.readouterr()
     assert stopped.value.code == 2 and out == "" and "None of the 1 rows can be scored" in err
+    monkeypatch.setattr(leak_check, "CHECKS", ())
+    status, found = check("empty", "more.json")
+    assert status == 2 and found["leak"] < SMALL and found["passed"] is False and found["not_measured"] == 1
+    status, found = check("empty", "more.json", "--audit")
+    assert status == 2 and found["audit"][-1] == {"row": 0, "leak": None, "checks": {}}
+    assert sorted(one["row"] for one in found["audit"]) == list(range(len(LEARNED) + 1))
 
 
-def test_a_check_that_fails_is_no_pass(recited, capsys, monkeypatch):
+def test_a_check_that_fails_is_no_pass(check, capsys, monkeypatch):
     def refuse(*_):
         raise ValueError("broken")
 
-    monkeypatch.setitem(leak_check.ATTACKS, "prefix", leak_check.ATTACKS["prefix"]._replace(run=refuse))
+    monkeypatch.setitem(leak_check.ATTACKS, "paraphrase", leak_check.ATTACKS["paraphrase"]._replace(run=refuse))
     with pytest.raises(SystemExit) as stopped:
-        run_check(recited[0], "empty", "rows.json", capsys)
+        check("empty", "rows.json")
     assert stopped.value.code == 2 and capsys.readouterr().out == ""
 
 
-def test_a_check_that_suits_no_row_is_named(recited, capsys):
-    folder, rows, _ = recited
-    short = [row for row in rows if row["answer"] in (ROWS["emoji"][1], ROWS["date"][1], ROWS["flag"][1])]
-    (folder / "short.json").write_text(json.dumps(short))
-    status, found = run_check(folder, "full", "short.json", capsys)
+def test_a_check_that_suits_no_row_is_named(check):
+    status, found = check("full", "short.json")
     assert status == 1 and found["left_out"] == ["prefix"] and "prefix" not in found["checks"] and found["leak"] == 1
 
 
-@pytest.mark.parametrize("name", ["prefix", "paraphrase", "infill-random", "infill-entity", "leak-at-k"])
-def test_attacks_bring_back_what_is_there(recited, bpe, name):
+@pytest.fixture
+def attacked(recited):
+    """The model that recites, under attack."""
     _, rows, trainer = recited
-    settings = AttackSettings(decoding=DiffusionGenerationConfig(max_new_tokens=48), samples=2, unseen=rows)
-    scores = ATTACKS[name].run(Target(trainer.model, bpe, rows, settings), 0)
-    assert min(scores.before) == 1 and sum(scores.after) / len(scores.after) > 0.8
-    answers = [ROWS[one][2] for one in LEARNED]
-    assert max(recall(answers, Target(trainer.model, bpe, rows, settings).secrets)) <= SMALL
+    length = longest_answer({"forget": rows}, trainer.processing_class)
+    settings = AttackSettings(decoding=DiffusionGenerationConfig(max_new_tokens=length))
+    return Target(trainer.model, trainer.processing_class, rows, settings)
 
 
-def test_rows_that_cannot_be_scored_are_not_attacked(recited, bpe):
+@pytest.mark.parametrize("name", ["prefix", "infill-entity"])
+def test_attacks_bring_back_what_is_there(attacked, name):
+    scores = ATTACKS[name].run(attacked, 0)
+    assert set(scores.before) == {1} and sum(scores.after) / len(scores.after) > 0.8
+    assert max(recall([ROWS[one][2] for one in LEARNED], attacked.secrets)) <= SMALL
+
+
+def test_rows_that_cannot_be_scored_are_not_attacked(attacked):
+    both = Dataset.from_list([*attacked.rows, {"question": "Say nothing.", "answer": "?!"}])
+    message = f"Row {len(LEARNED)} of the forget set cannot be scored, as 1 of {len(both)}"
+    with pytest.raises(ValueError, match=message):
+        replace(attacked, rows=both)
+
+
+def test_training_stops_for_what_is_forgotten_alone(recited):
     _, rows, trainer = recited
-    settings = AttackSettings(decoding=DiffusionGenerationConfig(max_new_tokens=48))
-    both = Dataset.from_list([*rows, {"question": "Say nothing.", "answer": "?!"}])
-    with pytest.raises(ValueError, match=f"Row {len(rows)} of the forget set cannot be scored, as 1 of {len(both)}"):
-        Target(trainer.model, bpe, both, settings)
-
-
-def test_training_stops_for_what_is_forgotten_alone(recited, bpe):
-    _, rows, trainer = recited
-    decoding = DiffusionGenerationConfig(max_new_tokens=48)
     limits = {"every_steps": 1, "stop_forget_below": 0.5, "metrics": ("rougeL",)}
-    callback = UnlearningEvalCallback(trainer, rows, None, decoding, **limits)
-    control = TrainerControl()
+    more = Dataset.from_list([*rows, {"question": "Say nothing.", "answer": "..."}])
+    callback, control = UnlearningEvalCallback(trainer, more, **limits), TrainerControl()
     figures = callback.score()
     callback.scored(figures, TrainerState(global_step=1), control)
-    assert figures["eval_forget_rougeL_recall"] == 1 and not control.should_training_stop
-    callback.sets = {"forget": Dataset.from_list([*rows, {"question": "Say nothing.", "answer": "..."}])}
-    assert callback.score()["eval_forget_rougeL_recall"] == 1, "the mean is over the rows that are measured"
+    assert figures["eval_forget_rougeL_recall"] == 1, "the mean is over the rows that are measured"
+    assert not control.should_training_stop and callback.stopped_because is None
     kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     try:
         for value in trainer.model.parameters():
@@ -322,4 +333,4 @@ def test_training_stops_for_what_is_forgotten_alone(recited, bpe):
         trainer.model.load_state_dict(kept)
     assert control.should_training_stop and "forgetting is reached" in callback.stopped_because
     with pytest.raises(ValueError, match="ROUGE-L can be measured on no row of the forget set"):
-        UnlearningEvalCallback(trainer, Dataset.from_list([{"question": "?", "answer": "..."}]), **limits)
+        UnlearningEvalCallback(trainer, more.select([len(rows)]), **limits)
