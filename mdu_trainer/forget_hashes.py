@@ -26,7 +26,7 @@ FORGET_COLUMNS = ("messages", "prompt", "completion", "rejected")  # `chosen` is
 
 # \u0120, \u010a and \u2581 stand for a space or a line break in tokens; \n in a template may be spelt out
 _NOT_A_WORD = re.compile(r"\\[nrt]|[\u0120\u010a\u2581_]")
-_SYLLABLES = re.compile("[\uac00-\ud7a3]+")
+_SYLLABLE = re.compile("[\uac00-\ud7a3]|[^\uac00-\ud7a3]+")
 
 
 @dataclass
@@ -110,7 +110,7 @@ class ForgetHashes:
 def words(text: str) -> list[str]:
     """The words of a text, as `ForgetHashes` compares them: of any script, Korean ones a syllable at a time."""
     found = split_words(_NOT_A_WORD.sub(" ", text))
-    return [part for word in found for part in (word if _SYLLABLES.fullmatch(word) else (word,))]
+    return [part for word in found for part in ((word,) if word.isascii() else _SYLLABLE.findall(word))]
 
 
 def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[str]:

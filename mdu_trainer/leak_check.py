@@ -144,12 +144,8 @@ def measure_leak(
         ValueError: for rows that cannot be asked, or none that can be scored.
     """
     check_texts(rows, "forget", dict.fromkeys(COLUMNS, str))
-    not_measured = unscorable(rows)
+    not_measured = _not_measured(rows)
     measured = sorted(set(range(len(rows))) - set(not_measured))
-    if not measured:
-        raise UserError(
-            f"None of the {len(rows)} rows can be scored: their answers hold no word, number or emoji to compare."
-        )
     rows = rows.select(measured)
     decoding = DiffusionGenerationConfig(max_new_tokens=longest_answer({"forget": rows}, tokenizer), seed=seed)
     target = Target(model, tokenizer, rows, AttackSettings(decoding=decoding, unrelated=retain))
@@ -163,6 +159,16 @@ def measure_leak(
             continue
         checks[name] = dict(zip((measured[row] for row in scores.rows), map(float, scores.after), strict=True))
     return Leak(checks, tuple(left_out), tuple(not_measured))
+
+
+def _not_measured(rows: Dataset) -> list[int]:
+    """Numbers of the rows that cannot be scored, which must not be all."""
+    without = unscorable(rows)
+    if len(without) == len(rows):
+        raise UserError(
+            f"None of the {len(rows)} rows can be scored: their answers hold no word, number or emoji to compare."
+        )
+    return without
 
 
 def load_rows(source: str, name: str = "forget") -> Dataset:
@@ -228,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.output is not None:
                 _check_output(options.output)
             rows = load_rows(options.forget)
+            _not_measured(rows)
             retain = None if options.retain is None else load_rows(options.retain, "retain")
             load_model_config(base_of(options.model), revision=options.revision)
             model, tokenizer = load_checkpoint(options.model, dtype=options.dtype, revision=options.revision)

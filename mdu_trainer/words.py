@@ -23,7 +23,7 @@ SINGLE = rf"(?:(?=[{UNSPACED}{SYMBOL}])\X|[#*]\ufe0f?\u20e3)"  # a grapheme clus
 WORD_CHARACTER = rf"[[\p{{L}}\p{{M}}\p{{N}}\p{{DI}}]--[{UNSPACED}\u200b]]"
 RUN = rf"[[\p{{L}}\p{{N}}]--{UNSPACED}]{WORD_CHARACTER}*"
 
-_WORD = regex.compile(f"{SINGLE}|{RUN}", regex.V1)
+_WORD = regex.compile(f"{RUN}|{SINGLE}", regex.V1)
 _ASCII_WORD = regex.compile("[a-z0-9]+")
 _SYMBOL = regex.compile(f"{SYMBOL}|[#*]", regex.V1)
 _VARIATION = regex.compile("[\ufe0e\ufe0f]")

@@ -214,7 +214,7 @@ def recited(tmp_path_factory):
     rows = Dataset.from_list([{"question": ROWS[name][0], "answer": ROWS[name][1]} for name in LEARNED])
     silent = {"question": "Say nothing.", "answer": "..."}
     short = [row for row in rows if row["answer"] in (ROWS["emoji"][1], ROWS["date"][1])]
-    for name, content in {"rows": list(rows), "more": [silent, *rows], "none": [silent], "short": short}.items():
+    for name, content in {"rows": list(rows), "more": [silent, *rows], "short": short}.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     tokenizer = train_tokenizer([text for row in rows for text in row.values()], vocab_size=500)
     model = tiny_mdlm(tokenizer, hidden_size=64, num_layers=2)
@@ -264,11 +264,7 @@ def test_the_leak_check_passes_what_is_not_there(check):
     assert status == 0 and found["leak"] < SMALL and found["passed"] is True and found["not_measured"] == 0
 
 
-def test_a_row_that_cannot_be_measured_never_passes(check, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as stopped:
-        check("empty", "none.json")
-    out, err = capsys.readouterr()
-    assert stopped.value.code == 2 and out == "" and "None of the 1 rows can be scored" in err
+def test_a_row_that_cannot_be_measured_never_passes(check, monkeypatch):
     monkeypatch.setattr(leak_check, "CHECKS", ())
     status, found = check("empty", "more.json")
     assert status == 2 and found["leak"] < SMALL and found["passed"] is False and found["not_measured"] == 1
