@@ -250,13 +250,15 @@ def estimates(figures: Figures) -> Scores:
     Figures that are measured nowhere, or are not finite in every row where they are, are left out.
     """
     scores: Scores = {}
+    without: dict[str, list[str]] = {}  # on how many rows -> figures that cannot be measured there
     for name, values in figures.items():
         measured = [value for value in values if value is not None]
         if len(measured) < len(values):
-            missing = f"{len(values) - len(measured)} of {len(values)} rows"
-            logger.warning(f"{name} cannot be measured on {missing}: they hold no word to compare.")
+            without.setdefault(f"{len(values) - len(measured)} of {len(values)} rows", []).append(name)
         if measured and all(map(math.isfinite, measured)):
             scores[name] = Estimate(math.fsum(measured) / len(measured), *bootstrap_interval(measured))
+    for rows, names in without.items():
+        logger.warning(f"Not measured on {rows}, which hold no word to compare: {', '.join(names)}.")
     return scores
 
 
