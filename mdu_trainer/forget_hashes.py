@@ -10,13 +10,13 @@ import hashlib
 import json
 import re
 import secrets
-import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .files import SCHEMA, read_record, write_whole
+from .words import split_words
 
 HASHES_FILE = "forget_hashes.json"
 SEQUENCE_WORDS = 6  # shorter sequences are common wording, longer ones miss a sentence that was cut or reworded
@@ -26,8 +26,7 @@ FORGET_COLUMNS = ("messages", "prompt", "completion", "rejected")  # `chosen` is
 
 # \u0120, \u010a and \u2581 stand for a space or a line break in tokens; \n in a template may be spelt out
 _NOT_A_WORD = re.compile(r"\\[nrt]|[\u0120\u010a\u2581_]")
-_CJK = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+")
+_SYLLABLE = re.compile("[\uac00-\ud7a3]|[^\uac00-\ud7a3]+")
 
 
 @dataclass
@@ -36,7 +35,7 @@ class ForgetHashes:
 
     A sequence is `SEQUENCE_WORDS` words long, or a whole text if that is shorter. One that the retain rows hold, too,
     is ordinary wording and not kept. Words are compared without case, punctuation and the marks that tokenizers put
-    for a space; a character of Chinese, Japanese or Korean writing counts as a word.
+    for a space (`mdu_trainer.words`); a character of a script without spaces, or of Korean, counts as a word.
 
     Attributes:
         requests: of each request, its key and its hashes by length of the sequence.
@@ -109,8 +108,9 @@ class ForgetHashes:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, as `ForgetHashes` compares them."""
-    return _WORD.findall(unicodedata.normalize("NFKC", _NOT_A_WORD.sub(" ", text)).casefold())
+    """The words of a text, as `ForgetHashes` compares them: of any script, Korean ones a syllable at a time."""
+    found = split_words(_NOT_A_WORD.sub(" ", text))
+    return [part for word in found for part in ((word,) if word.isascii() else _SYLLABLE.findall(word))]
 
 
 def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[str]:

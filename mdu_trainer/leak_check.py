@@ -15,11 +15,15 @@ The leak of a model is the mean over rows. The gate compares the upper end of it
 Where no row leaks, the interval has no width: then it speaks of these rows only.)
 
 On stdout comes one line of JSON, figures only; all else goes to stderr. Gate: `leak`, `low`, `high` (null for a single
-row), `max_leak`, `passed`, `rows`, `checks` (mean score of each) and `seed`. Audit: the same without `max_leak` and
-`passed`, and `audit`, a list of `row` (its number, from 0), `leak` and `checks`, the row that is held most strongly
-first. `--show-forget-text` adds `question` and `answer` to that list, and the list to a gate.
+row), `max_leak`, `passed`, `rows` (measured), `not_measured` (rows), `checks` (mean score of each), `left_out` (checks
+that suit no row, as `prefix` where answers are as short as what it reveals) and `seed`. Audit: the same without
+`max_leak` and `passed`, and `audit`, a list of `row` (its number, from 0), `leak` and `checks`, the row that is held
+most strongly first. `--show-forget-text` adds `question` and `answer` to that list, and the list to a gate.
 
-Exit status: 0 if the leak is not above `--max-leak`, and for an audit; 1 if it is above; 2 if nothing was measured.
+Answers may be in any script, numbers, code or emoji. A row whose answer holds none of these (punctuation alone, say)
+cannot be measured: it is not known to be forgotten, so it has no `leak`, and the model does not pass.
+
+Exit status: 1 if the leak is above `--max-leak`; else 2 if any row was not measured, or nothing was; else 0.
 """
 
 import argparse
@@ -38,6 +42,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .attacks import ATTACKS, AttackSettings, Target
+from .attacks.base import NothingToAttack, unscorable
 from .evaluation.metrics import bootstrap_interval
 from .evaluation.report import Estimate
 from .evaluation.runner import processes
@@ -62,11 +67,15 @@ class Leak:
     """What a model gives away of some rows. Figures only.
 
     Attributes:
-        checks: name of a check -> number of a row -> score, 0 to 1, higher where more came out. "plain" has all rows;
-            a check that does not suit a row leaves it out.
+        checks: name of a check -> number of a row -> score, 0 to 1, higher where more came out. "plain" has all rows
+            that are measured; a check that does not suit a row leaves it out.
+        left_out: checks that suit none of the rows.
+        not_measured: numbers of the rows whose answer holds nothing that can be compared.
     """
 
     checks: dict[str, dict[int, float]]
+    left_out: tuple[str, ...] = ()
+    not_measured: tuple[int, ...] = ()
 
     @property
     def rows(self) -> list[float]:
@@ -87,15 +96,27 @@ class Leak:
         """The figures of the model as a whole, for JSON."""
         leak = self.estimate
         checks = {name: _mean(list(scores.values())).value for name, scores in self.checks.items()}
-        return {"leak": leak.value, "low": leak.low, "high": leak.high, "rows": len(self.rows), "checks": checks}
+        return {
+            "leak": leak.value,
+            "low": leak.low,
+            "high": leak.high,
+            "rows": len(self.rows),
+            "not_measured": len(self.not_measured),
+            "checks": checks,
+            "left_out": list(self.left_out),
+        }
 
     def ranking(self) -> list[dict[str, Any]]:
-        """The rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks."""
+        """The rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks.
+
+        Last come rows that are not measured, without a leak.
+        """
         rows = [
             {"row": row, "leak": leak, "checks": self._of(row)}
             for row, leak in zip(self.checks[PLAIN], self.rows, strict=True)
         ]
-        return sorted(rows, key=lambda one: (-one["leak"], -_mean(list(one["checks"].values())).value, one["row"]))
+        rows.sort(key=lambda one: (-one["leak"], -_mean(list(one["checks"].values())).value, one["row"]))
+        return rows + [{"row": row, "leak": None, "checks": {}} for row in self.not_measured]
 
     def _of(self, row: int) -> dict[str, float]:
         return {name: scores[row] for name, scores in self.checks.items() if row in scores}
@@ -120,20 +141,34 @@ def measure_leak(
         show_progress: show a progress bar over checks.
 
     Raises:
-        ValueError: for rows that cannot be asked.
+        ValueError: for rows that cannot be asked, or none that can be scored.
     """
     check_texts(rows, "forget", dict.fromkeys(COLUMNS, str))
+    not_measured = _not_measured(rows)
+    measured = sorted(set(range(len(rows))) - set(not_measured))
+    rows = rows.select(measured)
     decoding = DiffusionGenerationConfig(max_new_tokens=longest_answer({"forget": rows}, tokenizer), seed=seed)
     target = Target(model, tokenizer, rows, AttackSettings(decoding=decoding, unrelated=retain))
-    checks = {PLAIN: dict(enumerate(map(float, target.plain)))}
+    checks, left_out = {PLAIN: dict(zip(measured, map(float, target.plain), strict=True))}, []
     for name in tqdm(CHECKS, unit="check", disable=not show_progress):
         try:
             scores = ATTACKS[name].run(target, seed)
-        except ValueError as error:  # no row that it suits
+        except NothingToAttack as error:  # any other failure is one of the whole: a check is never lost without a word
             logger.warning(f"The check {name} is left out: {error}")
+            left_out.append(name)
             continue
-        checks[name] = dict(zip(scores.rows, map(float, scores.after), strict=True))
-    return Leak(checks)
+        checks[name] = dict(zip((measured[row] for row in scores.rows), map(float, scores.after), strict=True))
+    return Leak(checks, tuple(left_out), tuple(not_measured))
+
+
+def _not_measured(rows: Dataset) -> list[int]:
+    """Numbers of the rows that cannot be scored, which must not be all."""
+    without = unscorable(rows)
+    if len(without) == len(rows):
+        raise UserError(
+            f"None of the {len(rows)} rows can be scored: their answers hold no word, number or emoji to compare."
+        )
+    return without
 
 
 def load_rows(source: str, name: str = "forget") -> Dataset:
@@ -199,6 +234,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.output is not None:
                 _check_output(options.output)
             rows = load_rows(options.forget)
+            _not_measured(rows)
             retain = None if options.retain is None else load_rows(options.retain, "retain")
             load_model_config(base_of(options.model), revision=options.revision)
             model, tokenizer = load_checkpoint(options.model, dtype=options.dtype, revision=options.revision)
@@ -213,13 +249,21 @@ def main(arguments: list[str] | None = None) -> int:
         traceback.print_tb(error.__traceback__)
         parser.error(f"{type(error).__name__}: nothing was measured")
     print(line, flush=True)
-    return 1 if options.max_leak is not None and leak.upper > options.max_leak else 0
+    if leak.not_measured:
+        logger.warning(
+            f"{len(leak.not_measured)} of {len(rows)} rows (first row {leak.not_measured[0]}) were not measured: "
+            "their answers hold no word, number or emoji to compare. They are not known to be forgotten: remove them."
+        )
+    if options.max_leak is not None and leak.upper > options.max_leak:
+        return 1
+    return 2 if leak.not_measured else 0
 
 
 def _answer(leak: Leak, rows: Dataset, options: argparse.Namespace) -> dict[str, Any]:
     answer = leak.summary() | {"seed": options.seed}
     if options.max_leak is not None:
-        answer |= {"max_leak": options.max_leak, "passed": leak.upper <= options.max_leak}
+        passed = leak.upper <= options.max_leak and not leak.not_measured
+        answer |= {"max_leak": options.max_leak, "passed": passed}
     if options.audit or options.show_forget_text:
         answer["audit"] = leak.ranking()
     if options.show_forget_text:

@@ -188,6 +188,7 @@ FILES = {
     "number.json": f'[{{"question": "{PLANTED}", "answer": 3}}]',
     "blank.json": f'[{{"question": "{PLANTED}", "answer": " "}}]',
     "list.json": f'["{PLANTED}"]',
+    "silent.json": '[{"question": "Q?", "answer": "..."}]',
     "latin.jsonl": b'{"question": "Q?", "answer": "\xe9"}',
 }
 WRONG = {
@@ -200,6 +201,7 @@ WRONG = {
     ("--forget", "later.jsonl"): "Row 1 of {}later.jsonl has no answer.",
     ("--forget", "number.json"): "Row 0 of {}number.json: answer must be a text.",
     ("--forget", "blank.json"): "Row 0 of the forget set: answer is blank",
+    ("--forget", "silent.json"): "None of the 1 rows can be scored: their answers hold no word",
     ("--forget", "list.json"): "Row 0 of {}list.json is not an object with question and answer.",
     ("--forget", "latin.jsonl"): "{}latin.jsonl is not UTF-8 text.",
     ("--forget", "data"): "{}data has the configs one, two: choose one, as {}data:CONFIG.",

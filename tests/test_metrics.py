@@ -80,12 +80,20 @@ def test_nothing_to_score_is_an_error():
         RougeL().compute()
 
 
-def test_references_that_rouge_cannot_read_are_counted(caplog, monkeypatch):
+def test_references_without_words_are_not_measured(caplog, monkeypatch):
     from transformers.utils import logging
 
-    monkeypatch.setattr(logging._get_library_root_logger(), "propagate", True)
-    RougeL().compute(predictions=["東京", "yes"], references=["東京", "yes"])
-    assert "1 of 2 references" in caplog.text
+    for name in ("", "mdu_trainer"):
+        monkeypatch.setattr(
+            logging.get_logger(name) if name else logging._get_library_root_logger(), "propagate", True
+        )
+    texts = {"predictions": ["...", "yes", "no"], "references": ["...", "yes", "yes"]}
+    rows = RougeL().compute(**texts, use_aggregator=False)
+    assert rows == {"rougeL_recall": [None, 1.0, 0.0], "rougeL_f1": [None, 1.0, 0.0]}
+    assert RougeL().compute(**texts) == {"rougeL_recall": 0.5, "rougeL_f1": 0.5}
+    assert "RougeL cannot be measured on 1 of 3 rows" in caplog.text
+    with pytest.raises(ValueError, match="RougeL can be measured on none of the 2 rows"):
+        RougeL().compute(predictions=["", "yes"], references=["?!", "—"])
 
 
 def test_texts_are_not_written_to_disk(tmp_path):

@@ -80,11 +80,14 @@ def _decoded(ids: list[int], skip: set[int | None], tokenizer: PreTrainedTokeniz
 
 
 def _letters(text: str) -> tuple[str, list[int]]:
-    """A text without spaces, case and accents, and where each of its characters comes from."""
+    """A text without spaces and case, accents apart from their letters, and where each of its characters comes from.
+
+    Where a tokenizer drops accents, the letters match without them; where it keeps them, they have a token.
+    """
     letters, place = [], []
     for i, character in enumerate(text):
         for part in unicodedata.normalize("NFKD", character).casefold():
-            if not part.isspace() and not unicodedata.combining(part):
+            if not part.isspace():
                 letters.append(part)
                 place.append(i)
     return "".join(letters), place

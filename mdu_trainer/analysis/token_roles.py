@@ -8,8 +8,8 @@ stored knowledge, and hardly at those that are copied from the prompt or hold th
 tells them apart here, word by word:
 
 1. A function word (articles, pronouns, prepositions, auxiliaries, ...; English) is `structural`.
-2. Another word that occurs in the question is `in_context`, in any inflection (Porter stems and a table of irregular
-   forms) and however a number is written.
+2. Another word that occurs in the question is `in_context`, in any inflection (English: Porter stems and a table of
+   irregular forms) and however a number is written.
 3. A template word is `structural`: one that occurs in at least `TEMPLATE_ANSWERS` of the answers and in the share
    `TEMPLATE_SHARE` of them, is no number and no name (capitalised wherever it stands amid a sentence). With fewer
    answers there are no template words, since what two answers share by chance looks the same. So give all answers of
@@ -18,9 +18,12 @@ tells them apart here, word by word:
 
 All tokens of a word have its role. Spaces and punctuation alone are `structural`, and so are tokens that are not in
 the text (end of turn, padding). A token that straddles words has the role of most of its letters, the first in
-`ROLES` if there are equally many. Words are what spaces and punctuation separate, "'s" apart. Chinese and Japanese
-are taken character by character, Thai, Lao and Khmer by runs of letters; there, and in languages whose function words
-are not listed, pass a `labeller` of your own.
+`ROLES` if there are equally many. Words are what spaces and punctuation separate, "'s" apart (`mdu_trainer.words`).
+
+Scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, ...) are taken character by character. A character alone
+says little, so it is in the question, or a template, where it is so together with the one before or after it. In
+languages other than English, function words that the question and other answers lack are `stored`, and where there are
+no capital letters, rule 3 sees no names: pass a `labeller` of your own to do better.
 """
 
 import html
@@ -87,7 +90,7 @@ def label_roles(
         if not ids:  # an answer that only helps to find template words
             labelled.append([])
             continue
-        asked = {word.key for word in words(question)}
+        asked = {key for word in words(question) for key in (word.key, *word.pairs)}
         characters: list[Role | None] = [None] * len(answer)
         for word in answer_words[row]:
             characters[word.start : word.stop] = [_rule(word, asked, template)] * (word.stop - word.start)
@@ -105,12 +108,12 @@ def template_words(answers: Sequence[Sequence[Word]]) -> set[str]:
     lower: set[str] = set()
     amid: set[str] = set()  # capitalised though no sentence starts there
     for answer in answers:
-        count.update({word.key for word in answer})
+        count.update({key for word in answer for key in word.keys})
         lower.update(word.key for word in answer if not word.capital)
         amid.update(word.key for word in answer if word.capital and not word.first)
     enough = max(TEMPLATE_ANSWERS, TEMPLATE_SHARE * len(answers))
     names = amid - lower
-    return {key for key, n in count.items() if n >= enough and key not in names and not key[0].isdigit()}
+    return {key for key, n in count.items() if n >= enough and key not in names and not key[0].isnumeric()}
 
 
 def audit_view(
@@ -180,9 +183,9 @@ def token_texts(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBas
 def _rule(word: Word, asked: set[str], template: set[str]) -> Role:
     if word.function:
         return "structural"
-    if word.key in asked:
+    if not asked.isdisjoint(word.keys):
         return "in_context"
-    return "structural" if word.key in template else "stored"
+    return "stored" if template.isdisjoint(word.keys) else "structural"
 
 
 def _majority(characters: Sequence[Role | None]) -> Role:

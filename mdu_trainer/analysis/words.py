@@ -1,12 +1,18 @@
-"""Words of a text, and when two of them count as the same word."""
+"""Words of an answer as roles are given to them, and when two of them count as the same word.
 
-import unicodedata
+What a word is in any script stands in `mdu_trainer.words`. Here English has more: an apostrophe, a decimal point and
+the hyphen of "twenty-one" stand amid a word, and inflections of a word count as the same.
+"""
+
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import regex
 from nltk.stem.porter import PorterStemmer
+
+from ..words import RUN, SINGLE, UNSPACED, WORD_CHARACTER, fold
 
 _UNITS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
@@ -95,19 +101,18 @@ FUNCTION_WORDS = frozenset(
 )  # determiners and pronouns; prepositions and conjunctions; auxiliaries and negation; degree and order
 ALSO_NAMES = frozenset({"may", "will", "us", "it", "who"})  # capitalised amid a sentence they are none
 
-# letters of scripts that write words without spaces and have a meaning each; one is a word
-_SINGLE = r"\p{Han}\p{Hiragana}\p{Katakana}"
 _TENS_AND_UNIT = f"(?i:(?:{'|'.join(_TENS)})-(?:{'|'.join((*_UNITS[1:10], *_ORDINALS[:9]))}))(?![\\p{{L}}])"
 _WORD = regex.compile(
     rf"{_TENS_AND_UNIT}"
-    r"|\d+(?:[.,]\d+)*\p{L}*"  # 1,000  3.5  21st  1990s
-    rf"|[{_SINGLE}]"
-    # a word, apostrophes amid it included (O'Brien, don't), a possessive 's not
-    rf"|[\p{{L}}--[{_SINGLE}]][[\p{{L}}\p{{M}}\p{{N}}]--[{_SINGLE}]]*(?:['’](?!s\b)\p{{L}}[\p{{L}}\p{{M}}]*)*",
+    rf"|{SINGLE}"
+    rf"|\d+(?:[.,٫٬]\d+)*[{WORD_CHARACTER}--\p{{N}}]*"  # 1,000  3.5  21st  1990s
+    rf"|{RUN}(?:['’](?!s\b)\p{{L}}[\p{{L}}\p{{M}}]*)*",  # apostrophes amid it (O'Brien, don't), a possessive 's not
     regex.V1,
 )
+_UNSPACED = regex.compile(UNSPACED, regex.V1)
+_POINTS = str.maketrans("٫٬", ".,")
 _THOUSANDS = regex.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?\p{L}*")
-_STARTS_SENTENCE = regex.compile(r"(?:^|[.!?:;])[\s\p{P}]*$")
+_STARTS_SENTENCE = regex.compile(r"(?:^|[.!?:;\p{STerm}])[\s\p{P}]*$")
 _stemmer = PorterStemmer()
 
 
@@ -116,6 +121,8 @@ class Word(NamedTuple):
 
     Attributes:
         key: the same for words that count as the same.
+        pairs: keys of a character of a script without spaces, together with the one before and the one after. Such a
+            character says little by itself, so two of them count as the same where a pair does.
         capital: whether it starts with a capital letter.
         first: whether it starts a sentence, where a capital letter says nothing.
         function: whether it is a function word.
@@ -127,17 +134,41 @@ class Word(NamedTuple):
     capital: bool
     first: bool
     function: bool
+    pairs: tuple[str, ...] = ()
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What it is known by: its pairs, or its key where it stands alone."""
+        return self.pairs or (self.key,)
 
 
 def words(text: str) -> Iterator[Word]:
     """The words of a text, in order. Punctuation, spaces and other signs belong to none."""
+    pairs = _pairs(text)
     for match in _WORD.finditer(text):
         word = match.group()
+        if not fold(word):
+            continue
         first = _STARTS_SENTENCE.search(text, 0, match.start()) is not None
         capital = word[0] != word[0].lower()
         plain = _plain(word)
         named = plain in ALSO_NAMES and capital and not first
-        yield Word(*match.span(), word_key(word), capital, first, plain in FUNCTION_WORDS and not named)
+        function = plain in FUNCTION_WORDS and not named
+        yield Word(*match.span(), word_key(word), capital, first, function, pairs.get(match.start(), ()))
+
+
+def _pairs(text: str) -> dict[int, tuple[str, ...]]:
+    """Start of a character that stands beside another of a script without spaces -> its pairs."""
+    if text.isascii():
+        return {}
+    singles = [match for match in _WORD.finditer(text) if _UNSPACED.match(match.group())]
+    found: dict[int, tuple[str, ...]] = {}
+    for one, other in pairwise(singles):
+        if one.end() == other.start():
+            pair = (word_key(one.group()) + word_key(other.group()),)
+            found[one.start()] = found.get(one.start(), ()) + pair
+            found[other.start()] = pair
+    return found
 
 
 @lru_cache(maxsize=1 << 16)
@@ -151,9 +182,10 @@ def word_key(word: str) -> str:
     if plain in NUMBERS:
         return NUMBERS[plain]
     if plain[0].isdigit():
+        plain = plain.translate(_POINTS)
         return plain.replace(",", "") if _THOUSANDS.fullmatch(plain) else plain
     return _stemmer.stem(IRREGULAR.get(plain, plain))
 
 
 def _plain(word: str) -> str:
-    return unicodedata.normalize("NFKC", word).casefold().replace("’", "'")
+    return fold(word).replace("’", "'")

@@ -30,6 +30,7 @@ from ..generation import DiffusionGenerationConfig, generate_ids
 from ..masking import corrupt
 from ..models import Backbone, resolve_backbone, row_figures
 from ..objectives import row_sums
+from ..words import has_words
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -46,7 +47,7 @@ class AttackSettings:
         relearn_learning_rate: of AdamW in the fine-tuning attacks.
         relearn_batch_size: rows an update of the fine-tuning attacks.
         reveal: share of an answer's tokens that `infill` reveals.
-        prefix_words: words that `prefix` reveals.
+        prefix_words: words that `prefix` reveals; characters in scripts without spaces.
         samples: k of leak@k.
         temperature: of the samples.
         num_draws: forward passes for a likelihood.
@@ -80,6 +81,10 @@ class AttackSettings:
                 check_texts(getattr(self, name), name, {"question": str, "answer": str})
 
 
+class NothingToAttack(UserError):
+    """An attack suits none of the rows: there is nothing that it could bring back. No other failure is this."""
+
+
 class StoredWord(NamedTuple):
     """A word that only the answer says, and the numbers of the answer's tokens that it is in."""
 
@@ -97,7 +102,7 @@ class Target:
         settings: how answers are decoded, and how hard attacks try.
 
     Raises:
-        ValueError: for no rows, blank ones, or answers longer than `max_new_tokens`.
+        ValueError: for no rows, blank ones, answers that cannot be scored, or answers longer than `max_new_tokens`.
     """
 
     model: nn.Module
@@ -106,7 +111,7 @@ class Target:
     settings: AttackSettings
 
     def __post_init__(self) -> None:
-        check_texts(self.rows, "forget", {"question": str, "answer": str})
+        check_answers(self.rows)
         longest, room = max(map(len, self.answer_ids)), self.settings.decoding.max_new_tokens
         if longest > room:
             raise UserError(
@@ -212,6 +217,26 @@ class Target:
     def score(self, answers: list[str], rows: Sequence[int] | None = None) -> list[float]:
         """Recall of each answer against what only the row's answer says; of some rows, if given."""
         return recall(answers, self.secrets if rows is None else [self.secrets[row] for row in rows])
+
+
+def unscorable(rows: Dataset) -> list[int]:
+    """Numbers of the rows whose answer holds no word of any script, so that nothing can be told to come back."""
+    return [row for row, answer in enumerate(rows["answer"]) if not has_words(answer)]
+
+
+def check_answers(rows: Dataset) -> None:
+    """Refuse forget rows that cannot be asked or scored, before any model is loaded.
+
+    Raises:
+        ValueError: as `check_texts`, and for answers that cannot be scored.
+    """
+    check_texts(rows, "forget", {"question": str, "answer": str})
+    without = unscorable(rows)
+    if without:
+        raise UserError(
+            f"Row {without[0]} of the forget set cannot be scored, as {len(without)} of {len(rows)} rows: the answer "
+            "holds no word, number or emoji to compare. Remove such rows."
+        )
 
 
 def _stored_words(

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ..files import UserError
 from ..masking import counter_uniform
-from .base import AttackScores, Target, mean, recall, said
+from .base import AttackScores, NothingToAttack, Target, mean, recall, said
 
 DRAWS = 4  # of what is random; a row's score is their mean
 
@@ -48,7 +47,7 @@ def attack(target: Target, seed: int, which: str) -> AttackScores:
         seed: of the random tokens.
 
     Raises:
-        ValueError: if no row is left.
+        NothingToAttack: if no row is left.
     """
     rows: list[int] = []
     shown: list[list[bool]] = []
@@ -62,7 +61,7 @@ def attack(target: Target, seed: int, which: str) -> AttackScores:
                 shown.append([i in revealed for i in range(len(roles))])
                 secrets.append(said(hidden))
     if not rows:
-        raise UserError(
+        raise NothingToAttack(
             f"infill-{which} with reveal = {target.settings.reveal:g} leaves no row of which something is revealed "
             "while stored words are hidden: choose another share, or leave the attack out."
         )

@@ -1,22 +1,28 @@
 """Say the first words of the answer, and let the model go on."""
 
-import re
+import regex
 
 from ..analysis.spans import token_spans
-from ..files import UserError
-from .base import AttackScores, Target, recall, said
+from ..words import SINGLE, SYMBOL, UNSPACED
+from .base import AttackScores, NothingToAttack, Target, recall, said
 
-WORD = re.compile(r"\S+")
+_POINTS = r"\u0f0b\u0f0c\u1361"  # what stands for a space in Tibetan and Ethiopic
+# what stands between spaces, and of scripts without spaces a character, each with its punctuation
+WORD = regex.compile(
+    rf"\p{{P}}*{SINGLE}[\p{{P}}\u200b]*|[\S--[{UNSPACED}{SYMBOL}{_POINTS}]]+[{_POINTS}]*|[{_POINTS}]+", regex.V1
+)
 
 
 def attack(target: Target, seed: int) -> AttackScores:
     """Decode on from the first `settings.prefix_words` words of each answer, and score the stored words after them.
 
+    In scripts without spaces, a character counts as a word.
+
     Rows whose answer has no stored words after the prefix are left out. Decoding is greedy, so the seed changes
     nothing. Source: Carlini et al. (arXiv 2202.07646), extraction from a prefix.
 
     Raises:
-        ValueError: if no row is left.
+        NothingToAttack: if no row is left.
     """
     prompts, rests = {}, {}
     for row, answer in enumerate(target.rows["answer"]):
@@ -27,7 +33,7 @@ def attack(target: Target, seed: int) -> AttackScores:
         if rest:
             prompts[row], rests[row] = target.prompts[row] + ids[:count], said(rest)
     if not prompts:
-        raise UserError(
+        raise NothingToAttack(
             f"prefix_words = {target.settings.prefix_words} reveals every stored word of every answer: choose fewer."
         )
     after = target.decode(list(prompts.values()))

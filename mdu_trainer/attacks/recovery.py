@@ -23,13 +23,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.metrics import bootstrap_interval
-from ..evaluation.progress import ProgressFile
+from ..evaluation.progress import SCORING, ProgressFile
 from ..evaluation.report import Estimate, markdown_table
 from ..evaluation.scoring import digest
-from ..evaluation.sources import check_texts
 from ..files import UserError, write_whole
 from ..models import weights_fingerprint
-from .base import AttackScores, AttackSettings, Target
+from .base import AttackScores, AttackSettings, Target, check_answers
 from .registry import ADAPTER, Attack
 
 SCHEMA = 1
@@ -228,7 +227,7 @@ def run_attacks(
         ValueError: for no unlearned model or one of a reserved name, rows that cannot be asked, an attack that refuses
             them, or a progress file of other models, rows or settings.
     """
-    check_texts(rows, "forget", {"question": str, "answer": str})
+    check_answers(rows)
     reserved = [name for name in (BASE, NEVER) if name in unlearned]
     if reserved or not unlearned:
         raise UserError(f"Name at least one unlearned model, none of them {BASE!r} or {NEVER!r}.")
@@ -236,7 +235,13 @@ def run_attacks(
     attacks = {NO_ATTACK: Attack(_no_attack, "ask the plain question")} | dict(attacks)
     said = _settings(settings)
     content = [list(rows[column]) for column in COLUMNS if column in rows.column_names]
-    header = {"progress": "attacks 1", "rows": digest(content), "settings": said | _digests(settings), "seed": seed}
+    header = {
+        "progress": "attacks 1",
+        "scoring": SCORING,
+        "rows": digest(content),
+        "settings": said | _digests(settings),
+        "seed": seed,
+    }
     scores: dict[tuple[str, str], AttackScores] = {}
     bar = tqdm(total=len(models) * len(attacks), unit="attack", disable=not show_progress)
     with ProgressFile(progress_path, "attack") as progress, bar:

@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..files import UserError
 from ..generation import DiffusionGenerationConfig
 from ..mdlm import MDLMTrainer
+from ..words import has_words
 from .tofu import check_sets, evaluate_tofu
 
 logger = logging.get_logger(__name__)
@@ -94,7 +95,7 @@ class UnlearningEvalCallback(ScoringCallback):
 
     Figures are logged as `eval_forget_rougeL_recall`, `eval_retain_probability` and so on. When they belong to an
     evaluation of the trainer, they join its metrics, so `metric_for_best_model` can name one. Training is not
-    disturbed: the weights end up as they would without.
+    disturbed: the weights end up as they would without. Rows that a figure cannot be measured on do not count for it.
 
     Every process scores its share and sees all figures, so all stop together.
 
@@ -140,6 +141,13 @@ class UnlearningEvalCallback(ScoringCallback):
     ):
         self.sets = {"forget": forget} | ({} if retain is None else {"retain": retain})
         check_sets(self.sets)
+        if "rougeL" in metrics:
+            for name, rows in self.sets.items():
+                if not any(map(has_words, rows["answer"])):
+                    raise UserError(
+                        f"ROUGE-L can be measured on no row of the {name} set: its answers hold no word, number or "
+                        "emoji to compare. Pass other rows, or metrics without rougeL."
+                    )
         if stop_retain_below is not None and retain is None:
             raise UserError(f"stop_retain_below = {stop_retain_below} needs retain rows to score: pass retain.")
         super().__init__(trainer, every_steps)

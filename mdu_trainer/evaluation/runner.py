@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..files import UserError
 from ..models import Backbone, resolve_backbone, weights_fingerprint
-from .progress import ProgressFile
+from .progress import SCORING, ProgressFile
 from .scoring import Batch, Figures, QuestionSet
 
 Key = tuple[str, int]  # set, row
@@ -24,7 +24,7 @@ Key = tuple[str, int]  # set, row
 class Line(NamedTuple):
     """A finished row."""
 
-    figures: dict[str, float]
+    figures: dict[str, float | None]
     seconds: float
 
 
@@ -75,7 +75,7 @@ def score_questions(
     with ProgressFile(progress_path if state.is_main_process else None) as progress:
         done: dict[Key, Line] = {}
         if progress_path is not None:
-            header = {"progress": 1, "model": weights_fingerprint(model)}
+            header = {"progress": 1, "scoring": SCORING, "model": weights_fingerprint(model)}
             header["sets"] = {part.name: part.fingerprint() for part in sets}
             for key, line in _from_main(lambda: progress.resume(header, _finished)):
                 done.setdefault(key, line)
@@ -128,12 +128,16 @@ def _rounds(
             columns = Batch(model, tokenizer, backbone, questions, rows).figures()
             seconds = (time.perf_counter() - start) / len(rows) / min(state.num_processes, len(batches) - first)
             for i, row in enumerate(rows):
-                figures = {name: float(values[i]) for name, values in columns.items()}
+                figures = {name: _number(values[i]) for name, values in columns.items()}
                 lines.append(((questions.name, row), Line(figures, seconds)))
         yield gather_object(lines) if state.num_processes > 1 else lines
 
 
-def _columns(rows: list[dict[str, float]]) -> Figures:
+def _number(value: float | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def _columns(rows: list[dict[str, float | None]]) -> Figures:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

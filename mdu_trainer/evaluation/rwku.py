@@ -28,14 +28,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import regex
 from datasets import Dataset, concatenate_datasets
-from nltk import ngrams, wordpunct_tokenize
+from nltk import ngrams
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..files import UserError
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
+from ..words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words, split_words
 from .report import Run
 from .runner import score_questions
 from .scoring import METRICS, Batch, Figures, Metric, QuestionSet, encode_questions, estimates
@@ -272,8 +274,8 @@ def _counted(missing: Sequence[str], subjects: Sequence[str]) -> str:
 
 
 def _plain(subject: str) -> str:
-    """A name as it is compared: letters and digits in lower case, without the number that files start with."""
-    return re.sub(r"[\W_]", "", re.sub(r"^\d+_", "", subject).lower())
+    """A name as it is compared: its words, joined, without the number that files start with."""
+    return "".join(split_words(re.sub(r"^\d+_", "", subject)))
 
 
 # What is asked
@@ -337,19 +339,28 @@ def _text(row: Row) -> Asked:
 # What is measured
 
 
-def word_match(text: str, references: Sequence[str]) -> tuple[float, float]:
+def word_match(text: str, references: Sequence[str]) -> tuple[float, float] | tuple[None, None]:
     """Exact match and F1 of words, of the best of the references, as SQuAD and RWKU count them.
 
-    Words are compared in lower case, without punctuation and articles (Rajpurkar et al., 2016, arXiv 1606.05250).
+    Words are compared in lower case, without punctuation and articles (Rajpurkar et al., 2016, arXiv 1606.05250), and
+    characters where a script has no spaces, as MLQA does (Lewis et al., 2020, arXiv 1910.07475). None where no
+    reference holds a word, which silence would match.
     """
     found = _words(text)
-    wanted = [_words(text) for text in references]
+    wanted = [_words(text) for text in references if has_words(text)]
+    if not wanted:
+        return None, None
     return float(found in wanted), max(_f1(found, words) for words in wanted)
 
 
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = regex.compile(rf"\p{{P}}|[{re.escape(string.punctuation)}]")
+_CHARACTER_OR_WORD = regex.compile(rf"{SINGLE}|[\S--[{UNSPACED}{SYMBOL}]]+", regex.V1)
+
+
 def _words(text: str) -> list[str]:
-    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
-    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+    plain = _ARTICLE.sub(" ", _PUNCTUATION.sub("", text.lower()))
+    return [word for word in map(fold, _CHARACTER_OR_WORD.findall(plain)) if word]
 
 
 def _f1(found: list[str], wanted: list[str]) -> float:
@@ -358,13 +369,17 @@ def _f1(found: list[str], wanted: list[str]) -> float:
     return 2 * (Counter(found) & Counter(wanted)).total() / (len(found) + len(wanted))
 
 
+_PUNCTUATION_RUN = rf"[^\s_{WORD_CHARACTER}{UNSPACED}{SYMBOL}]+"
+_WORD_OR_PUNCTUATION = regex.compile(rf"{SINGLE}|[{WORD_CHARACTER}_]+|{_PUNCTUATION_RUN}", regex.V1)
+
+
 def ngram_entropy(text: str) -> float:
     """Mean of the entropies of word 2-grams (weight 2/3) and 3-grams (4/3), in bits: low where a text repeats itself.
 
     Source: Zhang et al. (2018, arXiv 1809.05972), with the weights of RWKU. Words are runs of letters and digits, or
-    of punctuation.
+    of punctuation; characters where a script has no spaces.
     """
-    words = wordpunct_tokenize(text)
+    words = _WORD_OR_PUNCTUATION.findall(text)
     entropies = []
     for n, weight in ((2, 2 / 3), (3, 4 / 3)):
         counts = np.array(list(Counter(ngrams(words, n)).values()), dtype=float)

@@ -16,6 +16,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..data import question_answer_rows, tokenize_rows
 from ..files import UserError
@@ -36,7 +37,9 @@ from .metrics import (
 )
 from .report import Estimate, Scores
 
-Figures = dict[str, list[float]]  # name -> a value a row
+logger = logging.get_logger(__name__)
+
+Figures = dict[str, list[float | None]]  # name -> a value a row, None where it cannot be measured
 
 
 @dataclass(frozen=True, repr=False)
@@ -242,12 +245,21 @@ def encode_questions(
 
 
 def estimates(figures: Figures) -> Scores:
-    """The mean of each figure over rows, with its interval. Figures that are not finite in every row are left out."""
-    return {
-        name: Estimate(math.fsum(values) / len(values), *bootstrap_interval(values))
-        for name, values in figures.items()
-        if all(map(math.isfinite, values))
-    }
+    """The mean of each figure over the rows where it is measured, with its interval.
+
+    Figures that are measured nowhere, or are not finite in every row where they are, are left out.
+    """
+    scores: Scores = {}
+    without: dict[str, list[str]] = {}  # on how many rows -> figures that cannot be measured there
+    for name, values in figures.items():
+        measured = [value for value in values if value is not None]
+        if len(measured) < len(values):
+            without.setdefault(f"{len(values) - len(measured)} of {len(values)} rows", []).append(name)
+        if measured and all(map(math.isfinite, measured)):
+            scores[name] = Estimate(math.fsum(measured) / len(measured), *bootstrap_interval(measured))
+    for rows, names in without.items():
+        logger.warning(f"Not measured on {rows}, which hold no word to compare: {', '.join(names)}.")
+    return scores
 
 
 def digest(content: Any) -> str:
@@ -267,10 +279,11 @@ def _rouge(batch: Batch) -> Figures:
     scores = RougeL().compute(
         predictions=[batch.texts[i] for i, _ in pairs], references=[text for _, text in pairs], use_aggregator=False
     )
-    best = {name: [0.0] * len(batch.questions) for name in scores}
+    best: Figures = {name: [None] * len(batch.questions) for name in scores}
     for name, values in scores.items():
         for (i, _), value in zip(pairs, values, strict=True):
-            best[name][i] = max(best[name][i], value)
+            if value is not None:
+                best[name][i] = max(best[name][i] or 0.0, value)
     return best
 
 

@@ -80,7 +80,8 @@ class TofuResult:
 
     Attributes:
         run: every figure with its interval; part of `Results`, which prints, saves and feeds model cards.
-        figures: set -> name of a figure -> a value a row. Truth ratios are as defined, before TOFU's aggregation.
+        figures: set -> name of a figure -> a value a row, None where it cannot be measured. Truth ratios are as
+            defined, before TOFU's aggregation.
         truth_ratios: of the forget rows; saved for a retain model, they give others their forget quality. None if the
             forget set has no perturbed answers, or the metric was not asked for.
     """

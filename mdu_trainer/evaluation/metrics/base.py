@@ -9,10 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import datasets
 import evaluate
+from transformers.utils import logging
 
 from ...files import UserError
 
-Rows = dict[str, list[float]]  # name of a figure -> a value a row
+logger = logging.get_logger(__name__)
+
+Rows = dict[str, list[float | None]]  # name of a figure -> a value a row, None where it cannot be measured
 
 
 class Kind(NamedTuple):
@@ -122,7 +125,16 @@ class RowMetric(evaluate.Metric):
 
     def _compute(self, use_aggregator: bool = True, **kwargs: Any) -> dict[str, float] | Rows:
         rows = self._rows(**kwargs)
-        return {name: fmean(values) for name, values in rows.items()} if use_aggregator else rows
+        return {name: fmean(self._measured(values)) for name, values in rows.items()} if use_aggregator else rows
+
+    def _measured(self, values: list[float | None]) -> list[float]:
+        measured = [value for value in values if value is not None]
+        name, missing = type(self).__name__, len(values) - len(measured)
+        if not measured:
+            raise UserError(f"{name} can be measured on none of the {missing} rows: they hold no word to compare.")
+        if missing:
+            logger.warning(f"{name} cannot be measured on {missing} of {len(values)} rows, which hold no word.")
+        return measured
 
     def _rows(self, **kwargs: Any) -> Rows:
         raise NotImplementedError

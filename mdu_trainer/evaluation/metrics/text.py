@@ -2,25 +2,33 @@
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
+import regex
+from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
-from transformers.utils import logging
+from rouge_score.tokenizers import Tokenizer
 
+from ...words import UNSPACED, has_words, split_words
 from .base import RowMetric, Rows
 
-logger = logging.get_logger(__name__)
-
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+")  # scripts without spaces: a character a word
 LOOP_SHARE = 0.5  # text that people write repeats under a fifth of its pairs of words; three turns of a loop, more
+LONGEST_GRAM = 4  # characters: pairs of letters repeat in any text of some length
+STEMMED = 4  # letters, at least
+
+_UNSPACED = regex.compile(UNSPACED, regex.V1)
+_PIECE = re.compile(r"([^a-z0-9]*)([a-z0-9]+)([^a-z0-9]*)")
 
 
 class RougeL(RowMetric):
     """ROUGE-L recall and F1 (Lin, 2004), with stemming, as TOFU reports it (Maini et al., 2024, arXiv 2401.06121).
 
     From the longest sequence of words that both texts contain in the same order (gaps allowed). Recall is its share of
-    the words of the reference, F1 the harmonic mean of that and its share of the words of the prediction. Words are
-    runs of Latin letters and digits, in lower case, after Porter's stemmer. Recall is what unlearning papers call rL:
-    how much of the true answer came out, whatever was said beside it.
+    the words of the reference, F1 the harmonic mean of that and its share of the words of the prediction. Recall is
+    what unlearning papers call rL: how much of the true answer came out, whatever was said beside it.
+
+    Words are those of any script (`mdu_trainer.words`), English ones after Porter's stemmer, so figures on English
+    text are those of the `rouge_score` package. A reference without a word, as of punctuation alone, is not measured.
 
     Example:
 
@@ -39,24 +47,55 @@ class RougeL(RowMetric):
             use_aggregator: if False, a score for each row instead of the mean over rows. Defaults to True.
 
         Returns:
-            rougeL_recall, rougeL_f1: float in [0, 1], or a list of them.
+            rougeL_recall, rougeL_f1: float in [0, 1], the mean over the rows that are measured; or a list of them,
+                None where the reference has no word.
 
         Raises:
-            ValueError: for empty input, columns of different lengths, or anything but texts in them.
+            ValueError: for empty input, columns of different lengths, anything but texts in them, or a mean over rows
+                of which none can be measured.
 
         Example:
 
             >>> RougeL().compute(predictions=["The cat sat."], references=["The cat sat on the mat."])
             {'rougeL_recall': 0.5, 'rougeL_f1': 0.6666666666666666}
         """
-        scorer = RougeScorer(["rougeL"], use_stemmer=True)
-        scores = [scorer.score(*pair)["rougeL"] for pair in zip(references, predictions, strict=True)]
-        wordless = sum(not any(char.isascii() and char.isalnum() for char in text) for text in references)
-        if wordless:
-            logger.warning(
-                f"ROUGE-L is 0 for {wordless} of {len(references)} references without Latin letters or digits."
-            )
-        return {"rougeL_recall": [s.recall for s in scores], "rougeL_f1": [s.fmeasure for s in scores]}
+        scorer = RougeScorer(["rougeL"], tokenizer=RougeTokenizer())
+        scores = [
+            scorer.score(reference, prediction)["rougeL"] if has_words(reference) else None
+            for reference, prediction in zip(references, predictions, strict=True)
+        ]
+        return {
+            "rougeL_recall": [score and score.recall for score in scores],
+            "rougeL_f1": [score and score.fmeasure for score in scores],
+        }
+
+
+class RougeTokenizer(Tokenizer):
+    """The words of `mdu_trainer.words`, cut and stemmed as the `rouge_score` package cuts and stems Latin letters.
+
+    To that package a letter outside of a-z ends a word: "Beltrán" is "beltr" and "n". The pieces here are as many, so
+    that published figures keep, but they hold the letter: "beltrá" and "n". A word without any of a-z is whole.
+    """
+
+    def tokenize(self, text: str) -> list[str]:
+        """The pieces of a text, in order."""
+        return [piece for word in split_words(text) for piece in _pieces(word)]
+
+
+@lru_cache(maxsize=1 << 16)
+def _pieces(word: str) -> tuple[str, ...]:
+    """
+    "gardens" -> ("garden",)   "exupéry" -> ("exupé", "ry")   "москва" -> ("москва",)
+    """
+    found = _PIECE.findall(word)
+    return tuple(before + _stem(latin) + after for before, latin, after in found) or (word,)
+
+
+def _stem(word: str) -> str:
+    return _stemmer.stem(word) if len(word) >= STEMMED else word
+
+
+_stemmer = PorterStemmer()
 
 
 class Degeneracy(RowMetric):
@@ -64,10 +103,11 @@ class Degeneracy(RowMetric):
 
     An answer is degenerate if it is
 
-    - empty: no letter and no digit is left without special tokens;
+    - empty: no word is left without special tokens (see `mdu_trainer.words`: letters, digits, emoji);
     - special: it contains a special token (its end token ends it, and is not part of it);
     - repetitive: more than half of its pairs of neighbouring words were there before, which is seq-rep-2 > 0.5 of
-      Welleck et al. (2020), 1 - distinct pairs / pairs. A phrase said three times over is.
+      Welleck et al. (2020), 1 - distinct pairs / pairs. A phrase said three times over is. Where most words are
+      characters of a script without spaces, it is up to seq-rep-4: pairs of letters repeat in any text.
 
     A refusal is not degenerate.
 
@@ -104,14 +144,17 @@ class Degeneracy(RowMetric):
             plain = text
             for token in special_tokens:
                 plain = plain.replace(token, " ")
-            words = WORD.findall(plain.lower())
-            failures = (not words, plain != text, _repeated_pairs(words) > LOOP_SHARE)
+            words = split_words(plain)
+            failures = (not words, plain != text, _repeated(words) > LOOP_SHARE)
             for name, failed in zip(rows, (any(failures), *failures), strict=True):
                 rows[name].append(float(failed))
         return rows
 
 
-def _repeated_pairs(words: list[str]) -> float:
-    """Share of pairs of neighbouring words that occurred before."""
-    pairs = list(zip(words, words[1:], strict=False))
-    return 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
+def _repeated(words: list[str]) -> float:
+    """Share of sequences of neighbouring words that occurred before: of pairs, or of up to four characters."""
+    characters = 2 * sum(_UNSPACED.match(word) is not None for word in words) > len(words)
+    # a third of the text at most, so that three turns of a loop are seen
+    length = max(2, min(LONGEST_GRAM, len(words) // 3)) if characters else 2
+    grams = list(zip(*(words[i:] for i in range(length)), strict=False))
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
