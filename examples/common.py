@@ -30,7 +30,11 @@ TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a 
 # beside the models' folders
 WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", "config.yaml")
 PRIVATE = ("subjects", "intros")  # whom to forget
-THIS_TIME = ("resume", "overwrite_output_dir")  # options of one start of a script, not of what it makes
+THIS_TIME = (
+    "resume",
+    "force_resume",
+    "overwrite_output_dir",
+)  # options of one start of a script, not of what it makes
 
 
 class Progress(TrainerCallback):
