@@ -68,7 +68,8 @@ def make_trainer(folder: Path, kind: str, **options) -> MDLMTrainer:
     tokenizer = train_tokenizer(dataset_texts(authors), vocab_size=300)
     cls = settings.pop("cls", MDUTrainer)
     peft_config = settings.pop("peft_config", None)
-    passed = {name: settings.pop(name) for name in ("callbacks", "eval_dataset") if name in settings}
+    names = ("callbacks", "eval_dataset", "model", "train_dataset", "retain_dataset")
+    passed = {name: settings.pop(name) for name in names if name in settings}
     defaults = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -83,15 +84,13 @@ def make_trainer(folder: Path, kind: str, **options) -> MDLMTrainer:
         "use_cpu": True,
     }
     config = (MDUConfig if cls is MDUTrainer else MDLMConfig)(str(folder), **(defaults | settings))
-    return cls(
-        tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2),
-        config,
-        train_dataset=forget if cls is MDUTrainer else retain,
-        processing_class=tokenizer,
-        peft_config=peft_config and LoraConfig(**peft_config),
-        **passed,
+    defaults = {
+        "model": tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2),
+        "train_dataset": forget if cls is MDUTrainer else retain,
         **({"retain_dataset": retain} if cls is MDUTrainer else {}),
-    )
+    }
+    peft_config = peft_config and LoraConfig(**peft_config)
+    return cls(args=config, processing_class=tokenizer, peft_config=peft_config, **(defaults | passed))
 
 
 def train(folder: Path, kind: str, kill: tuple[str, int] | None = None, resume: bool = False, **options) -> None:
