@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class CheckpointMixin:
             with self._writing_into(folder / WRITING):
                 super()._save_checkpoint(model, trial)
             if self._run_record is not None and not self._uploads_whole_checkpoints:
-                self._run_record.save(folder / WRITING / checkpoint.name)
+                replace(self._run_record, ended=self._why_ended()).save(folder / WRITING / checkpoint.name)
             self._complete(folder / WRITING / checkpoint.name, checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
@@ -100,7 +101,7 @@ class CheckpointMixin:
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             write_manifest(staged)
-            name(staged, checkpoint)
+            give_name(staged, checkpoint)
             staged.parent.rmdir()
             rotate(checkpoint.parent, self.args.save_total_limit, {checkpoint.name, self._best_name})
         self.accelerator.wait_for_everyone()
@@ -118,46 +119,54 @@ class CheckpointMixin:
     def _load_best_model(self) -> None:
         choose(self.args.output_dir, self.state.best_model_checkpoint)
         super()._load_best_model()
-        self._keep_only_the_best(Path(self.args.output_dir))
+        self._keep_only_the_best()
 
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         if not self.args.load_best_model_at_end:
-            self._keep_only_the_best(Path(self._get_output_dir(trial)))
-        return super()._finalize_training(trial, *args, **kwargs)
+            self._keep_only_the_best()
+        return super()._finalize_training(*args, **kwargs)
 
-    def _keep_only_the_best(self, folder: Path) -> None:
+    def _keep_only_the_best(self) -> None:
         """At a limit of one the Trainer ends by deleting the last checkpoint, file by file. Here it goes at once."""
         if self.args.should_save and self.args.save_total_limit == 1 and self._best_name:
-            rotate(folder, 1, {self._best_name})
+            rotate(Path(self.state.best_model_checkpoint).parent, 1, {self._best_name})
 
     # Going on from a checkpoint
 
-    def _open_record(self, checkpoint: str | None) -> None:
+    def _why_ended(self) -> str | None:
+        """Why a callback ends training by the figures that it saw, as it would again."""
+        reasons = (getattr(callback, "stopped_because", None) for callback in self.callback_handler.callbacks)
+        return next(filter(None, reasons), None) if self.control.should_training_stop else None
+
+    def _open_record(self, checkpoint: str | None) -> str | None:
         """Note what this run is made of. All processes learn whether it may go on from the checkpoint.
+
+        Returns:
+            Why the checkpoint's run had ended with it, None if it goes on.
 
         Raises:
             CheckpointError: the checkpoint is of a run with other settings or data.
         """
-        answer: list[list[str]] = [[]]
+        answer: list[Any] = [[], None]
         if PartialState().is_main_process:
             stored = RunRecord.load(checkpoint) if checkpoint else None
             self._start_digest = self._start_digest or start_digest(self)
             self._run_record = RunRecord.of(self, self._start_digest, stored.key if stored else None)
             if stored:
-                answer[0] = stored.differences(self._run_record, _steps(checkpoint))
+                answer = [stored.differences(self._run_record, _steps(checkpoint)), stored.ended]
             elif checkpoint:
                 logger.warning(f"{checkpoint} does not say how it was trained: its settings could not be compared.")
-        broadcast_object_list(answer)
-        self._settings_changed = bool(answer[0])
-        if not answer[0]:
-            return
-        differences = f"{checkpoint} is of a run with other settings: {'; '.join(answer[0])}."
-        if not self.args.force_resume:
+        found, ended = broadcast_object_list(answer)
+        self._settings_changed = bool(found)
+        differences = f"{checkpoint} is of a run with other settings: {'; '.join(found)}."
+        if found and not self.args.force_resume:
             raise CheckpointError(
                 f"{differences} Set them as they were, or train without resume_from_checkpoint to start anew, or pass "
                 "force_resume to go on with the new ones."
             )
-        logger.warning(f"{differences} force_resume: it goes on with the new ones.")
+        if found:
+            logger.warning(f"{differences} force_resume: it goes on with the new ones.")
+        return None if self.args.force_resume else ended
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, which takes learning rate and decay from the checkpoint; forced, from the new settings."""
@@ -166,6 +175,8 @@ class CheckpointMixin:
         if checkpoint is None or not self._settings_changed or self.is_deepspeed_enabled:
             return
         scheduler = self.lr_scheduler
+        if not isinstance(scheduler, LambdaLR):
+            logger.warning(f"A {type(scheduler).__name__} goes on with the learning rate of the checkpoint.")
         for group, new in zip(self.optimizer.param_groups, fresh, strict=True):
             group.update(new if isinstance(scheduler, LambdaLR) else {k: v for k, v in new.items() if "lr" not in k})
         if isinstance(scheduler, LambdaLR):
@@ -303,7 +314,7 @@ def rotate(folder: Path, limit: int | None, keep: set[str]) -> None:
             remove(checkpoint)
 
 
-def name(staged: Path, checkpoint: Path) -> None:
+def give_name(staged: Path, checkpoint: Path) -> None:
     """Give a sealed checkpoint its name, in place of one of an earlier run."""
     aside = _aside(checkpoint)
     os.replace(staged, checkpoint)
@@ -329,7 +340,7 @@ def clear_leftovers(folder: Path) -> None:
     """Name a checkpoint that was sealed when a kill came, and delete what was half written or half deleted."""
     for staged in _checkpoints(folder / WRITING):
         if damage(staged) is None:
-            name(staged, folder / staged.name)
+            give_name(staged, folder / staged.name)
     for pattern in (WRITING, f"{REMOVED}*", f"{SNAPSHOT}*"):
         for leftover in folder.glob(pattern):
             shutil.rmtree(leftover, ignore_errors=True)

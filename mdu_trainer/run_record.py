@@ -80,6 +80,7 @@ class RunRecord:
         start: digest of the weights at the start that are read again when the run goes on, or None if it is not known:
             frozen ones, and all where the model at the start is compared with.
         key: of the data sets' digests, hexadecimal.
+        ended: why a callback had ended training when the checkpoint was written, None if it goes on.
     """
 
     settings: dict[str, Any]
@@ -87,6 +88,7 @@ class RunRecord:
     data: dict[str, dict[str, Any]]
     start: str | None
     key: str
+    ended: str | None = None
 
     @classmethod
     def of(cls, trainer: "MDLMTrainer", start: str | None, key: str | None = None) -> "RunRecord":
@@ -173,8 +175,8 @@ def rows_digest(rows: TokenizedRows, key: str) -> str:
 def start_digest(trainer: "MDLMTrainer") -> str | None:
     """A digest of the weights at the start that a resumed run reads again, None if they are not whole here.
 
-    Others are overwritten by the checkpoint's. Each weight counts with the sum of its bits taken as integers, which
-    takes a device the time to read it.
+    Others are overwritten by the checkpoint's. Each weight counts with the sum of its bits, taken as integers: that
+    costs no more than reading it.
     """
     model, reference = trainer.model, getattr(trainer, "reference", None)
     everything = reference is not None and not (isinstance(model, PeftModel) and not reference.first_adapter)
@@ -189,8 +191,10 @@ def start_digest(trainer: "MDLMTrainer") -> str | None:
 
 
 def _sum_of_bits(weight: nn.Parameter) -> int:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return int(weight.detach().contiguous().view(integers[weight.element_size()]).sum(dtype=torch.int64))
+    bits = weight.detach().flatten().view(torch.uint8)
+    if len(bits) % 8 == 0 and bits.data_ptr() % 8 == 0:
+        bits = bits.view(torch.int64)
+    return int(bits.sum(dtype=torch.int64))
 
 
 def _selects(args: Any) -> bool:

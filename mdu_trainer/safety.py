@@ -76,7 +76,7 @@ class SafeTrainingMixin(CheckpointMixin):
             clear_leftovers(Path(self.args.output_dir))
         self.accelerator.wait_for_everyone()
         checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
-        self._open_record(checkpoint)
+        self.guard.ended = self._open_record(checkpoint)
         check_weights(self.model, self.accelerator, "before training; no update was made")
         self._prepare_training()
         self._written = Path(checkpoint) if checkpoint else None
@@ -116,6 +116,7 @@ class RunGuard(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self._bad_losses = torch.zeros((), device=accelerator.device)
+        self.ended: str | None = None  # why the run that goes on had ended already
         self._skipped = False  # the update before
         self._received: int | None = None  # by this process
         self._stopping: int | None = None  # by any, as all of them know
@@ -123,9 +124,15 @@ class RunGuard(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Stop before the first update where a resumed run has made all of them."""
+        """Stop before the first update where a resumed run has made all of them, or had been ended by a callback."""
         if state.global_step >= state.max_steps:
             logger.warning(f"All {state.max_steps} updates are made already; none is added.")
+            control.should_training_stop = True
+        elif self.ended:
+            logger.warning(
+                f"Training had ended after step {state.global_step}: {self.ended}. No update is added; force_resume "
+                "trains on."
+            )
             control.should_training_stop = True
 
     # Updates

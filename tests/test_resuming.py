@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
@@ -14,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import LORA, PROCESSES, make_rows, make_trainer
+from runs import LORA, make_rows, make_trainer
 from transformers.trainer_utils import HubStrategy
 
-from mdu_trainer import CheckpointError, MDUConfig, run_lock
+from mdu_trainer import CheckpointError, MDUConfig, UnlearningEvalCallback, run_lock
 from mdu_trainer.checkpoints import MANIFEST, complete_checkpoints, write_manifest
 from mdu_trainer.hub import prepare_push
 from mdu_trainer.run_lock import LOCK, FolderInUseError, check_free, sole_run
@@ -181,6 +182,22 @@ def test_checkpoint_without_a_record_is_resumed_with_a_line(copied, seen):
     assert seen.text.count("its settings could not be compared") == 1
 
 
+def test_run_that_a_callback_had_ended_is_not_trained_on(tmp_path, seen, authors):
+    """Killed after the checkpoint of the step at which forgetting was reached."""
+
+    def trainer(**options):
+        trainer = make_trainer(tmp_path, KIND, **options)
+        limits = {"every_steps": 3, "stop_metric": "probability", "stop_forget_below": 2.0}
+        rows = authors.select(range(2))
+        trainer.add_callback(UnlearningEvalCallback(trainer, rows, metrics=("probability",), num_draws=1, **limits))
+        return trainer
+
+    assert trainer().train().global_step == 3
+    assert trainer().train(resume_from_checkpoint=True).global_step == 3
+    assert "Training had ended after step 3: forgetting is reached" in seen.text
+    assert trainer(force_resume=True).train(resume_from_checkpoint=True).global_step == 6
+
+
 # Data and the model at the start
 
 
@@ -276,8 +293,9 @@ def hold(folder, ready):
 def held(tmp_path, monkeypatch):
     """A folder in which another process trains, and that process."""
     monkeypatch.setattr(run_lock, "PATIENCE", 0.0)
-    ready = PROCESSES.Event()
-    process = PROCESSES.Process(target=hold, args=(tmp_path, ready))
+    forked = multiprocessing.get_context("fork")
+    ready = forked.Event()
+    process = forked.Process(target=hold, args=(tmp_path, ready))
     process.start()
     assert ready.wait(120)
     yield tmp_path, process
