@@ -49,12 +49,12 @@ def sole_run(folder: str | Path) -> Iterator[None]:
 
 
 def holding_lock(train: Callable) -> Callable:
-    """A trainer's method that runs while the lock of `args.output_dir` is held."""
+    """A trainer's `train` that holds the lock of its output folder; a trial of a search has one of its own."""
 
     @functools.wraps(train)
-    def locked(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with sole_run(self.args.output_dir):
-            return train(self, *args, **kwargs)
+    def locked(self: Any, resume_from_checkpoint: Any = None, trial: Any = None, **kwargs: Any) -> Any:
+        with sole_run(self._get_output_dir(trial)):
+            return train(self, resume_from_checkpoint, trial, **kwargs)
 
     return locked
 

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from .data import RowPairs, TokenizedRows
 from .distributed import is_partitioned
@@ -184,7 +183,8 @@ def start_digest(trainer: "MDLMTrainer") -> str | None:
     for name, weight in model.named_parameters():
         if weight.requires_grad and not everything:
             continue
-        if weight.is_meta or is_partitioned(weight) or isinstance(weight, DTensor):
+        wraps_others = hasattr(weight, "__tensor_flatten__")  # shards of FSDP2, quantised weights of torchao
+        if weight.is_meta or is_partitioned(weight) or wraps_others:
             return None
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)} {_sum_of_bits(weight)}".encode())
     return digest.hexdigest()

@@ -73,7 +73,7 @@ class SafeTrainingMixin(CheckpointMixin):
         """
         self._finish_current_push()  # of an earlier call
         if self.args.should_save:
-            clear_leftovers(Path(self.args.output_dir))
+            clear_leftovers(Path(self._get_output_dir(trial)))
         self.accelerator.wait_for_everyone()
         checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
         self.guard.ended = self._open_record(checkpoint)

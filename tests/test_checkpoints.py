@@ -72,9 +72,10 @@ def test_run_that_is_killed_again_and_again(undisturbed, tmp_path):
 @pytest.mark.parametrize("kind", ["full, frozen copy", "LoRA with dropout"])
 def test_run_that_had_made_all_its_updates_makes_no_more(tmp_path, seen, kind, schedule):
     """Killed between the name of the last checkpoint and the end of the script, amid an epoch."""
-    whole = make_trainer(tmp_path, kind, lr_scheduler_type=schedule)
+    options = {"lr_scheduler_type": schedule, "gradient_accumulation_steps": 1}
+    whole = make_trainer(tmp_path, kind, **options)
     whole.train()
-    resumed = make_trainer(tmp_path, kind, lr_scheduler_type=schedule)
+    resumed = make_trainer(tmp_path, kind, **options)
     result = resumed.train(resume_from_checkpoint=True)
     assert result.global_step == 10 and "All 10 updates are made already" in seen.text
     for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
