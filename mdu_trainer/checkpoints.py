@@ -121,10 +121,14 @@ class CheckpointMixin:
         super()._load_best_model()
         self._keep_only_the_best()
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
+        folder = Path(self._get_output_dir(trial))
+        if self.args.should_save and self._written and self._written.parent.resolve() == folder.resolve():
+            # a kill may have come between the last checkpoint's name and the deletion of others
+            rotate(folder, self.args.save_total_limit, {self._written.name, self._best_name})
         if not self.args.load_best_model_at_end:
             self._keep_only_the_best()
-        return super()._finalize_training(*args, **kwargs)
+        return super()._finalize_training(trial, *args, **kwargs)
 
     def _keep_only_the_best(self) -> None:
         """At a limit of one the Trainer ends by deleting the last checkpoint, file by file. Here it goes at once."""
