@@ -40,6 +40,7 @@ setup(
         "accelerate>=1.10.1",
         "datasets>=4.7",
         "evaluate>=0.4.6",
+        "filelock>=3.12",
         "huggingface-hub>=1.0",
         "jinja2>=3.1",
         "nltk>=3.8",

@@ -24,13 +24,18 @@ from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import load_tofu
 from mdu_trainer.models import load_checkpoint
 from mdu_trainer.provenance import Facts
+from mdu_trainer.run_lock import LOCK
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
 # beside the models' folders
 WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", "config.yaml")
 PRIVATE = ("subjects", "intros")  # whom to forget
-THIS_TIME = ("resume", "overwrite_output_dir")  # options of one start of a script, not of what it makes
+THIS_TIME = (
+    "resume",
+    "force_resume",
+    "overwrite_output_dir",
+)  # options of one start of a script, not of what it makes
 
 
 class Progress(TrainerCallback):
@@ -157,7 +162,7 @@ def settings(*arguments) -> dict:
 
 def claim(folder: Path, models: list[Path], base: str | None, overwrite: bool) -> None:
     """Refuse a folder that holds something, or clear what this run is going to write."""
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not overwrite:
         raise SystemExit(
             f"{folder} is not empty. Choose another --output_dir, or pass --resume to finish what was begun there, or "
             "--overwrite_output_dir."

@@ -13,6 +13,7 @@ _ROOMS = {
     "MDLMTrainer": "mdlm",
     "MDUTrainer": "trainer",
     "CheckpointError": "checkpoints",
+    "FolderInUseError": "run_lock",
     "NonFiniteLossError": "safety",
     "TrainingInterrupted": "safety",
     "DataCollatorForUnlearning": "data",

@@ -99,6 +99,11 @@ class MDLMConfig(TrainingArguments):
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Whether a model given by name may run code of its repository. LLaDA and Dream need none.
 
+        > Parameters that control resuming
+
+        force_resume (`bool`, *optional*, defaults to `False`):
+            Go on from a checkpoint although settings or data that change the weights are not those of its run.
+
         > Parameters that control the data
 
         max_length (`int`, *optional*, defaults to `1024`):
@@ -139,6 +144,9 @@ class MDLMConfig(TrainingArguments):
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Whether a model given by name may run code of its repository."}
+    )
+    force_resume: bool = field(
+        default=False, metadata={"help": "Resume although settings or data differ from those of the checkpoint."}
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest row in tokens; responses are truncated, prompts never."}

@@ -36,6 +36,7 @@ from .model_card import (
 )
 from .models import load_model
 from .provenance import FACTS_FILE, Facts
+from .run_lock import LOCK
 from .upload import (
     ADAPTER_CONFIG,
     LeakError,
@@ -285,7 +286,7 @@ def prepare_push(
     )
     files |= extra_files(card, results, recovery, picture, base_model or facts.base_model)
     check_texts(files | given, hashes)
-    left = sorted(path.name for path in folder.iterdir() if path.name not in {n.split("/")[0] for n in files})
+    left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
     target = Target(repo_id, private, revision, create_pr, token, commit_message, copy_to)
     return Push(target, source, files, left)
 

@@ -4,6 +4,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,10 @@ from huggingface_hub import CommitInfo
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
+
+from .checkpoints import SNAPSHOT
+from .run_lock import FolderInUseError, check_free
+from .run_record import RUN_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -81,6 +86,7 @@ class PublishingMixin:
         if not self.is_world_process_zero():
             return None
         self._finish_current_push()
+        self._remove_snapshots()
         commit = self._prepare_push(
             self.args.output_dir,
             commit_message=commit_message,
@@ -90,6 +96,14 @@ class PublishingMixin:
             **details,
         )
         return commit() if blocking else _hub_api().run_as_future(commit)
+
+    def _remove_snapshots(self) -> None:
+        """Delete what a kill left of pushes; not while another run may be sending it."""
+        folder = Path(self.args.output_dir)
+        with suppress(FolderInUseError):
+            check_free(folder)
+            for snapshot in folder.glob(f"{SNAPSHOT}*"):
+                shutil.rmtree(snapshot, ignore_errors=True)
 
     def _prepare_push(self, folder: str | Path, **options: Any) -> Callable[[], CommitInfo]:
         from .hub import prepare_push
@@ -143,7 +157,9 @@ def _link_tree(source: str, target: Path) -> None:
         except OSError:  # a file system without links
             shutil.copy(file, other)
 
-    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns("*.pt", "*.pth", "*.bin"))
+    shutil.copytree(
+        source, target, copy_function=link, ignore=shutil.ignore_patterns("*.pt", "*.pth", "*.bin", RUN_FILE)
+    )
 
 
 def _reporting(commit: Callable[[], CommitInfo], snapshot: Path) -> CommitInfo | None:

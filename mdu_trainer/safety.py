@@ -8,18 +8,20 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 from transformers.utils import logging
 
-from .checkpoints import CheckpointMixin, choose
+from .checkpoints import CheckpointMixin, choose, clear_leftovers
 from .files import UserError
+from .run_lock import holding_lock
 from .updates import TrainedTensors, check_trainable
 
 logger = logging.get_logger(__name__)
@@ -57,6 +59,7 @@ class SafeTrainingMixin(CheckpointMixin):
         self.guard = RunGuard(self.accelerator)
         self.add_callback(self.guard)
 
+    @holding_lock
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`, from whole checkpoints only, with finite updates only, and obeying signals.
 
@@ -66,17 +69,24 @@ class SafeTrainingMixin(CheckpointMixin):
             trial, **kwargs: as in `Trainer`.
 
         Raises:
-            CheckpointError: the checkpoint to resume from is not whole, or one could not be written.
+            CheckpointError: the checkpoint to resume from is not whole, or of a run with other settings or data, or
+                one could not be written.
+            FolderInUseError: another run trains in `args.output_dir`.
             NonFiniteLossError: weights, or two updates in a row, are NaN or infinite.
             TrainingInterrupted: SIGTERM or SIGINT, after a checkpoint.
             UserError: the run would change nothing, or it did not.
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._finish_current_push()  # of an earlier call
+        if self.args.should_save:
+            clear_leftovers(Path(self._get_output_dir(trial)))
+        self.accelerator.wait_for_everyone()
         checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
+        self.guard.ended = self._open_record(checkpoint)
         if self.model_init is None:  # or else the Trainer makes the model first
             self._begin()
-        self._written = None
+        self._written = Path(checkpoint) if checkpoint else None
         with self._reporting_failure(), self.guard.listening():
             output = super().train(checkpoint, trial, **kwargs)
             self._check_changed()
@@ -104,7 +114,7 @@ class SafeTrainingMixin(CheckpointMixin):
         updates = self.state.global_step - self._initial_global_step
         if updates:
             self._trained.check(updates)
-        elif self.state.global_step >= self.state.max_steps:
+        elif self.guard.ended or self.state.global_step >= self.state.max_steps:
             logger.warning(f"The run was finished at step {self.state.global_step}: no update was left to make.")
         else:
             raise UserError(
@@ -119,6 +129,12 @@ class SafeTrainingMixin(CheckpointMixin):
         when = f"after step {self.state.global_step}; they are not saved, and the last checkpoint is intact"
         check_weights(model, self.accelerator, when, trained_only=True)
         super()._save_checkpoint(model, trial)
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As in `Trainer`, but nothing once training is to stop: a resumed run may have made all its updates."""
+        if self.control.should_training_stop:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -140,9 +156,24 @@ class RunGuard(TrainerCallback):
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self._bad_losses = torch.zeros((), device=accelerator.device)
+        self.ended: str | None = None  # why the run that goes on had ended already
         self._skipped = False  # the update before
         self._received: int | None = None  # by this process
         self._stopping: int | None = None  # by any, as all of them know
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop before the first update where a resumed run has made all of them, or had been ended by a callback."""
+        if state.global_step >= state.max_steps:
+            logger.warning(f"All {state.max_steps} updates are made already; none is added.")
+            control.should_training_stop = True
+        elif self.ended:
+            logger.warning(
+                f"Training had ended after step {state.global_step}: {self.ended}. No update is added; force_resume "
+                "trains on."
+            )
+            control.should_training_stop = True
 
     # Updates
 

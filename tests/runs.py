@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import Trainer
 
@@ -49,7 +49,7 @@ PLACES = {  # what is called, how often in a run
     "optimizer written": (Trainer, "_save_optimizer_and_scheduler", SAVES),
     "random state written": (Trainer, "_save_rng_state", SAVES),
     "no manifest yet": (checkpoints, "write_manifest", SAVES),
-    "not renamed yet": (checkpoints.os, "replace", 2 * SAVES),
+    "not renamed yet": (checkpoints.os, "replace", 4 * SAVES),
     "older ones not deleted yet": (checkpoints, "rotate", SAVES),
 }
 EVALUATION_PLACES = {  # 16 rows, 2 a batch
@@ -60,15 +60,21 @@ EVALUATION_PLACES = {  # 16 rows, 2 a batch
 }
 
 
+def make_rows() -> tuple[Dataset, Dataset]:
+    """8 rows to forget and 16 to keep."""
+    forget, retain = forget_retain_split(fictional_authors(3), 1)
+    return question_answer_rows(forget, conversational=True), question_answer_rows(retain, conversational=True)
+
+
 def make_trainer(folder: Path, kind: str, **options) -> MDLMTrainer:
     disable_progress_bars()
     settings = KINDS[kind] | options
-    authors = fictional_authors(3)
-    forget, retain = (question_answer_rows(rows, conversational=True) for rows in forget_retain_split(authors, 1))
-    tokenizer = train_tokenizer(dataset_texts(authors), vocab_size=300)
+    forget, retain = make_rows()
+    tokenizer = train_tokenizer(dataset_texts(fictional_authors(3)), vocab_size=300)
     cls = settings.pop("cls", MDUTrainer)
     peft_config = settings.pop("peft_config", None)
-    passed = {name: settings.pop(name) for name in ("callbacks", "eval_dataset") if name in settings}
+    names = ("callbacks", "eval_dataset", "model", "train_dataset", "retain_dataset")
+    passed = {name: settings.pop(name) for name in names if name in settings}
     defaults = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -83,15 +89,13 @@ def make_trainer(folder: Path, kind: str, **options) -> MDLMTrainer:
         "use_cpu": True,
     }
     config = (MDUConfig if cls is MDUTrainer else MDLMConfig)(str(folder), **(defaults | settings))
-    return cls(
-        tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2),
-        config,
-        train_dataset=forget if cls is MDUTrainer else retain,
-        processing_class=tokenizer,
-        peft_config=peft_config and LoraConfig(**peft_config),
-        **passed,
+    defaults = {
+        "model": tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2),
+        "train_dataset": forget if cls is MDUTrainer else retain,
         **({"retain_dataset": retain} if cls is MDUTrainer else {}),
-    )
+    }
+    peft_config = peft_config and LoraConfig(**peft_config)
+    return cls(args=config, processing_class=tokenizer, peft_config=peft_config, **(defaults | passed))
 
 
 def train(folder: Path, kind: str, kill: tuple[str, int] | None = None, resume: bool = False, **options) -> None:

@@ -5,20 +5,26 @@ import logging
 import os
 import shutil
 import signal
+import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import torch
 from runs import KINDS, PLACES, draw, make_trainer, run, weights
 
 from mdu_trainer import CheckpointError, checkpoints
 from mdu_trainer.checkpoints import (
     MANIFEST,
     choose,
+    clear_leftovers,
     complete_checkpoints,
     damage,
     newest_intact,
     rotate,
     write_manifest,
 )
+from mdu_trainer.run_lock import LOCK, sole_run
 
 KILLS = 18
 
@@ -60,6 +66,158 @@ def test_run_that_is_killed_again_and_again(undisturbed, tmp_path):
         run(tmp_path, kind, kill=("in a micro-batch", micro_batches), resume=True)
     assert run(tmp_path, kind, resume=True) == 0
     assert weights(tmp_path) == weights(undisturbed[kind])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize("kind", ["full, frozen copy", "LoRA with dropout"])
+def test_run_that_had_made_all_its_updates_makes_no_more(tmp_path, seen, kind, schedule):
+    """Killed between the name of the last checkpoint and the end of the script, amid an epoch."""
+    options = {"lr_scheduler_type": schedule, "gradient_accumulation_steps": 1}
+    whole = make_trainer(tmp_path, kind, **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, kind, **options)
+    result = resumed.train(resume_from_checkpoint=True)
+    assert result.global_step == 10 and "All 10 updates are made already" in seen.text
+    for (name, p), (_, q) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert newest_intact(tmp_path).name == "checkpoint-10"
+
+
+# What is on the disk at each moment
+
+
+class Killed(BaseException):
+    """What a process did until a kill: nothing is written, renamed or deleted from then on."""
+
+
+class Operations:
+    """Counts what a process writes, renames and deletes in a folder, and ends it before the n-th.
+
+    Python announces each operation to its audit hooks. `torch.save` writes in C++, so it announces itself here.
+    """
+
+    CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.truncate")
+
+    def __init__(self):
+        self.folder, self.count, self.last = None, 0, None
+        self.trees = []  # folders deleted file by file
+        sys.addaudithook(self)
+
+    def __call__(self, event, args):
+        if self.folder is None:
+            return
+        if event == "shutil.rmtree":
+            self.trees.append(Path(args[0]))
+        writes = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        below = isinstance(args[0], str | os.PathLike) and str(args[0]).startswith(self.folder) if args else False
+        relative = event in ("os.remove", "os.rmdir") and args[-1] != -1  # to an open folder
+        if (writes and below) or (event in self.CHANGES and (below or relative)):
+            self.announce()
+
+    def announce(self):
+        self.count += 1
+        if self.last is not None and self.count >= self.last:
+            raise Killed
+
+    @contextmanager
+    def until(self, last, folder):
+        """Run until the n-th change in a folder; whether it was reached is in `count`."""
+        self.folder, self.count, self.last, self.trees = str(folder), 0, last, []
+        try:
+            yield
+        except Killed:
+            pass
+        finally:
+            self.folder = None
+
+
+OPERATIONS = Operations()
+
+
+@pytest.fixture
+def torch_save_announced(monkeypatch):
+    save = torch.save
+
+    def announced(content, path, *args, **kwargs):
+        save(content, path, *args, **kwargs)
+        if OPERATIONS.folder is not None and OPERATIONS.count + 1 == OPERATIONS.last:
+            os.truncate(path, os.path.getsize(path) // 2)
+        OPERATIONS.announce() if OPERATIONS.folder is not None else None
+
+    monkeypatch.setattr(torch, "save", announced)
+
+
+def save_at(trainer, folder, step):
+    trainer.args.output_dir, trainer._written, trainer.state.global_step = str(folder), None, step
+    trainer._save_checkpoint(trainer.model)
+
+
+def start(folder):
+    """What a next start does before it loads anything."""
+    with sole_run(folder):
+        clear_leftovers(folder)
+        return choose(folder, True)
+
+
+def assert_all_whole(folder, moment):
+    named = list(folder.glob("checkpoint-*"))
+    assert named, moment
+    for checkpoint in named:
+        assert damage(checkpoint) is None, (moment, checkpoint.name, damage(checkpoint))
+
+
+@pytest.mark.usefixtures("torch_save_announced")
+@pytest.mark.parametrize("kind", ["full, frozen copy", "LoRA with dropout"])
+def test_checkpoint_that_has_its_name_is_whole_at_every_moment(tmp_path, kind):
+    """A kill before every file operation of a save, its rename, the deletion of others, and of the start after it.
+
+    The save replaces checkpoint-9 of an earlier run, and deletes checkpoint-12, which is of that run, too.
+    """
+    trainer = make_trainer(tmp_path / "run", kind, max_steps=1, save_strategy="no")
+    trainer.train()
+    before = tmp_path / "before"
+    for step in (12, 9, 6):
+        save_at(trainer, before, step)
+        os.utime(before / f"checkpoint-{step}" / MANIFEST, (13 - step, 13 - step))
+        trainer.args.save_total_limit = None
+    trainer.args.save_total_limit = 2
+    last, ends = 0, []
+    while not ends or ends[-1] == last:
+        last += 1
+        folder = tmp_path / f"kill-{last}"
+        shutil.copytree(before, folder, copy_function=os.link)
+        with OPERATIONS.until(last, folder):
+            save_at(trainer, folder, 9)
+        ends.append(OPERATIONS.count)
+        assert_all_whole(folder, f"save, {last}")
+        for again in range(1, 99) if last % 8 == 0 else ():
+            copy = tmp_path / "again"
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder, copy, copy_function=os.link)
+            with OPERATIONS.until(again, copy):
+                start(copy)
+            assert_all_whole(copy, f"save, {last}; start, {again}")
+            if OPERATIONS.count < again:
+                break
+        assert start(folder) == str(newest_intact(folder))
+        left = {path.name for path in folder.iterdir() if not path.name.startswith("checkpoint-")}
+        assert left <= {LOCK}, last
+        shutil.rmtree(folder)
+    assert last > 40, "operations of a save"
+
+
+@pytest.mark.parametrize("load", [True, False])
+def test_last_checkpoint_goes_at_once_where_the_best_one_is_kept(tmp_path, load):
+    """At a limit of one the Trainer would delete it file by file."""
+    kind = "LoRA with dropout"
+    rows = make_trainer(tmp_path, kind).train_dataset
+    options = {"eval_dataset": rows, "eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": load}
+    options |= {"metric_for_best_model": "forget_loss", "greater_is_better": True, "save_total_limit": 1}
+    trainer = make_trainer(tmp_path, kind, **options, max_steps=6)
+    with OPERATIONS.until(None, tmp_path):
+        trainer.train()
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-3"]
+    assert not [path for path in OPERATIONS.trees if path.name.startswith("checkpoint-")]
 
 
 # Which one is resumed from
