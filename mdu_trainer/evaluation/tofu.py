@@ -10,16 +10,16 @@ harmonic mean of these three on all sets but forget, and forget quality, the p-v
 ratios of the forget rows are those of a model that never saw them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..files import UserError, write_whole
+from ..files import Record, UserError
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
@@ -35,7 +35,7 @@ UTILITY = ("rougeL_recall", "probability", "truth_ratio")
 
 
 @dataclass(frozen=True)
-class TruthRatios:
+class TruthRatios(Record):
     """The truth ratios of a model that never saw the forget rows: what forget quality compares with.
 
     Attributes:
@@ -43,29 +43,25 @@ class TruthRatios:
         values: a truth ratio a row.
     """
 
+    kind: ClassVar[str] = "log of truth ratios"
+    remedy: ClassVar[str] = "evaluate the retain model again"
+
     questions: str
     values: list[float]
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, forget: Dataset) -> "TruthRatios":
         """Read what `save` wrote, for these forget rows.
 
         Raises:
-            ValueError: for another kind of file, or a log of other questions.
+            FileNotFoundError: there is no such file.
+            UserError: another kind of file, or a log of other questions.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-            log = cls(content["questions"], content["values"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a log of truth ratios, as TruthRatios.save writes it.") from error
-        log.check(forget, str(path))
+        log = super().load(path)
+        log.check_rows(forget, str(path))
         return log
 
-    def check(self, forget: Dataset, name: str = "The log") -> None:
+    def check_rows(self, forget: Dataset, name: str = "The log") -> None:
         """Refuse forget rows whose questions are not those of the log."""
         if self.questions != question_digest(forget) or len(self.values) != len(forget):
             raise UserError(
@@ -194,11 +190,11 @@ def evaluate_tofu(
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: as `check_sets` and `TruthRatios.check`, and for metrics or a progress file that do not fit.
+        ValueError: as `check_sets` and `TruthRatios.check_rows`, and for metrics or a progress file that do not fit.
     """
     check_sets(sets)
     if retain_log is not None:
-        retain_log.check(sets["forget"])
+        retain_log.check_rows(sets["forget"])
     backbone = backbone or resolve_backbone(model, tokenizer)
     questions = tofu_questions(sets, tokenizer, backbone, generation_config, metrics, num_draws)
     scored = score_questions(
