@@ -38,6 +38,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .attacks import ATTACKS, AttackSettings, Target
+from .commands import ArgumentParser, run
 from .evaluation.metrics import bootstrap_interval
 from .evaluation.report import Estimate
 from .evaluation.runner import processes
@@ -240,7 +241,7 @@ def _mean(scores: list[float]) -> Estimate:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m mdu_trainer.leak_check",
         description=__doc__.partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -262,4 +263,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
