@@ -52,7 +52,8 @@ def starting(
 
 
 def _check(folder: Path, aside: Path, overwrite: bool) -> None:
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    files = folder.iterdir() if folder.is_dir() else ()
+    if overwrite or not (aside.exists() or any(path.name[0] not in "._" for path in files)):  # as a lock's is
         return
     before = f" What an interrupted start was to replace lies in {aside}." if aside.exists() else ""
     raise UserError(
