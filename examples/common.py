@@ -38,7 +38,21 @@ CONFIG = "config.yaml"
 WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", CONFIG)  # beside the models
 RESUME = f"{AGAIN} with --resume"
 PRIVATE = ("subjects", "intros")  # whom to forget
-THIS_TIME = ("resume", "overwrite_output_dir")  # options of one start of a script, not of what it makes
+# options of one start of a script, not of what it makes
+THIS_TIME = ("resume", "overwrite_output_dir", "keep_dataset_cache")
+    "resume",
+    "overwrite_output_dir",
+    "keep_dataset_cache",
+)  # options of one start of a script, not of what it makes
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """What every script that reads rows is asked."""
+
+    keep_dataset_cache: bool = dataclasses.field(
+        default=False, kw_only=True, metadata={"help": "Let `datasets` keep the rows in its cache, in plain text."}
+    )
 
 
 class Progress(TrainerCallback):
@@ -85,11 +99,17 @@ def model_names(paths: list[str], reserved: tuple[str, ...] = ("base",)) -> list
 
 
 def forget_and_retain(
-    dataset_name: str | None, forget_split: str, retain_split: str, max_rows: int | None
+    dataset_name: str | None,
+    forget_split: str,
+    retain_split: str,
+    max_rows: int | None,
+    keep_dataset_cache: bool = False,
 ) -> dict[str, Dataset]:
     """The sets of TOFU or of a data set like it, checked; without a name the embedded fictional authors."""
     if dataset_name is not None:
-        return load_tofu(dataset_name, forget_split, retain_split, max_rows=max_rows)
+        return load_tofu(
+            dataset_name, forget_split, retain_split, max_rows=max_rows, keep_dataset_cache=keep_dataset_cache
+        )
     forget, retain = forget_retain_split(fictional_authors())
     return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
 

@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import check_models, forget_and_retain, load, settings
+from common import DataArguments, check_models, forget_and_retain, load, settings
 from datasets import Dataset
 from trl import ModelConfig
 
@@ -39,7 +39,7 @@ from mdu_trainer.files import UserError
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(DataArguments):
     """What to score a model on, and how."""
 
     benchmark: str = field(
@@ -75,8 +75,10 @@ def load_sets(args: EvaluationArguments) -> dict[str, Dataset]:
         name = {"tofu": "locuslab/TOFU", "rwku": "jinzhuoran/RWKU"}[args.benchmark]
         raise UserError(f"--benchmark {args.benchmark} needs --dataset_name: {name}, or a folder with a copy.")
     if args.benchmark == "rwku":
-        return load_rwku(args.dataset_name, args.configs, args.subjects, args.max_rows)
-    return forget_and_retain(args.dataset_name, args.forget_split, args.retain_split, args.max_rows)
+        cache = {"keep_dataset_cache": args.keep_dataset_cache}
+        return load_rwku(args.dataset_name, args.configs, args.subjects, args.max_rows, **cache)
+    splits = (args.forget_split, args.retain_split)
+    return forget_and_retain(args.dataset_name, *splits, args.max_rows, args.keep_dataset_cache)
 
 
 def evaluate(

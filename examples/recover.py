@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from common import check_models, facts_of, forget_and_retain, load, model_names
+from common import DataArguments, check_models, facts_of, forget_and_retain, load, model_names
 from datasets import Dataset
 from tqdm import tqdm
 from trl import ModelConfig
@@ -45,7 +45,7 @@ PICTURES = ("recovery.png", "recovery.svg")
 
 
 @dataclass
-class RecoveryArguments:
+class RecoveryArguments(DataArguments):
     """Which models to attack, how, and on what rows."""
 
     model: list[str] = field(default_factory=list, metadata={"help": "The unlearned models."})
@@ -104,9 +104,10 @@ def check(args: RecoveryArguments, model_args: ModelConfig) -> None:
 
 def load_sets(args: RecoveryArguments) -> tuple[dict[str, Dataset], Dataset | None]:
     """The rows to forget and to keep, and rows that no model was trained on."""
-    sets = forget_and_retain(args.dataset_name, args.forget_split, args.retain_split, args.max_rows)
+    splits, cache = (args.forget_split, args.retain_split), {"keep_dataset_cache": args.keep_dataset_cache}
+    sets = forget_and_retain(args.dataset_name, *splits, args.max_rows, **cache)
     if args.dataset_name is not None:
-        return sets, args.unseen_split and load_rows(args.dataset_name, args.unseen_split)
+        return sets, args.unseen_split and load_rows(args.dataset_name, args.unseen_split, **cache)
     return sets, unseen_answers(sets["forget"])
 
 

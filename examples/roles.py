@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import check_models, load, model_names
+from common import DataArguments, check_models, load, model_names
 from datasets import Dataset
 from torch import nn
 from trl import ModelConfig
@@ -38,7 +38,7 @@ from mdu_trainer.testing import fictional_authors, forget_retain_split
 
 
 @dataclass
-class RolesArguments:
+class RolesArguments(DataArguments):
     """Which models to compare, and on which rows."""
 
     base: str = field(metadata={"help": "Model before unlearning."})
@@ -66,8 +66,9 @@ def load_rows(args: RolesArguments) -> tuple[Dataset, Dataset | None]:
     if args.dataset_name is None:
         forget, retain = forget_retain_split(fictional_authors())
     else:
-        forget = load_config(args.dataset_name, args.forget_split)
-        retain = load_config(args.dataset_name, args.retain_split) if args.retain_split else None
+        cache = {"keep_dataset_cache": args.keep_dataset_cache}
+        forget = load_config(args.dataset_name, args.forget_split, **cache)
+        retain = load_config(args.dataset_name, args.retain_split, **cache) if args.retain_split else None
     return spread(forget, args.max_rows), retain
 
 

@@ -11,7 +11,17 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import RESUME, check_models, check_run, load, output_folder, settings, train_seconds, unlearn
+from common import (
+    RESUME,
+    DataArguments,
+    check_models,
+    check_run,
+    load,
+    output_folder,
+    settings,
+    train_seconds,
+    unlearn,
+)
 from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig
@@ -25,7 +35,7 @@ from mdu_trainer.files import UserError
 
 
 @dataclass
-class RwkuArguments:
+class RwkuArguments(DataArguments):
     """Whom to forget, and what to measure."""
 
     dataset_name: str = field(default="jinzhuoran/RWKU", metadata={"help": "Hub name, or a folder with a copy."})
@@ -66,7 +76,8 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
     check(args, config, model_args)
     chosen, name = settings(args, config, model_args), model_args.model_name_or_path
     forget = load_forget_rows(args.intros, args.subjects)
-    sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows)
+    cache = {"keep_dataset_cache": args.keep_dataset_cache}
+    sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows, **cache)
     folder, state, tau = Path(config.output_dir), processes(), config.tau if config.loss_type == "mdu" else None
     config.output_dir = str(folder / (config.loss_type if tau is None else f"mdu-tau{tau:.12g}"))
     models = [folder / "base", Path(config.output_dir)]

@@ -21,7 +21,17 @@ from pathlib import Path
 
 # isort: off
 from tofu import check_finetuning, finetune  # before `common`, which takes this folder off the path
-from common import RESUME, check_models, check_run, load, output_folder, settings, train_seconds, unlearn
+from common import (
+    RESUME,
+    DataArguments,
+    check_models,
+    check_run,
+    load,
+    output_folder,
+    settings,
+    train_seconds,
+    unlearn,
+)
 # isort: on
 
 from datasets import Dataset, concatenate_datasets
@@ -42,7 +52,7 @@ CONFIG = Path(__file__).parent / "configs" / "sequential.yaml"
 
 
 @dataclass
-class SequentialArguments:
+class SequentialArguments(DataArguments):
     """The requests, in order, and the rows that nobody asked to forget.
 
     Without `dataset_name` the requests are the last of the embedded fictional authors, `num_requests` of them; without
@@ -83,7 +93,8 @@ class SequentialConfig(MDUConfig):
 def load_requests(args: SequentialArguments) -> tuple[list[Dataset], Dataset]:
     """The rows of each request, and those that no request names."""
     if args.dataset_name is not None:
-        loaded = [load_config(args.dataset_name, name) for name in (*args.requests, args.retain_split)]
+        cache = {"keep_dataset_cache": args.keep_dataset_cache}
+        loaded = [load_config(args.dataset_name, name, **cache) for name in (*args.requests, args.retain_split)]
         rows = [part.select_columns(["question", "answer"]) for part in loaded]
         return rows[:-1], rows[-1]
     authors = fictional_authors()

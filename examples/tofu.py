@@ -25,6 +25,7 @@ from typing import Any
 
 from common import (
     RESUME,
+    DataArguments,
     Progress,
     check_models,
     check_run,
@@ -67,7 +68,7 @@ EMBEDDED = "fictional authors (embedded)"  # what results call the rows
 
 
 @dataclass
-class TofuArguments:
+class TofuArguments(DataArguments):
     """What to forget and how to measure it.
 
     Without `dataset_name` the rows are the embedded fictional authors; without `model_name_or_path` the model is a
@@ -142,8 +143,9 @@ def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset
             retain,
             {name: spread(rows, args.max_eval_rows) for name, rows in (("forget", forget), ("retain", retain))},
         )
-    forget = load_config(args.dataset_name, args.forget_split)
-    retain = load_config(args.dataset_name, args.retain_split)
+    cache = {"keep_dataset_cache": args.keep_dataset_cache}
+    forget = load_config(args.dataset_name, args.forget_split, **cache)
+    retain = load_config(args.dataset_name, args.retain_split, **cache)
     retain = retain.select(range(min(len(retain), args.max_retain_rows or len(retain))))
     sets = load_tofu(
         args.dataset_name,
@@ -151,6 +153,7 @@ def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset
         args.retain_split,
         max_rows=args.max_eval_rows,
         max_retain_rows=args.max_retain_rows,
+        **cache,
     )
     if from_scratch:  # which has learned nothing but the rows
         sets = {name: sets[name] for name in ("forget", "retain")}

@@ -178,7 +178,7 @@ def test_every_combination_is_a_run(script, tmp_path):
         (("--tau", "0", "0.5", "0.0"), "--tau names value 3 twice"),
         (("--select", "retain.truth>=0.9"), "--select: retain.truth is not measured here"),
         (("--select", "forget_quality>=0.1"), "forget_quality is not measured here"),
-        (("--metrics", "probability"), "--select: forget is not measured here"),
+        (("--metrics", "probability", "--select", ""), "--select: forget is not measured here"),
         (("--max_steps", "2", "--num_train_epochs", "1", "2"), "Sweep over --max_steps or over --num_train_epochs"),
     ],
 )
