@@ -8,8 +8,11 @@ could tell it from one that the user meant as such.
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
+import numpy as np
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .files import UserError
@@ -128,6 +131,38 @@ def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, backbone: Bac
     turns = checked_text(prompt, where)
     refuse_special({"it": turns}, tokenizer, special, where)
     return render(turns, tokenizer, where, add_generation_prompt=True)
+
+
+def check_prompts(prompts: Any) -> None:
+    """Refuse what is not a list of prompts, though it can be walked through as if it were."""
+    hint = None
+    if isinstance(prompts, str):
+        hint = "a single string: pass [prompt]"
+    elif isinstance(prompts, Mapping):
+        hint = f"a {type(prompts).__name__}: pass texts or conversations, or token ids to generate_ids"
+    elif isinstance(prompts, Tensor | np.ndarray) or (
+        isinstance(prompts, Sequence) and len(prompts) and isinstance(prompts[0], int | Tensor)
+    ):
+        hint = "token ids: pass them to generate_ids, a list of ids without padding for each prompt"
+    elif isinstance(prompts, Sequence) and len(prompts) and isinstance(prompts[0], Mapping):
+        hint = "a single conversation: pass [conversation]"
+    elif not hasattr(prompts, "__iter__"):
+        hint = f"a {type(prompts).__name__}"
+    if hint:
+        raise UserError(f"prompts must be a list of prompts, got {hint}.")
+
+
+def check_prompt_ids(prompt_ids: Any, backbone: Backbone) -> None:
+    """Refuse what is not a list of ids for each prompt, and ids that the model does not know."""
+    if isinstance(prompt_ids, Tensor | np.ndarray | Mapping | str):
+        raise UserError(
+            f"prompt_ids must be a list of ids for each prompt, without padding, got a {type(prompt_ids).__name__}. "
+            "Of a batch: [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask)]."
+        )
+    for row, ids in enumerate(prompt_ids):
+        if not isinstance(ids, list | tuple) or not all(isinstance(token, Integral) for token in ids):
+            raise UserError(f"Prompt {row} must be a list of token ids, and is a {type(ids).__name__}.")
+        check_ids(ids, backbone, f"Prompt {row}")
 
 
 def render(turns: list[Row], tokenizer: PreTrainedTokenizerBase, where: str, **arguments: Any) -> list[int]:
