@@ -40,10 +40,6 @@ RESUME = f"{AGAIN} with --resume"
 PRIVATE = ("subjects", "intros")  # whom to forget
 # options of one start of a script, not of what it makes
 THIS_TIME = ("resume", "overwrite_output_dir", "keep_dataset_cache")
-    "resume",
-    "overwrite_output_dir",
-    "keep_dataset_cache",
-)  # options of one start of a script, not of what it makes
 
 
 @dataclasses.dataclass

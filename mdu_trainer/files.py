@@ -109,7 +109,10 @@ class Record:
         found = content.pop("schema", None) if isinstance(content, dict) else None
         if found != cls.schema:
             found = "no schema" if found is None else f"schema {found}" if _is_int(found) else "an unreadable schema"
-            raise UserError(f"{path} has {found}, this version reads {cls.schema}: {cls.remedy}.")
+            raise UserError(
+                f"{path} is not a {cls.kind} of this version: it has {found}, this version reads {cls.schema}: "
+                f"{cls.remedy}."
+            )
         return decode(cls, content, path, f"a {cls.kind}", cls.remedy)
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ ratios of the forget rows are those of a model that never saw them.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,11 +23,12 @@ from transformers import PreTrainedTokenizerBase
 from ..files import Record, UserError
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
+from ..reading import private
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
 from .report import Estimate, Run, Scores
 from .runner import score_questions
 from .scoring import Figures, QuestionSet, choose_metrics, digest, encode_questions, estimates
-from .sources import check_texts, config_names, load_config, spread
+from .sources import check_texts, config_names, first_rows, load_config, spread
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 TOFU_METRICS = ("rougeL", "probability", "truth_ratio", "degeneracy")
@@ -93,8 +95,9 @@ def load_tofu(
     *,
     max_rows: int | None = None,
     max_retain_rows: int | None = None,
+    keep_dataset_cache: bool = False,
 ) -> dict[str, Dataset]:
-    """The sets to evaluate on.
+    """The sets to evaluate on. All rows that are loaded are checked, whether they are used or not.
 
     Perturbed and paraphrased answers come from the configs that hold them (`forget10_perturbed`, `retain_perturbed`),
     where the data has them. Real authors and world facts are left out where it has not.
@@ -104,24 +107,26 @@ def load_tofu(
         forget, retain: names of configs.
         max_rows: use so many evenly spaced rows of each set.
         max_retain_rows: take the rows to keep from so many first ones, where a model learned no more.
+        keep_dataset_cache: as in `load_config`.
 
     Raises:
-        ValueError: for an unknown config or rows that cannot be scored.
+        ValueError: for an unknown config, rows that cannot be scored, or a number of rows below 1.
     """
     names = config_names(source)
+    load = partial(load_config, source, keep_dataset_cache=keep_dataset_cache)
     sets = {}
     for name, config in (("forget", forget), ("retain", retain)):
-        rows = load_config(source, config)
-        if name == "retain" and max_retain_rows is not None:
-            rows = rows.select(range(min(len(rows), max_retain_rows)))
+        rows = load(config)
+        check_texts(rows, name, {"question": str, "answer": str})
+        if name == "retain":
+            rows = first_rows(rows, max_retain_rows)
         perturbed = next((c for c in (f"{config}_perturbed", f"{name}_perturbed") if c in names), None)
-        sets[name] = rows if perturbed is None else with_wrong_answers(rows, load_config(source, perturbed))
+        sets[name] = rows if perturbed is None else with_wrong_answers(rows, load(perturbed))
     for name in KNOWN_FACTS:
         if f"{name}_perturbed" in names:
-            sets[name] = load_config(source, f"{name}_perturbed")
-    sets = {name: spread(rows, max_rows) for name, rows in sets.items()}
+            sets[name] = load(f"{name}_perturbed")
     check_sets(sets)
-    return sets
+    return {name: spread(rows, max_rows) for name, rows in sets.items()}
 
 
 def with_wrong_answers(rows: Dataset, perturbed: Dataset) -> Dataset:
@@ -262,7 +267,8 @@ def tofu_questions(
 def longest_answer(sets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest true answer, its end token included."""
     texts = [text for rows in sets.values() for text in rows["answer"]]
-    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
+    with private("The tokenizer failed on the answers"):
+        return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
 
 
 def question_digest(rows: Dataset) -> str:
