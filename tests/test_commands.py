@@ -181,6 +181,8 @@ WRONG = {  # script and options -> part of the line
     "tofu --loss_type ga ga": "--loss_type names value 2 twice",
     "tofu --loss_type unlearn": "loss_type 'unlearn' is unknown",
     "tofu --metrics bleu": "Unknown metrics: bleu",
+    "tofu --lr_scheduler_type nonsense": "invalid choice: 'nonsense'|not a valid SchedulerType",
+    "tofu --optim nonsense": "invalid choice: 'nonsense'|not a valid OptimizerNames",
     "tofu --hidden_size 30": "--hidden_size must be a multiple of 8",
     "tofu --finetune_learning_rate nan": "--finetune_learning_rate must be above 0",
     "tofu --output_dir=": "--output_dir is empty",
