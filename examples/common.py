@@ -5,37 +5,50 @@ script of that name. It is taken off the path here.
 """
 
 import dataclasses
-import json
-import shutil
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 sys.path.remove(str(Path(__file__).parent))
 
+import yaml
 from datasets import Dataset
 from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from mdu_trainer import MDUConfig, MDUTrainer
 from mdu_trainer.checkpoints import CheckpointError, choose
+from mdu_trainer.commands import AGAIN, task
+from mdu_trainer.commands.checks import check_output_folder, check_revision, check_source
+from mdu_trainer.commands.folders import starting
 from mdu_trainer.data import question_answer_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import load_tofu
-from mdu_trainer.models import load_checkpoint
+from mdu_trainer.files import UserError, read_json, typed
+from mdu_trainer.models import base_of, load_checkpoint
 from mdu_trainer.provenance import Facts
-from mdu_trainer.run_lock import LOCK
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
-# beside the models' folders
-WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", "config.yaml")
+CONFIG = "config.yaml"
+WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", CONFIG)  # beside the models
+RESUME = f"{AGAIN} with --resume"
 PRIVATE = ("subjects", "intros")  # whom to forget
-THIS_TIME = (
-    "resume",
-    "force_resume",
-    "overwrite_output_dir",
-)  # options of one start of a script, not of what it makes
+# options of one start of a script, not of what it makes
+THIS_TIME = ("resume", "force_resume", "overwrite_output_dir", "keep_dataset_cache")
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """What every script that reads rows is asked."""
+
+    keep_dataset_cache: bool = dataclasses.field(
+        default=False, kw_only=True, metadata={"help": "Let `datasets` keep the rows in its cache, in plain text."}
+    )
 
 
 class Progress(TrainerCallback):
@@ -51,16 +64,17 @@ class Progress(TrainerCallback):
 def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
     """Model and tokenizer, as the command line asks for them. A folder with an adapter loads with its base."""
     quantization = get_quantization_config(model_args)
-    model, tokenizer = load_checkpoint(
-        path,
-        trust_remote_code=trust_remote_code,
-        revision=model_args.model_revision,
-        dtype=model_args.dtype,
-        attn_implementation=model_args.attn_implementation,
-        quantization_config=quantization,
-    )
-    if quantization is None:
-        model.to(processes().device)
+    with task(f"loading {path}"):
+        model, tokenizer = load_checkpoint(
+            path,
+            trust_remote_code=trust_remote_code,
+            revision=model_args.model_revision,
+            dtype=model_args.dtype,
+            attn_implementation=model_args.attn_implementation,
+            quantization_config=quantization,
+        )
+        if quantization is None:
+            model.to(processes().device)
     return model, tokenizer
 
 
@@ -81,11 +95,17 @@ def model_names(paths: list[str], reserved: tuple[str, ...] = ("base",)) -> list
 
 
 def forget_and_retain(
-    dataset_name: str | None, forget_split: str, retain_split: str, max_rows: int | None
+    dataset_name: str | None,
+    forget_split: str,
+    retain_split: str,
+    max_rows: int | None,
+    keep_dataset_cache: bool = False,
 ) -> dict[str, Dataset]:
     """The sets of TOFU or of a data set like it, checked; without a name the embedded fictional authors."""
     if dataset_name is not None:
-        return load_tofu(dataset_name, forget_split, retain_split, max_rows=max_rows)
+        return load_tofu(
+            dataset_name, forget_split, retain_split, max_rows=max_rows, keep_dataset_cache=keep_dataset_cache
+        )
     forget, retain = forget_retain_split(fictional_authors())
     return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
 
@@ -134,18 +154,23 @@ def is_trained(folder: Path) -> bool:
     """Whether a folder holds a model whose training was finished."""
     try:
         return bool(log_history(folder))
-    except (OSError, ValueError):  # not there, or cut short
+    except (OSError, UserError):  # not there, or cut short
         return False
 
 
 def log_history(folder: Path) -> list[dict]:
     """The logs of a finished training."""
-    return json.loads((folder / TRAINED).read_text())["log_history"]
+    path = folder / TRAINED
+    state = read_json(path, "the log of a training", f"delete {path} and train again")
+    try:
+        return typed(list[dict[str, Any]], typed(dict[str, Any], state)["log_history"])
+    except (ValueError, KeyError):
+        raise UserError(f"{path} is not the log of a training. Delete it and train again.") from None
 
 
 def train_seconds(folder: Path) -> float:
-    """How long a finished training took."""
-    return next(log["train_runtime"] for log in log_history(folder) if "train_runtime" in log)
+    """How long a finished training took; 0 if its log does not say."""
+    return next((log["train_runtime"] for log in log_history(folder) if "train_runtime" in log), 0.0)
 
 
 def settings(*arguments) -> dict:
@@ -155,24 +180,68 @@ def settings(*arguments) -> dict:
         for f in dataclasses.fields(values):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             kept = f.init and f.name not in PRIVATE + THIS_TIME and not f.name.endswith("token")
-            if kept and getattr(values, f.name) != default:
-                changed[f.name] = getattr(values, f.name)
+            value = getattr(values, f.name)
+            if kept and value != default:
+                changed[f.name] = value.value if isinstance(value, Enum) else value
     return changed
 
 
-def claim(folder: Path, models: list[Path], base: str | None, overwrite: bool) -> None:
-    """Refuse a folder that holds something, or clear what this run is going to write."""
-    if folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()) and not overwrite:
-        raise SystemExit(
-            f"{folder} is not empty. Choose another --output_dir, or pass --resume to finish what was begun there, or "
-            "--overwrite_output_dir."
-        )
-    if base is not None and Path(base).resolve() in [path.resolve() for path in models]:
-        raise SystemExit(
-            f"The model to load, {base}, is one that this run would overwrite. Choose another --output_dir."
-        )
-    for path in models:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in WRITTEN:
-        (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+def check_models(model_args: ModelConfig, **paths: str | None) -> None:
+    """Refuse names of models, by the option that gives each, that neither a folder nor the Hub can have."""
+    check_revision(model_args.model_revision, "model_revision")
+    for option, path in paths.items():
+        if path is not None:
+            check_source(path, option, "model")
+
+
+@contextmanager
+def output_folder(
+    folder: Path,
+    models: Sequence[Path],
+    inputs: Sequence[str | None],
+    args: Any,
+    chosen: dict[str, Any],
+    unchanging: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Iterator[None]:
+    """Make the output folder ready: empty, or with what the same command began. The body is the run's start.
+
+    Every process of a launch must call this.
+
+    Args:
+        folder: the output folder; it gets a `config.yaml` with what was chosen.
+        models: what the run writes into it, beside `WRITTEN`.
+        inputs: models and data that it reads.
+        args: has `resume` and `overwrite_output_dir`.
+        chosen: what must be the same for a run to be resumed, as far as `unchanging` leaves it.
+        unchanging: what must be the same, of what was chosen.
+    """
+    state, written, now = processes(), folder / CONFIG, yaml.safe_load(yaml.safe_dump(chosen))
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        yield
+        return
+    resumes = args.resume and written.is_file()
+    if resumes and unchanging(read_config(written)) != unchanging(now):
+        raise UserError(f"{written} is not of this command, so there is nothing to resume: give the same options.")
+    with task("reading the adapter's config"):
+        bases = [base_of(path) for path in inputs if path is not None]
+    paths = [*models, *(folder / name for name in WRITTEN)]
+    with starting(folder, paths, [*inputs, *bases], resume=resumes, overwrite=args.overwrite_output_dir):
+        written.write_text(yaml.safe_dump(chosen), encoding="utf-8")
+        state.wait_for_everyone()
+        yield
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote of its options."""
+    try:
+        return typed(dict[str, Any], yaml.safe_load(path.read_bytes()) or {})
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{path} cannot be read, so there is nothing to resume. Delete it to start anew.") from None
+
+
+def check_run(args: Any, folder: str | Path) -> None:
+    """Refuse an output folder that is none, and two contrary options."""
+    check_output_folder(folder)
+    if args.resume and args.overwrite_output_dir:
+        raise UserError("--resume goes on with what is in --output_dir, --overwrite_output_dir replaces it: pass one.")

@@ -12,23 +12,34 @@ continues where it stopped when the same command is given again. Processes share
 one.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import forget_and_retain, load, settings
+from common import DataArguments, check_models, forget_and_retain, load, settings
 from datasets import Dataset
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig
+from mdu_trainer.commands import run
+from mdu_trainer.commands.checks import (
+    check_least,
+    check_not_written,
+    check_once,
+    check_output_folder,
+    check_source,
+)
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.report import Results, Run
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_rwku
 from mdu_trainer.evaluation.scoring import choose_metrics
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TruthRatios, evaluate_tofu, longest_answer
+from mdu_trainer.files import UserError
 
 
 @dataclass
-class EvaluationArguments:
+class EvaluationArguments(DataArguments):
     """What to score a model on, and how."""
 
     benchmark: str = field(
@@ -62,10 +73,12 @@ def load_sets(args: EvaluationArguments) -> dict[str, Dataset]:
         return forget_and_retain(None, args.forget_split, args.retain_split, args.max_rows)
     if args.dataset_name is None:
         name = {"tofu": "locuslab/TOFU", "rwku": "jinzhuoran/RWKU"}[args.benchmark]
-        raise SystemExit(f"--benchmark {args.benchmark} needs --dataset_name: {name}, or a folder with a copy.")
+        raise UserError(f"--benchmark {args.benchmark} needs --dataset_name: {name}, or a folder with a copy.")
     if args.benchmark == "rwku":
-        return load_rwku(args.dataset_name, args.configs, args.subjects, args.max_rows)
-    return forget_and_retain(args.dataset_name, args.forget_split, args.retain_split, args.max_rows)
+        cache = {"keep_dataset_cache": args.keep_dataset_cache}
+        return load_rwku(args.dataset_name, args.configs, args.subjects, args.max_rows, **cache)
+    splits = (args.forget_split, args.retain_split)
+    return forget_and_retain(args.dataset_name, *splits, args.max_rows, args.keep_dataset_cache)
 
 
 def evaluate(
@@ -91,24 +104,43 @@ def evaluate(
     return result.run
 
 
-def main(args: EvaluationArguments, model_args: ModelConfig) -> None:
+def check(args: EvaluationArguments, model_args: ModelConfig) -> None:
+    """Refuse options that are wrong before anything is loaded."""
     if model_args.model_name_or_path is None:
-        raise SystemExit("Which model? Pass --model_name_or_path.")
+        raise UserError("Which model? Pass --model_name_or_path.")
+    check_output_folder(args.output_dir)
+    check_once(args, "subjects", "configs", "metrics")
     choose_metrics(args.metrics)
+    positive = ("max_rows", "batch_size", "max_new_tokens", "decoding_steps", "likelihood_draws")
+    check_least(args, **dict.fromkeys(positive, 1), seed=0)
+    if args.dataset_name is not None:
+        check_source(args.dataset_name, "dataset_name")
+    folder = Path(args.output_dir)
+    check_not_written([args.baseline, args.retain_log], [folder / "results.json", folder / "truth_ratios.json"])
+
+
+def main(args: EvaluationArguments, model_args: ModelConfig) -> None:
+    check(args, model_args)
     sets = load_sets(args)
     baseline = Results.load(args.baseline) if args.baseline else None
     retain_log = TruthRatios.load(args.retain_log, sets["forget"]) if args.retain_log else None
-    run = evaluate(args, model_args, sets, retain_log)
+    check_models(model_args, model_name_or_path=model_args.model_name_or_path)
+    scored = evaluate(args, model_args, sets, retain_log)
     if not processes().is_main_process:
         return
     data = args.benchmark if args.benchmark == "fictional" else f"{args.dataset_name} {args.forget_split}"
-    results = Results(model_args.model_name_or_path, data, settings(args), [run])
+    results = Results(model_args.model_name_or_path, data, settings(args), [scored])
     results.save(Path(args.output_dir) / "results.json")
     print(f"\n{results.details()}")
     if baseline is not None:
-        print(f"\nChange from {baseline.runs[0].name} of {args.baseline}:\n\n{run.change(baseline.runs[0])}")
+        print(f"\nChange from {baseline.runs[0].name} of {args.baseline}:\n\n{scored.change(baseline.runs[0])}")
     print(f"\nWritten to {args.output_dir}")
 
 
+def command() -> None:
+    """The script as it is called."""
+    main(*parse_options(EvaluationArguments, ModelConfig))
+
+
 if __name__ == "__main__":
-    main(*TrlParser((EvaluationArguments, ModelConfig)).parse_args_and_config())
+    sys.exit(run(command))

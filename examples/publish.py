@@ -13,11 +13,13 @@ import sys
 
 import common  # noqa: F401 - takes this folder, where evaluate.py hides a library, off the path
 
-from mdu_trainer.hub import PushError, push_unlearned_model
+from mdu_trainer.commands import ArgumentParser, run
+from mdu_trainer.commands.checks import check_repository, check_revision
+from mdu_trainer.hub import push_unlearned_model
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main() -> None:
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="a checkpoint of MDUTrainer")
     parser.add_argument("repo_id", help="ORG/NAME, created if it does not exist")
     parser.add_argument("--results", help="results.json with the model's figures; by default the one in the folder")
@@ -33,15 +35,12 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="print files and card, and send nothing")
     options = vars(parser.parse_args())
     private = not options.pop("public")
-    try:
-        info = push_unlearned_model(options.pop("folder"), options.pop("repo_id"), private=private, **options)
-    except (OSError, ValueError, PushError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    check_repository(options["repo_id"], "repo_id")
+    check_revision(options["revision"], "revision")
+    info = push_unlearned_model(options.pop("folder"), options.pop("repo_id"), private=private, **options)
     if info is not None:
         print(info.pr_url or info.commit_url)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

@@ -16,22 +16,27 @@ are kept in the output folder as figures, so a killed run continues where it sto
 again.
 """
 
+import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from common import facts_of, forget_and_retain, load, model_names
+from common import DataArguments, check_models, facts_of, forget_and_retain, load, model_names
 from datasets import Dataset
 from tqdm import tqdm
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
 from mdu_trainer.analysis.recovery_plots import plot_recovery
 from mdu_trainer.attacks import ATTACKS, AttackSettings, choose_attacks
 from mdu_trainer.attacks.recovery import BASE, NEVER, run_attacks
+from mdu_trainer.commands import run, task
+from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_output_folder, check_source
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_config as load_rows
 from mdu_trainer.evaluation.tofu import longest_answer
+from mdu_trainer.files import UserError
 from mdu_trainer.models import base_of, is_adapter
 from mdu_trainer.models.loading import load_config
 from mdu_trainer.testing import unseen_answers
@@ -40,7 +45,7 @@ PICTURES = ("recovery.png", "recovery.svg")
 
 
 @dataclass
-class RecoveryArguments:
+class RecoveryArguments(DataArguments):
     """Which models to attack, how, and on what rows."""
 
     model: list[str] = field(default_factory=list, metadata={"help": "The unlearned models."})
@@ -75,24 +80,34 @@ class RecoveryArguments:
 def check(args: RecoveryArguments, model_args: ModelConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
     if not args.model or args.base is None:
-        raise SystemExit(
+        raise UserError(
             "Which models? Pass --model UNLEARNED [UNLEARNED ...] and --base, the model before unlearning."
         )
     if processes().num_processes > 1:
-        raise SystemExit("The attacks run in one process: start the script with python, not with accelerate launch.")
+        raise UserError("The attacks run in one process: start the script with python, not with accelerate launch.")
+    check_output_folder(args.output_dir)
+    check_once(args, "model", "attacks")
+    unknown = [name for name in args.attacks or [] if name not in ATTACKS]
+    if unknown:
+        raise UserError(f"Unknown attacks: {', '.join(unknown)}. Choose from {', '.join(ATTACKS)}.")
+    check_least(args, max_rows=1, batch_size=1, decoding_steps=1, relearn_steps=1, seed=0)
+    check_above_zero(args, "relearn_learning_rate")
+    if args.dataset_name is not None:
+        check_source(args.dataset_name, "dataset_name")
+    for option, paths in {"model": args.model, "base": [args.base], "never_trained": [args.never_trained]}.items():
+        for path in paths:
+            check_models(model_args, **{option: path})
     for path in args.paths:
-        where = {"trust_remote_code": args.trust_remote_code, "revision": model_args.model_revision}
-        try:
-            load_config(base_of(path), **where)
-        except (OSError, ValueError) as error:
-            raise SystemExit(f"{path} cannot be loaded: {error}") from error
+        with task(f"{path} cannot be loaded"):
+            load_config(base_of(path), trust_remote_code=args.trust_remote_code, revision=model_args.model_revision)
 
 
 def load_sets(args: RecoveryArguments) -> tuple[dict[str, Dataset], Dataset | None]:
     """The rows to forget and to keep, and rows that no model was trained on."""
-    sets = forget_and_retain(args.dataset_name, args.forget_split, args.retain_split, args.max_rows)
+    splits, cache = (args.forget_split, args.retain_split), {"keep_dataset_cache": args.keep_dataset_cache}
+    sets = forget_and_retain(args.dataset_name, *splits, args.max_rows, **cache)
     if args.dataset_name is not None:
-        return sets, args.unseen_split and load_rows(args.dataset_name, args.unseen_split)
+        return sets, args.unseen_split and load_rows(args.dataset_name, args.unseen_split, **cache)
     return sets, unseen_answers(sets["forget"])
 
 
@@ -165,5 +180,10 @@ def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
     print(f"\n{recovery.text()}\n\nWritten to {folder}")
 
 
+def command() -> None:
+    """The script as it is called."""
+    main(*parse_options(RecoveryArguments, ModelConfig))
+
+
 if __name__ == "__main__":
-    main(*TrlParser((RecoveryArguments, ModelConfig)).parse_args_and_config())
+    sys.exit(run(command))

@@ -8,6 +8,7 @@ given; the page is then as private as the rows are.
 """
 
 import argparse
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from tofu import EMBEDDED, TofuArguments, load_rows  # takes this folder off the
 from datasets import Dataset
 
 from mdu_trainer import load_tokenizer
+from mdu_trainer.commands import ArgumentParser, run, task
 from mdu_trainer.evaluation.report import Results
+from mdu_trainer.files import UserError
 from mdu_trainer.model_card import RESULTS
 from mdu_trainer.page import write_page
 
@@ -26,14 +29,14 @@ from mdu_trainer.page import write_page
 def load_private_rows(folder: Path) -> tuple[Dataset, Dataset]:
     """The rows that the comparison in a folder was to forget and to keep, from where its settings say."""
     if not (folder / RESULTS).is_file():
-        raise ValueError(f"--show_forget_text needs {folder / RESULTS}, which names the rows.")
+        raise UserError(f"--show_forget_text needs {folder / RESULTS}, which names the rows.")
     results = Results.load(folder / RESULTS)
     chosen = {f.name: results.settings[f.name] for f in fields(TofuArguments) if f.name in results.settings}
     args = TofuArguments(**chosen)
     if not any("forget" in run.rows for run in results.runs) or (
         args.dataset_name is None and results.dataset != EMBEDDED
     ):
-        raise ValueError(
+        raise UserError(
             f"--show_forget_text knows the rows of examples/tofu.py and examples/sweep.py; {folder / RESULTS} is of "
             "neither. Leave it out."
         )
@@ -45,18 +48,21 @@ def main(folder: Path, output: Path | None, show_forget_text: bool) -> None:
     if show_forget_text:
         private["forget_rows"], private["retain_rows"] = load_private_rows(folder)
         models = sorted(path.parent for path in folder.glob("*/tokenizer_config.json"))
-        private["tokenizer"] = load_tokenizer(str(models[0])) if models else None
+        with task("loading the tokenizer"):
+            private["tokenizer"] = load_tokenizer(str(models[0])) if models else None
     print(f"Written to {write_page(folder, output, **private)}")
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def command() -> None:
+    """The script as it is called."""
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of a comparison")
     parser.add_argument("--output", type=Path, help="file to write; FOLDER/report.html if unset")
     parser.add_argument(
         "--show_forget_text", "--show-forget-text", action="store_true", help="quote the rows to forget in the page"
     )
-    try:
-        main(**vars(parser.parse_args()))
-    except (OSError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+    main(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    sys.exit(run(command))

@@ -18,23 +18,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import load, model_names
+from common import DataArguments, check_models, load, model_names
 from datasets import Dataset
 from torch import nn
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from mdu_trainer import resolve_backbone
 from mdu_trainer.analysis.role_analysis import analyse_roles, check_rows, role_data
 from mdu_trainer.analysis.role_plots import plot_heatmap, plot_path, plot_roles
 from mdu_trainer.analysis.role_report import RoleReport, RoleSettings
 from mdu_trainer.analysis.token_roles import audit_view, token_texts
+from mdu_trainer.commands import run
+from mdu_trainer.commands.checks import check_least, check_once, check_output_folder, check_source
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_config, spread
+from mdu_trainer.files import UserError
 from mdu_trainer.testing import fictional_authors, forget_retain_split
 
 
 @dataclass
-class RolesArguments:
+class RolesArguments(DataArguments):
     """Which models to compare, and on which rows."""
 
     base: str = field(metadata={"help": "Model before unlearning."})
@@ -62,20 +66,23 @@ def load_rows(args: RolesArguments) -> tuple[Dataset, Dataset | None]:
     if args.dataset_name is None:
         forget, retain = forget_retain_split(fictional_authors())
     else:
-        forget = load_config(args.dataset_name, args.forget_split)
-        retain = load_config(args.dataset_name, args.retain_split) if args.retain_split else None
+        cache = {"keep_dataset_cache": args.keep_dataset_cache}
+        forget = load_config(args.dataset_name, args.forget_split, **cache)
+        retain = load_config(args.dataset_name, args.retain_split, **cache) if args.retain_split else None
     return spread(forget, args.max_rows), retain
 
 
-def check(args: RolesArguments, forget: Dataset, retain: Dataset | None) -> RoleSettings:
-    """Refuse what cannot work before a model is loaded."""
+def check(args: RolesArguments, model_args: ModelConfig) -> RoleSettings:
+    """Refuse options that are wrong before anything is loaded."""
     if processes().num_processes > 1:
-        raise SystemExit("This script runs in one process: start it with python, not with accelerate launch.")
-    check_rows(forget, retain)
-    if len(set(args.model)) < len(args.model):
-        raise SystemExit("--model names one model twice.")
-    if not 0 <= args.example_row < len(forget):
-        raise SystemExit(f"--example_row {args.example_row}: the rows to forget are 0 to {len(forget) - 1}.")
+        raise UserError("This script runs in one process: start it with python, not with accelerate launch.")
+    check_output_folder(args.output_dir)
+    check_once(args, "model")
+    check_least(args, max_rows=1, seed=0)
+    if args.dataset_name is not None:
+        check_source(args.dataset_name, "dataset_name")
+    for path in args.model:
+        check_models(model_args, base=args.base, model=path)
     report = Path(args.output_dir) / "roles.json"
     if report.exists():
         RoleReport.load(report)
@@ -83,8 +90,11 @@ def check(args: RolesArguments, forget: Dataset, retain: Dataset | None) -> Role
 
 
 def main(args: RolesArguments, model_args: ModelConfig) -> None:
+    settings = check(args, model_args)
     forget, retain = load_rows(args)
-    settings = check(args, forget, retain)
+    check_rows(forget, retain)
+    if not 0 <= args.example_row < len(forget):
+        raise UserError(f"--example_row {args.example_row}: the rows to forget are 0 to {len(forget) - 1}.")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     base, tokenizer = load(args.base, model_args, args.trust_remote_code)
@@ -114,5 +124,10 @@ def main(args: RolesArguments, model_args: ModelConfig) -> None:
     print(f"\nWritten to {folder}")
 
 
+def command() -> None:
+    """The script as it is called."""
+    main(*parse_options(RolesArguments, ModelConfig))
+
+
 if __name__ == "__main__":
-    main(*TrlParser((RolesArguments, ModelConfig)).parse_args_and_config())
+    sys.exit(run(command))

@@ -7,20 +7,35 @@
 JSONL file, or a folder with one a subject. Every option of MDUConfig and TRL's ModelConfig is an option here.
 """
 
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import claim, is_trained, load, settings, train_seconds, unlearn
-from trl import ModelConfig, TrlParser
+from common import (
+    RESUME,
+    DataArguments,
+    check_models,
+    check_run,
+    load,
+    output_folder,
+    settings,
+    train_seconds,
+    unlearn,
+)
+from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig
+from mdu_trainer.commands import run
+from mdu_trainer.commands.checks import check_least, check_once, check_source
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.report import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
+from mdu_trainer.files import UserError
 
 
 @dataclass
-class RwkuArguments:
+class RwkuArguments(DataArguments):
     """Whom to forget, and what to measure."""
 
     dataset_name: str = field(default="jinzhuoran/RWKU", metadata={"help": "Hub name, or a folder with a copy."})
@@ -44,20 +59,32 @@ class RwkuConfig(MDUConfig):
     output_dir: str | None = field(default="outputs/rwku", metadata={"help": "Folder of the model and the results."})
 
 
-def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> None:
+def check(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> None:
+    """Refuse options that are wrong before anything is loaded."""
     if model_args.model_name_or_path is None or args.intros is None:
-        raise SystemExit("Pass --model_name_or_path, and --intros with what it is to forget.")
+        raise UserError("Pass --model_name_or_path, and --intros with what it is to forget.")
     if config.retain_weight:
-        raise SystemExit("RWKU has no retain set: leave --retain_weight at 0, or use examples/tofu.py.")
-    forget = load_forget_rows(args.intros, args.subjects)
-    sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows)
-    folder, state, tau = Path(config.output_dir), processes(), config.tau if config.loss_type == "mdu" else None
-    config.output_dir = str(folder / (config.loss_type if tau is None else f"mdu-tau{tau:g}"))
-    if state.is_main_process and not args.resume:
-        claim(folder, [Path(config.output_dir)], model_args.model_name_or_path, args.overwrite_output_dir)
-    state.wait_for_everyone()
+        raise UserError("RWKU has no retain set: leave --retain_weight at 0, or use examples/tofu.py.")
+    check_run(args, config.output_dir or "")
+    check_once(args, "subjects", "configs")
+    check_least(args, max_eval_rows=1, eval_rows_a_batch=1, decoding_steps=1, likelihood_draws=1)
+    check_source(args.dataset_name, "dataset_name")
+    check_models(model_args, model_name_or_path=model_args.model_name_or_path)
 
-    def score(model, tokenizer, method: str, name: str):
+
+def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> None:
+    check(args, config, model_args)
+    chosen, name = settings(args, config, model_args), model_args.model_name_or_path
+    forget = load_forget_rows(args.intros, args.subjects)
+    cache = {"keep_dataset_cache": args.keep_dataset_cache}
+    sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows, **cache)
+    folder, state, tau = Path(config.output_dir), processes(), config.tau if config.loss_type == "mdu" else None
+    config.output_dir = str(folder / (config.loss_type if tau is None else f"mdu-tau{tau:.12g}"))
+    models = [folder / "base", Path(config.output_dir)]
+    with output_folder(folder, models, [name, args.dataset_name, args.intros], args, chosen):
+        base = load(name, model_args, config.trust_remote_code)
+
+    def score(model, tokenizer, method: str, part: str):
         decoding = DiffusionGenerationConfig(steps=args.decoding_steps, batch_size=args.eval_rows_a_batch)
         return evaluate_rwku(
             model,
@@ -66,23 +93,26 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
             decoding,
             method=method,
             num_draws=args.likelihood_draws,
-            progress_path=folder / name / "rows.jsonl",
+            progress_path=folder / part / "rows.jsonl",
             show_progress=True,
         )
 
     data = f"RWKU, {len(args.subjects)} subjects" if args.subjects else "RWKU"
-    results = Results(model_args.model_name_or_path, data, settings(args, config, model_args))
-    base = load(model_args.model_name_or_path, model_args, config.trust_remote_code)
+    results = Results(name, data, chosen)
     results.runs.append(score(*base, "base", "base"))
     del base
-    unlearned = unlearn(config, model_args.model_name_or_path, model_args, forget, None)
-    run = score(*unlearned, config.loss_type, Path(config.output_dir).name)
-    seconds = train_seconds(Path(config.output_dir)) if is_trained(Path(config.output_dir)) else 0.0
-    results.runs.append(replace(run, tau=tau, train_seconds=seconds))
+    unlearned = unlearn(config, name, model_args, forget, None)
+    scored = score(*unlearned, config.loss_type, Path(config.output_dir).name)
+    results.runs.append(replace(scored, tau=tau, train_seconds=train_seconds(Path(config.output_dir))))
     if state.is_main_process:
         results.save(folder / "results.json")
         print(f"\n{results.details()}\n\nWritten to {folder}")
 
 
+def command() -> None:
+    """The script as it is called."""
+    main(*parse_options(RwkuArguments, RwkuConfig, ModelConfig))
+
+
 if __name__ == "__main__":
-    main(*TrlParser((RwkuArguments, RwkuConfig, ModelConfig)).parse_args_and_config())
+    sys.exit(run(command, again=RESUME))

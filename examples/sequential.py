@@ -19,28 +19,40 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-import yaml
-
 # isort: off
-from tofu import finetune  # before `common`, which takes this folder off the path
-from common import claim, load, settings, train_seconds, unlearn
+from tofu import check_finetuning, finetune  # before `common`, which takes this folder off the path
+from common import (
+    RESUME,
+    DataArguments,
+    check_models,
+    check_run,
+    load,
+    output_folder,
+    settings,
+    train_seconds,
+    unlearn,
+)
 # isort: on
 
 from datasets import Dataset, concatenate_datasets
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig
+from mdu_trainer.commands import run
+from mdu_trainer.commands.checks import check_least, check_once, check_source
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.report import Results, Run
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import evaluate_tofu, longest_answer
+from mdu_trainer.files import UserError
 from mdu_trainer.testing import fictional_authors
 
 CONFIG = Path(__file__).parent / "configs" / "sequential.yaml"
 
 
 @dataclass
-class SequentialArguments:
+class SequentialArguments(DataArguments):
     """The requests, in order, and the rows that nobody asked to forget.
 
     Without `dataset_name` the requests are the last of the embedded fictional authors, `num_requests` of them; without
@@ -81,15 +93,14 @@ class SequentialConfig(MDUConfig):
 def load_requests(args: SequentialArguments) -> tuple[list[Dataset], Dataset]:
     """The rows of each request, and those that no request names."""
     if args.dataset_name is not None:
-        if not args.requests or args.retain_split is None:
-            raise SystemExit("--dataset_name needs --requests and --retain_split.")
-        loaded = [load_config(args.dataset_name, name) for name in (*args.requests, args.retain_split)]
+        cache = {"keep_dataset_cache": args.keep_dataset_cache}
+        loaded = [load_config(args.dataset_name, name, **cache) for name in (*args.requests, args.retain_split)]
         rows = [part.select_columns(["question", "answer"]) for part in loaded]
         return rows[:-1], rows[-1]
     authors = fictional_authors()
     count = max(authors["author"]) + 1
     if not 1 <= args.num_requests < count:
-        raise SystemExit(f"--num_requests must be from 1 to {count - 1}, got {args.num_requests}.")
+        raise UserError(f"--num_requests must be from 1 to {count - 1}, got {args.num_requests}.")
     rows = authors.select_columns(["question", "answer"])
 
     def of(chosen: range) -> Dataset:
@@ -140,44 +151,47 @@ class Scorer:
         ).run
 
 
-def prepare(folder: Path, args: SequentialArguments, base: str | None, names: list[str], chosen: dict) -> None:
-    """Make the output folder ready: empty, or with what the same command began."""
-    written = folder / "config.yaml"
-    if args.resume and written.is_file():
-        if yaml.safe_load(written.read_text()) != yaml.safe_load(yaml.safe_dump(chosen)):
-            raise SystemExit(
-                f"{written} is not of this command, so there is nothing to resume: give the same options."
-            )
-        return
-    claim(folder, [folder / name for name in ("base", *names)], base, args.overwrite_output_dir)
-    for rows in folder.glob("*-rows.jsonl"):
-        rows.unlink()
-    written.write_text(yaml.safe_dump(chosen))
+def check(args: SequentialArguments, folder: Path, model_args: ModelConfig) -> None:
+    """Refuse options that are wrong before anything is loaded."""
+    check_run(args, folder)
+    check_least(args, max_eval_rows=1, decoding_steps=1, likelihood_draws=1)
+    check_finetuning(args, model_args)
+    if args.dataset_name is not None:
+        check_source(args.dataset_name, "dataset_name")
+        if not args.requests or args.retain_split is None:
+            raise UserError("--dataset_name needs --requests and --retain_split.")
+        check_once(args, "requests")
+    check_models(model_args, model_name_or_path=model_args.model_name_or_path)
 
 
 def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelConfig) -> None:
-    state, folder, path = processes(), Path(config.output_dir or "outputs/sequential"), model_args.model_name_or_path
+    state, path = processes(), model_args.model_name_or_path
+    folder = Path("outputs/sequential" if config.output_dir is None else config.output_dir)
+    check(args, folder, model_args)
+    config.of_request(folder)  # which checks the rest
     requests, kept = load_requests(args)
     names = [f"request{number}" for number in range(1, len(requests) + 1)]
     chosen = settings(args, config, model_args)
-    if state.is_main_process:
-        prepare(folder, args, path, names, chosen)
-    state.wait_for_everyone()
-    results = Results(path or "from scratch", args.dataset_name or "fictional authors (embedded)", chosen)
-    if args.finetune_epochs or path is None:
-        rows = concatenate_datasets([*requests, kept])
-        path = finetune(folder / "base", args, config, model_args, rows, rows)
+    written = [*(folder / name for name in ("base", *names)), *folder.glob("*-rows.jsonl")]
+    with output_folder(folder, written, [path, args.dataset_name], args, chosen):
+        if args.finetune_epochs or path is None:
+            path = finetune(folder / "base", args, config, model_args, concatenate_datasets([*requests, kept]), kept)
+        loaded = load(path, model_args, config.trust_remote_code)
+    results = Results(
+        model_args.model_name_or_path or "from scratch", args.dataset_name or "fictional authors (embedded)", chosen
+    )
     sets = dict(zip([*names, "retain"], [spread(rows, args.max_eval_rows) for rows in (*requests, kept)], strict=True))
     score = Scorer(sets, args, folder)
-    results.runs.append(score(*load(path, model_args, config.trust_remote_code), names, "base"))
+    results.runs.append(score(*loaded, names, "base"))
+    del loaded
     for number, name in enumerate(names):
         gc.collect()  # the model before, with its optimiser
         forget, retain = request_rows(requests, kept, number, args.repeat_earlier)
-        run = config.of_request(folder / name)
-        model, tokenizer = unlearn(run, path, model_args, forget, retain if config.retain_weight else None)
+        request = config.of_request(folder / name)
+        model, tokenizer = unlearn(request, path, model_args, forget, retain if config.retain_weight else None)
         scored = score(model, tokenizer, names[: number + 1], f"after {name}")
         results.runs.append(replace(scored, train_seconds=train_seconds(folder / name)))
-        path = run.output_dir
+        path = request.output_dir
         del model
         if state.is_main_process:
             results.save(folder / "results.json")
@@ -185,8 +199,10 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
         print(f"\n{results.table()}\n\nWritten to {folder}")
 
 
+def command() -> None:
+    """The script as it is called."""
+    main(*parse_options(SequentialArguments, SequentialConfig, ModelConfig, default=CONFIG))
+
+
 if __name__ == "__main__":
-    given = {argument.split("=")[0] for argument in sys.argv[1:]}
-    if not given & {"--config", "--model_name_or_path", "--dataset_name", "-h", "--help"}:
-        sys.argv[1:1] = ["--config", str(CONFIG)]
-    main(*TrlParser((SequentialArguments, SequentialConfig, ModelConfig)).parse_args_and_config())
+    sys.exit(run(command, again=RESUME))

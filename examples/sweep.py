@@ -25,16 +25,23 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 # isort: off
-from tofu import CONFIGS, TofuArguments, TofuConfig, compare, present  # takes this folder off the path
+from tofu import CONFIGS, RESUME, TofuArguments, TofuConfig, compare, present  # takes this folder off the path
 # isort: on
 
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from mdu_trainer import MDUConfig
-from mdu_trainer.analysis.frontier import frontier_table, parse_conditions, select
+from mdu_trainer.analysis.frontier import FIGURES, frontier_table, parse_conditions, place_of, select
 from mdu_trainer.analysis.plots import plot_frontier
+from mdu_trainer.commands import run
+from mdu_trainer.commands.checks import check_once
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.report import SHORT
 from mdu_trainer.evaluation.runner import processes
+from mdu_trainer.evaluation.tofu import SETS
+from mdu_trainer.files import UserError
+
+FIGURES_OF = {"rougeL": ("rougeL_recall", "rougeL_f1"), "choice_probability": ("probability",)}  # others: their name
 
 
 @dataclass
@@ -58,16 +65,17 @@ class SweepConfig(TofuConfig):
     axes: ClassVar[tuple[str, ...]] = ("learning_rate", "max_steps", "num_train_epochs", "seed")
 
     def __post_init__(self):
-        for name in ("loss_type", "tau", *self.axes):  # a configuration file may give one value, or one twice
+        for name in ("loss_type", "tau", *self.axes):  # code may give one value
             value = getattr(self, name)
-            setattr(self, name, list(dict.fromkeys(value if isinstance(value, list) else [value])))
+            setattr(self, name, value if isinstance(value, list) else [value])
 
     def runs(self) -> list[MDUConfig]:
         """The configuration of each run, with a folder that is named after its values."""
+        check_once(self, "loss_type", "tau", *self.axes)
         if len(self.max_steps) > 1 and min(self.max_steps) <= 0:
-            raise SystemExit(f"--max_steps must be positive, got {' '.join(map(str, self.max_steps))}.")
+            raise UserError(f"--max_steps must be positive, got {' '.join(map(str, self.max_steps))}.")
         if self.max_steps[0] > 0 and len(self.num_train_epochs) > 1:
-            raise SystemExit("Sweep over --max_steps or over --num_train_epochs: with steps, epochs do not count.")
+            raise UserError("Sweep over --max_steps or over --num_train_epochs: with steps, epochs do not count.")
         values = {f.name: getattr(self, f.name) for f in fields(MDUConfig) if f.init}
         methods = [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
         runs = []
@@ -90,7 +98,7 @@ class SweepConfig(TofuConfig):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output_dir or "outputs/sweep")
+        return Path("outputs/sweep" if self.output_dir is None else self.output_dir)
 
 
 def _name(values: dict[str, Any], loss_type: str) -> str:
@@ -100,11 +108,26 @@ def _name(values: dict[str, Any], loss_type: str) -> str:
     return "-".join([loss_type, *words])
 
 
-def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> None:
+def check_select(args: SweepArguments) -> None:
+    """Refuse bounds that cannot be read, or on figures that this sweep does not measure."""
     try:
-        parse_conditions(args.select)
-    except ValueError as error:
-        raise SystemExit(f"--select: {error}") from error
+        places = {bound.figure: place_of(bound.figure) for bound in parse_conditions(args.select)}
+    except UserError as error:
+        raise UserError(f"--select: {error}") from error
+    measured = {figure for metric in args.metrics for figure in FIGURES_OF.get(metric, (metric,))}
+    of_model = {"model_utility"} | ({"forget_quality", "ks_statistic"} if args.retain_model else set())
+    places |= {"forget": FIGURES["forget"]}  # by which the run is chosen, of those that fit
+    for name, (part, metric) in places.items():
+        if (metric not in measured or part not in SETS) if part else metric not in of_model:
+            raise UserError(
+                f"--select: {name} is not measured here. See --metrics, and --retain_model for the forget quality; "
+                f"sets are {', '.join(SETS)}."
+            )
+
+
+def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> None:
+    check_once(args, "metrics")
+    check_select(args)
     results, runs = compare(args, config, model_args)
     if not processes().is_main_process:
         return
@@ -118,13 +141,15 @@ def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> 
         plot_frontier(results.runs, config.folder / f"frontier.{suffix}", selected=selected)
     print(f"\n{frontier_table(results, selected)}\n\nWritten to {config.folder}")
     if selected is None:
-        raise SystemExit(problem)
+        raise UserError(problem)
     where = runs[results.runs[-len(runs) :].index(selected)].output_dir
     print(f"Selected: {selected.name}, in {where}")
 
 
+def command() -> None:
+    """The script as it is called."""
+    main(*parse_options(SweepArguments, SweepConfig, ModelConfig, default=CONFIGS / "sweep.yaml"))
+
+
 if __name__ == "__main__":
-    given = {argument.split("=")[0] for argument in sys.argv[1:]}
-    if not given & {"--config", "--model_name_or_path", "--dataset_name", "-h", "--help"}:
-        sys.argv[1:1] = ["--config", str(CONFIGS / "sweep.yaml")]
-    main(*TrlParser((SweepArguments, SweepConfig, ModelConfig)).parse_args_and_config())
+    sys.exit(run(command, again=RESUME))

@@ -23,28 +23,52 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from common import Progress, claim, is_trained, load, log_history, settings, train_seconds, unlearn
+from common import (
+    RESUME,
+    DataArguments,
+    Progress,
+    check_models,
+    check_run,
+    is_trained,
+    load,
+    log_history,
+    output_folder,
+    settings,
+    train_seconds,
+    unlearn,
+)
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, MDUConfig, question_answer_rows
 from mdu_trainer.analysis.plots import plot_losses, plot_tradeoff
+from mdu_trainer.commands import run
+from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_source
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.report import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.scoring import choose_metrics
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TofuResult, TruthRatios, evaluate_tofu, load_tofu, longest_answer
+from mdu_trainer.files import UserError
 from mdu_trainer.model_card import write_model_card
-from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
+from mdu_trainer.testing import (
+    SMALLEST_VOCABULARY,
+    dataset_texts,
+    fictional_authors,
+    forget_retain_split,
+    tiny_mdlm,
+    train_tokenizer,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
+HEADS = 4  # of a model from scratch
 EMBEDDED = "fictional authors (embedded)"  # what results call the rows
 
 
 @dataclass
-class TofuArguments:
+class TofuArguments(DataArguments):
     """What to forget and how to measure it.
 
     Without `dataset_name` the rows are the embedded fictional authors; without `model_name_or_path` the model is a
@@ -86,11 +110,12 @@ class TofuConfig(MDUConfig):
 
     def runs(self) -> list[MDUConfig]:
         """The configuration of each run, with a folder of its own."""
+        check_once(self, "loss_type", "tau")
         methods = [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(MDUConfig) if f.init}
         runs = []
         for loss_type, tau in methods:
-            name = f"mdu-tau{tau:g}" if loss_type == "mdu" else loss_type
+            name = f"mdu-tau{tau:.12g}" if loss_type == "mdu" else loss_type
             runs.append(
                 MDUConfig(**values | {"loss_type": loss_type, "tau": tau, "output_dir": str(self.folder / name)})
             )
@@ -106,7 +131,7 @@ class TofuConfig(MDUConfig):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output_dir or "outputs/tofu")
+        return Path("outputs/tofu" if self.output_dir is None else self.output_dir)
 
 
 def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset, dict[str, Dataset]]:
@@ -118,8 +143,9 @@ def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset
             retain,
             {name: spread(rows, args.max_eval_rows) for name, rows in (("forget", forget), ("retain", retain))},
         )
-    forget = load_config(args.dataset_name, args.forget_split)
-    retain = load_config(args.dataset_name, args.retain_split)
+    cache = {"keep_dataset_cache": args.keep_dataset_cache}
+    forget = load_config(args.dataset_name, args.forget_split, **cache)
+    retain = load_config(args.dataset_name, args.retain_split, **cache)
     retain = retain.select(range(min(len(retain), args.max_retain_rows or len(retain))))
     sets = load_tofu(
         args.dataset_name,
@@ -127,6 +153,7 @@ def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset
         args.retain_split,
         max_rows=args.max_eval_rows,
         max_retain_rows=args.max_retain_rows,
+        **cache,
     )
     if from_scratch:  # which has learned nothing but the rows
         sets = {name: sets[name] for name in ("forget", "retain")}
@@ -136,13 +163,17 @@ def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset
 def finetune(
     folder: Path, args: TofuArguments, config: MDUConfig, model_args: ModelConfig, rows: Dataset, vocabulary: Dataset
 ) -> str:
-    """Teach the rows to the model that the command line names, or to one from scratch, and save it in a folder."""
+    """Teach rows to the model that the command line names, or to one from scratch, and save it in a folder.
+
+    The tokenizer of one from scratch learns from the rows of `vocabulary` alone: what is to be forgotten must not be
+    among its tokens.
+    """
     name = model_args.model_name_or_path
     if is_trained(folder):
         return str(folder)
     if name is None:
         tokenizer = train_tokenizer(dataset_texts(vocabulary.select_columns(["question", "answer"])), args.vocab_size)
-        model = tiny_mdlm(tokenizer, args.hidden_size, args.num_layers, seed=config.seed)
+        model = tiny_mdlm(tokenizer, args.hidden_size, args.num_layers, HEADS, seed=config.seed)
     else:
         model, tokenizer = load(name, model_args, config.trust_remote_code)
     trainer = MDLMTrainer(
@@ -218,28 +249,30 @@ class Scorer:
         )
 
 
-def prepare(
-    args: TofuArguments, config: TofuConfig, model_args: ModelConfig, runs: list[MDUConfig], chosen: dict
-) -> None:
-    """Make the output folder ready: empty, or with what the same command began."""
-    written = config.folder / "config.yaml"
-    if args.resume and written.is_file():
-        before, now = yaml.safe_load(written.read_text()) or {}, yaml.safe_load(yaml.safe_dump(chosen))
-        if config.unchanging(before) != config.unchanging(now):
-            raise SystemExit(
-                f"{written} is not of this command, so there is nothing to resume: give the same options."
-            )
-    else:
-        models = [config.folder / "base", config.folder / "retain", *(Path(run.output_dir) for run in runs)]
-        claim(config.folder, models, model_args.model_name_or_path, args.overwrite_output_dir)
-    written.write_text(yaml.safe_dump(chosen))
-
-
-def check(args: TofuArguments) -> None:
+def check(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> None:
     """Refuse options that are wrong before anything is loaded."""
+    check_run(args, "outputs" if config.output_dir is None else config.output_dir)
+    check_once(args, "metrics")
     choose_metrics(args.metrics)
+    positive = ("max_retain_rows", "max_eval_rows", "max_new_tokens", "decoding_steps", "likelihood_draws")
+    check_least(args, **dict.fromkeys(positive, 1), eval_rows_a_batch=1)
+    check_finetuning(args, model_args)
+    if args.dataset_name is not None:
+        check_source(args.dataset_name, "dataset_name")
     if args.retain_model == "train" and not args.finetune_epochs:
-        raise SystemExit("--retain_model train needs --finetune_epochs: the epochs that the base was fine-tuned for.")
+        raise UserError("--retain_model train needs --finetune_epochs: the epochs that the base was fine-tuned for.")
+    retain_model = None if args.retain_model == "train" else args.retain_model
+    check_models(model_args, model_name_or_path=model_args.model_name_or_path, retain_model=retain_model)
+
+
+def check_finetuning(args: Any, model_args: ModelConfig) -> None:
+    """Refuse what no model can be fine-tuned with, or made of from scratch."""
+    check_least(args, finetune_epochs=0, finetune_batch_size=1)
+    check_above_zero(args, "finetune_learning_rate")
+    if model_args.model_name_or_path is None:
+        check_least(args, hidden_size=HEADS, num_layers=1, vocab_size=SMALLEST_VOCABULARY)
+        if args.hidden_size % (2 * HEADS):
+            raise UserError(f"--hidden_size must be a multiple of {2 * HEADS}, got {args.hidden_size}.")
 
 
 def compare(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> tuple[Results, list[MDUConfig]]:
@@ -250,35 +283,37 @@ def compare(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) ->
     Returns:
         The results, and the configurations of the runs, which are the last of `results.runs`.
     """
-    check(args)
+    check(args, config, model_args)
     state, folder, name, runs = processes(), config.folder, model_args.model_name_or_path, config.runs()
     chosen = settings(args, config, model_args)
     forget, retain, sets = load_rows(args, from_scratch=name is None)
-    if state.is_main_process:
-        prepare(args, config, model_args, runs, chosen)
-    state.wait_for_everyone()
     rows = concatenate_datasets([part.select_columns(["question", "answer"]) for part in (forget, retain)])
-    base = name
-    if args.finetune_epochs or name is None:
-        base = finetune(folder / "base", args, runs[0], model_args, rows, rows)
+    base, never = name, args.retain_model
+    models = [folder / "base", folder / "retain", *(Path(run.output_dir) for run in runs)]
+    inputs = [name, None if never == "train" else never, args.dataset_name]
+    with output_folder(folder, models, inputs, args, chosen, config.unchanging):
+        if args.finetune_epochs or name is None:
+            base = finetune(folder / "base", args, runs[0], model_args, rows, retain)
+        if never == "train":
+            never = finetune(folder / "retain", args, runs[0], model_args, retain, retain)
+        loaded = load(never or base, model_args, config.trust_remote_code)
     score = Scorer(sets, args, folder)
     data = f"{args.dataset_name} {args.forget_split}" if args.dataset_name else EMBEDDED
     results = Results(name or "from scratch", data, chosen)
-    if args.retain_model is not None:
-        never = args.retain_model
-        if never == "train":
-            never = finetune(folder / "retain", args, runs[0], model_args, retain, rows)
-        result = score(*load(never, model_args, config.trust_remote_code), "retain", "retain model")
+    if never is not None:
+        result = score(*loaded, "retain", "retain model")
         score.retain_log = result.truth_ratios
         results.runs.append(result.run)
-    results.runs.insert(0, score(*load(base, model_args, config.trust_remote_code), "base", "base").run)
-    for run in runs:
+        loaded = load(base, model_args, config.trust_remote_code)
+    results.runs.insert(0, score(*loaded, "base", "base").run)
+    del loaded
+    for one in runs:
         gc.collect()  # the model before, with its optimiser
-        model, tokenizer = unlearn(run, base, model_args, forget, retain)
-        scored = score(model, tokenizer, Path(run.output_dir).name, run.loss_type).run
+        model, tokenizer = unlearn(one, base, model_args, forget, retain)
+        scored = score(model, tokenizer, Path(one.output_dir).name, one.loss_type).run
         del model
-        tau, seconds = run.tau if run.loss_type == "mdu" else None, train_seconds(Path(run.output_dir))
-        results.runs.append(replace(scored, tau=tau, train_seconds=seconds, settings=config.swept(run)))
+        tau, seconds = one.tau if one.loss_type == "mdu" else None, train_seconds(Path(one.output_dir))
+        results.runs.append(replace(scored, tau=tau, train_seconds=seconds, settings=config.swept(one)))
         if state.is_main_process:
             results.save(folder / "results.json")
     return results, runs
@@ -288,9 +323,9 @@ def present(results: Results, runs: list[MDUConfig], folder: Path) -> None:
     """Draw the trade-off and the training curves, and write a card beside each model."""
     unlearned = list(zip(results.runs[-len(runs) :], runs, strict=True))
     plot_tradeoff(results.runs, folder / "tradeoff.png")
-    plot_losses({run.name: log_history(Path(c.output_dir)) for run, c in unlearned}, folder / "losses.png")
-    for run, config in unlearned:  # a sweep has several of one method and tau
-        others = [o for o in results.runs if o is run or (o.method, o.tau) != (run.method, run.tau)]
+    plot_losses({one.name: log_history(Path(c.output_dir)) for one, c in unlearned}, folder / "losses.png")
+    for one, config in unlearned:  # a sweep has several of one method and tau
+        others = [o for o in results.runs if o is one or (o.method, o.tau) != (one.method, one.tau)]
         write_model_card(config.output_dir, results=replace(results, runs=others))
 
 
@@ -301,8 +336,10 @@ def main(args: TofuArguments, config: TofuConfig, model_args: ModelConfig) -> No
         print(f"\n{results.table()}\n\nWritten to {config.folder}")
 
 
+def command() -> None:
+    """The script as it is called."""
+    main(*parse_options(TofuArguments, TofuConfig, ModelConfig, default=CONFIGS / "demo.yaml"))
+
+
 if __name__ == "__main__":
-    given = {argument.split("=")[0] for argument in sys.argv[1:]}
-    if not given & {"--config", "--model_name_or_path", "--dataset_name", "-h", "--help"}:
-        sys.argv[1:1] = ["--config", str(CONFIGS / "demo.yaml")]
-    main(*TrlParser((TofuArguments, TofuConfig, ModelConfig)).parse_args_and_config())
+    sys.exit(run(command, again=RESUME))

@@ -5,28 +5,27 @@ response. Preference rows serve DPO: `rejected` is the response to forget, `chos
 question/answer data set maps in one line:
 
     dataset = dataset.rename_columns({"question": "prompt", "answer": "completion"})
+
+The columns `tools` and `chat_template_kwargs` go to the chat template, as in TRL.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from datasets import Dataset, DatasetInfo
-from pyarrow.lib import ArrowException
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
-from trl.data_utils import is_conversational
 
+from .encoding import RowEncoder
 from .files import UserError
 from .masking import permutation
 from .models import Backbone
+from .reading import Row, check_table, read_row, read_rows
+from .reading import whole_cache as whole_cache
 
 logger = logging.get_logger(__name__)
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,8 @@ def tokenize_rows(
     name: str,
     max_length: int | None = None,
     preferred: bool = False,
+    allow_blank: bool = False,
+    numbers: Sequence[int] | None = None,
 ) -> TokenizedRows:
     """Tokenise the rows of one data set. Nothing is written to disk.
 
@@ -99,24 +100,21 @@ def tokenize_rows(
         name: what messages call the data set ("forget", "retain", ...). Messages never hold its text.
         max_length: longest row in tokens; at most (and by default) the model's context length.
         preferred: rows must have a preferred response (`chosen`).
+        allow_blank: keep rows whose response is blank: of its end token alone.
+        numbers: what messages call each row, where several rows here are of one row of the user's.
 
     Raises:
         TypeError: for a streaming data set.
-        ValueError: for an empty set, missing columns, prompts longer than the model's context, or when no row is left.
+        ValueError: for an empty set, missing columns, prompts longer than the model's context, when no row is left, or
+            for a row that cannot be read as it was meant (see `mdu_trainer.encoding`).
     """
-    if not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"The {name} set is a {type(dataset).__name__}; masks are tied to row numbers, so pass a `Dataset`."
-        )
-    if len(dataset) == 0:
-        raise UserError(f"The {name} set is empty. Check the split's name and any filter applied to it.")
-    _check_columns(dataset, name, preferred)
+    check_table(dataset, name, preferred)
+    encode = RowEncoder(tokenizer, backbone, name, preferred, allow_blank)
     limit = _length_limit(max_length, backbone.context_length)
     rows = TokenizedRows([], [])
     dropped = truncated = too_long = 0
-    for i, example in enumerate(_readable(dataset, name)):
-        example = _prompt_completion(example, f"Row {i} of the {name} set", preferred)
-        prompt, response, chosen = _encode(example, tokenizer, backbone.end_token_ids, preferred)
+    for i, example in enumerate(read_rows(dataset, name)):
+        prompt, response, chosen = encode(example, i if numbers is None else numbers[i])
         too_long += backbone.context_length is not None and len(prompt) >= backbone.context_length
         room = None if limit is None else limit - len(prompt)
         if room is not None and room <= 0:
@@ -137,35 +135,35 @@ def tokenize_rows(
             f"Every response of the {name} set is truncated away: all {dropped} prompts have max_length = {limit} "
             "tokens or more. Raise max_length."
         )
-    if dropped or truncated:
-        logger.warning(
-            f"{name} set, max_length = {limit}: {dropped} of {len(dataset)} rows dropped because the prompt leaves no "
-            f"response token, {truncated} responses truncated."
-        )
+    _warn(name, rows, limit, len(dataset), dropped, truncated, whole=numbers is None)
     return rows
 
 
-def _readable(dataset: Dataset | Sequence[Row], name: str) -> Iterator[Row]:
-    with whole_cache(f"the {name} set"):
-        yield from dataset
+def _warn(name: str, rows: TokenizedRows, limit: int | None, count: int, dropped: int, truncated: int, whole: bool):
+    if dropped or truncated:
+        logger.warning(
+            f"{name} set, max_length = {limit}: {dropped} of {count} rows dropped because the prompt leaves no "
+            f"response token, {truncated} responses truncated."
+        )
+    repeated = len(rows) - len(set(rows.keys()))
+    if whole and repeated:
+        logger.warning(f"{name} set: {repeated} of {len(rows)} rows repeat another one, and so count more than once.")
 
 
-@contextmanager
-def whole_cache(name: str) -> Iterator[None]:
-    """Say so where `datasets` cannot read its own files: a cache was cut short by a full disk or a kill.
+def check_rows(dataset: Dataset | Sequence[Row], name: str, preferred: bool = False) -> None:
+    """Refuse rows that `tokenize_rows` would refuse whatever the tokenizer, before a model is loaded.
+
+    Args:
+        dataset: rows in one of the formats above.
+        name: what messages call the data set.
+        preferred: rows must have a preferred response (`chosen`).
 
     Raises:
-        ValueError: with the name of the data and what to do. It quotes no row.
+        TypeError, ValueError: as `tokenize_rows`.
     """
-    try:
-        yield
-    except (ArrowException, OSError) as error:
-        if not isinstance(error, ArrowException) and error.errno is not None:  # the system's, and clear as it is
-            raise
-        raise UserError(
-            f"The Arrow file of {name} is cut short or damaged. Delete that file, or the cache that it lies in "
-            "(HF_DATASETS_CACHE), and load the data again."
-        ) from error
+    check_table(dataset, name, preferred)
+    for i, example in enumerate(read_rows(dataset, name)):
+        read_row(example, f"Row {i} of the {name} set", preferred)
 
 
 def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:
@@ -307,83 +305,6 @@ class DataCollatorForUnlearning:
         }
 
 
-def _check_columns(dataset: Dataset | Sequence[Row], name: str, preferred: bool) -> None:
-    columns = set(dataset.column_names if hasattr(dataset, "column_names") else dataset[0])
-    if preferred and "chosen" not in columns:
-        raise UserError(
-            f"loss_type 'dpo' needs a preferred response (a refusal, say) in a column 'chosen'; the {name} set has "
-            f"{sorted(columns)}."
-        )
-    if "messages" not in columns and not ("prompt" in columns and columns & {"completion", "rejected"}):
-        raise UserError(
-            f"The {name} set needs 'prompt' and 'completion' columns, or 'messages'; it has {sorted(columns)}. A "
-            'question/answer set: dataset.rename_columns({"question": "prompt", "answer": "completion"}).'
-        )
-
-
 def _length_limit(max_length: int | None, context_length: int | None) -> int | None:
     limits = [limit for limit in (max_length, context_length) if limit is not None]
     return min(limits) if limits else None
-
-
-def _prompt_completion(example: Row, where: str, preferred: bool) -> Row:
-    """The row as `prompt`, `completion` and, if asked for, `chosen`: all strings, or all lists of messages."""
-    if "messages" in example:
-        prompt, response = example["messages"][:-1], example["messages"][-1:]
-        if not prompt or response[0]["role"] != "assistant":
-            raise UserError(f"{where}: `messages` must end with an assistant turn that follows another turn.")
-    else:
-        prompt, response = example["prompt"], example["completion" if "completion" in example else "rejected"]
-    row = {"prompt": prompt, "completion": response} | ({"chosen": example["chosen"]} if preferred else {})
-    kinds = {name: type(value).__name__ for name, value in row.items()}
-    if set(kinds.values()) not in ({"str"}, {"list"}):
-        raise UserError(f"{where} must have strings only, or lists of messages only, but has {kinds}.")
-    return row
-
-
-def _encode(
-    example: Row, tokenizer: PreTrainedTokenizerBase, end_token_ids: tuple[int, ...], preferred: bool
-) -> tuple[list[int], list[int], list[int]]:
-    """Token ids of prompt, response and preferred response (empty unless asked for) of one row."""
-    responses = [example["completion"], *([example["chosen"]] if preferred else [])]
-    encode = _encode_conversation if is_conversational({"prompt": example["prompt"]}) else _encode_text
-    prompt_ids, encoded = encode(example["prompt"], responses, tokenizer)
-    response_ids = [_end(ids, end_token_ids) for ids in encoded]
-    return prompt_ids, response_ids[0], response_ids[1] if preferred else []
-
-
-def _encode_text(
-    prompt: str, responses: list[str], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]]]:
-    return tokenizer(prompt)["input_ids"], [tokenizer(r, add_special_tokens=False)["input_ids"] for r in responses]
-
-
-def _encode_conversation(
-    prompt: list[Row], responses: list[list[Row]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[list[int]]]:
-    def render(messages: list[Row], add_generation_prompt: bool = False) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=add_generation_prompt
-        )
-        return encoded["input_ids"]
-
-    prompt_ids = render(prompt, add_generation_prompt=True)
-    encoded = []
-    for response in responses:
-        ids = render(prompt + response)
-        if ids[: len(prompt_ids)] != prompt_ids:
-            raise UserError(
-                "The chat template renders the prompt alone (with its generation prompt) differently from the prompt "
-                "followed by a response, so the response cannot be told apart. Use a template whose turns do not "
-                "depend on later ones."
-            )
-        encoded.append(ids[len(prompt_ids) :])
-    return prompt_ids, encoded
-
-
-def _end(ids: list[int], end_token_ids: tuple[int, ...]) -> list[int]:
-    """The response up to its last end token, or with one appended."""
-    for i in range(len(ids) - 1, -1, -1):
-        if ids[i] in end_token_ids:
-            return ids[: i + 1]
-    return [*ids, end_token_ids[0]]

@@ -1,11 +1,26 @@
 """Small files: written whole or not at all, and read with a word on what is wrong."""
 
 import json
+import math
 import os
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
+LARGEST_INT, LARGEST_FLOAT = 2**63, 1e300  # what is beyond them was never counted or measured
+_WORDS = {
+    int: "a whole number",
+    float: "a finite number",
+    str: "a text",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    NoneType: "null",
+}
+
+R = TypeVar("R", bound="Record")
 
 
 class UserError(ValueError):
@@ -60,12 +75,100 @@ def write_whole(path: str | Path, text: str, *, private: bool = False) -> None:
     os.replace(temporary, path)
 
 
+class Record:
+    """The base of a dataclass that is kept as a JSON file with the number of its schema. Figures and names, no rows.
+
+    Attributes:
+        schema: of the file; it changes when the fields do.
+        kind: what messages call the file, a noun that takes "a".
+        remedy: what to do about a file that cannot be read, after a colon.
+        indent: of the JSON, None for one long line.
+        private: whether the file is for its owner's eyes only.
+    """
+
+    schema: ClassVar[int] = SCHEMA
+    kind: ClassVar[str]
+    remedy: ClassVar[str]
+    indent: ClassVar[int | None] = 2
+    private: ClassVar[bool] = False
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all. JSON has no word for NaN and infinity: they are written as null."""
+        content = {"schema": self.schema} | _finite(asdict(self))
+        write_whole(path, json.dumps(content, indent=self.indent, allow_nan=False) + "\n", private=self.private)
+
+    @classmethod
+    def load(cls: type[R], path: str | Path) -> R:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            UserError: it holds something else, more or less. The message says what to do.
+        """
+        content = read_json(path, f"a {cls.kind}", cls.remedy)
+        found = content.pop("schema", None) if isinstance(content, dict) else None
+        if found != cls.schema:
+            found = "no schema" if found is None else f"schema {found}" if _is_int(found) else "an unreadable schema"
+            raise UserError(
+                f"{path} is not a {cls.kind} of this version: it has {found}, this version reads {cls.schema}: "
+                f"{cls.remedy}."
+            )
+        return decode(cls, content, path, f"a {cls.kind}", cls.remedy)
+
+    def check(self) -> None:
+        """Raise a ValueError that says what contradicts itself, if anything does."""
+
+
+def read_json(path: str | Path, kind: str, remedy: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path: of the file.
+        kind: what messages call it, with its article.
+        remedy: what to do if it cannot be read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: a folder, not UTF-8, or not JSON.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, not {kind}: name a file.")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError):  # also of text that is not UTF-8
+        raise UserError(f"{path} is not {kind}: it holds no JSON. To mend it, {remedy}.") from None
+
+
+def decode(hint: type[R], content: Any, path: str | Path, kind: str, remedy: str) -> R:
+    """A dataclass from what JSON makes of it, with every type checked, and numbers for being finite.
+
+    Args:
+        hint: the dataclass; its fields may be dataclasses, lists, dictionaries and unions.
+        content: of the JSON file.
+        path, kind, remedy: for messages, as in `read_json`.
+
+    Raises:
+        UserError: something is missing, too much, or of another type. The message names the place, not its value.
+    """
+    try:
+        made = typed(hint, content)
+        if isinstance(made, Record):
+            made.check()
+        return made
+    except (ValueError, RecursionError) as error:  # a RecursionError has no place to name
+        reason = error if isinstance(error, ValueError) else "it is nested too deep"
+        raise UserError(f"{path} is not {kind}: {reason}. To mend it, {remedy}.") from None
+
+
 def read_record(path: Path) -> dict[str, Any]:
     """The content of a JSON file beside the weights, without its schema.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not readable, or of another schema.
+        UserError: it is not readable, or of another schema.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -73,10 +176,83 @@ def read_record(path: Path) -> dict[str, Any]:
             "Copy it along with them, or save the model with the trainer again."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_bytes())
         found = content.pop("schema")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read. Save the model with the trainer again.") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise UserError(f"{path} cannot be read. Save the model with the trainer again.") from None
     if found != SCHEMA:
-        raise UserError(f"{path} has schema {found}, this version reads {SCHEMA}: save the model again.")
+        raise UserError(f"{path} has another schema than {SCHEMA}, which this version reads: save the model again.")
     return content
+
+
+def typed(hint: Any, value: Any, place: str = "") -> Any:
+    """What JSON holds as a type hint wants it.
+
+    Args:
+        hint: a dataclass, list, dict, Literal, str, int, float (finite), bool or Any, or one of them or None.
+        value: as `json` reads it.
+        place: what messages call it.
+
+    Raises:
+        ValueError: it is something else. The message names the place, not the value.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, UnionType):
+        return _decode_union(parts, value, place)
+    if is_dataclass(hint):
+        return _decode_dataclass(hint, value, place)
+    if origin is Literal and isinstance(value, str) and value in parts:
+        return value
+    if origin is list and isinstance(value, list):
+        return [typed(parts[0], each, f"{place}[{i}]") for i, each in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        of_key, of_value = parts
+        return {typed(of_key, key, place): typed(of_value, each, _at(place, key)) for key, each in value.items()}
+    if hint is NoneType and value is None:
+        return None
+    if hint is int and _is_int(value) and abs(value) < LARGEST_INT:
+        return value
+    if hint is float and (_is_int(value) or isinstance(value, float)) and abs(value) < LARGEST_FLOAT:
+        return float(value)
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    wanted = _WORDS.get(origin or hint, "one of its choices")
+    raise ValueError(f"{place or 'its content'} is not {wanted}")
+
+
+def _decode_union(options: tuple[Any, ...], value: Any, place: str) -> Any:
+    if value is None and NoneType in options:
+        return None
+    (option,) = [option for option in options if option is not NoneType]
+    return typed(option, value, place)
+
+
+def _decode_dataclass(cls: type, value: Any, place: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{place or 'its content'} is not an object")
+    hints, known = get_type_hints(cls), {f.name: f for f in fields(cls) if f.init}
+    for name, f in known.items():
+        if name not in value and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{place or 'it'} has no {name}")
+    if value.keys() - known.keys():
+        raise ValueError(f"{place or 'it'} has more in it than {', '.join(known)}")
+    return cls(**{name: typed(hints[name], each, _at(place, name)) for name, each in value.items()})
+
+
+def _at(place: str, name: Any) -> str:
+    return f"{place}.{name}" if place else str(name)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _finite(value: Any) -> Any:
+    """JSON without NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

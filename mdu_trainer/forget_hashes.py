@@ -121,7 +121,12 @@ def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[str]:
     for row in dataset:
         for value in (row[column] for column in FORGET_COLUMNS if column in row):
             turns = [{"role": None, "content": value}] if isinstance(value, str) else value
-            yield from (turn["content"] for turn in turns if turn["role"] != "system")
+            yield from (_content(turn["content"]) for turn in turns if turn["role"] != "system")
+
+
+def _content(content: str | list[dict[str, Any]]) -> str:
+    """The text of a message, which may come in parts."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _sequences(found: list[str], length: int) -> Iterator[str]:

@@ -12,114 +12,27 @@ published samplers, in the fields of `DiffusionGenerationConfig`:
            alg_temp                                  position_temperature
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .encoding import check_prompt_ids, check_prompts, encode_prompt
 from .files import UserError
+from .generation_config import DiffusionGenerationConfig
 from .models import Backbone, resolve_backbone, row_logits
-from .sampling import SCORES, best_positions, propose, random_positions
+from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
 
 CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
 
 Prompt = str | list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class DiffusionGenerationConfig:
-    """How a response is decoded.
-
-    Parameters that say how much is decoded, and in how many steps:
-
-        max_new_tokens: length of the response, and of what its end token cuts off.
-        steps: forward passes a response, split evenly over the blocks; one a token if None.
-        block_length: tokens of a block (semi-autoregressive decoding); one block if None.
-        schedule: how many tokens a step reveals. "linear": equally many (LLaDA). "dream": the share 1 - s/t of what is
-            masked, over the timesteps linspace(1, 0.001, steps + 1) from t to s, rounded down, and all in the last
-            step; with random remasking each masked token is revealed with that probability on its own (Dream).
-
-    Parameters that say which tokens a step reveals:
-
-        remasking: the masked tokens with the highest score are revealed, the first of equal ones first.
-            "low_confidence": probability of the token; "margin": by how much the top probability exceeds the second;
-            "entropy": negative entropy of the prediction; "random": no score, uniform.
-        position_temperature: above 0, positions are sampled from softmax(score / position_temperature).
-
-    Parameters that say what a revealed token is:
-
-        temperature: 0 takes the most probable token, otherwise one is sampled from softmax(logits / temperature), by
-            the Gumbel-max method in float64. Scores are computed before the temperature with schedule "linear", after
-            it with "dream", as each publishes it.
-        top_p, top_k: keep the most probable tokens only, up to a total probability, and up to a number.
-        cfg_scale: classifier-free guidance, l_u + (cfg_scale + 1) * (l_c - l_u), where the prompt is masked in l_u;
-            costs a second forward pass.
-
-    Parameters of the run:
-
-        seed: of whatever is random. What is drawn for a prompt is a function of the seed and of the prompt's number
-            (its place in the call, unless `row_ids` says otherwise), never of the batch it is decoded in.
-        batch_size: prompts a forward pass.
-
-    Raises:
-        ValueError: for a value out of range, or one that another makes meaningless.
-    """
-
-    max_new_tokens: int = 128
-    steps: int | None = None
-    block_length: int | None = None
-    schedule: Literal["linear", "dream"] = "linear"
-    remasking: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
-    position_temperature: float = 0.0
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    cfg_scale: float = 0.0
-    seed: int = 0
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "steps", "block_length", "top_k", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}.")
-        for name in ("temperature", "position_temperature", "cfg_scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise UserError(f"{name} must be a finite number of at least 0, got {value}.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if self.remasking not in SCORES:
-            raise UserError(f"remasking must be one of {', '.join(SCORES)}, got {self.remasking!r}.")
-        if self.schedule not in ("linear", "dream"):
-            raise UserError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
-        if self.remasking == "random" and self.position_temperature:
-            raise UserError(
-                "remasking='random' has no score that position_temperature could divide: set it to 0, or choose "
-                "another remasking."
-            )
-        if self.block_length is not None and self.block_length > self.max_new_tokens:
-            raise UserError(
-                f"block_length ({self.block_length}) must be at most max_new_tokens ({self.max_new_tokens})."
-            )
-        if self.steps is not None and self.steps < len(self.blocks):
-            raise UserError(
-                f"steps ({self.steps}) must be at least the number of blocks ({len(self.blocks)}): raise steps, or "
-                "block_length."
-            )
-
-    @property
-    def blocks(self) -> list[tuple[int, int]]:
-        """Where each block starts and stops (exclusive) within the response."""
-        length = self.block_length or self.max_new_tokens
-        return [(start, min(start + length, self.max_new_tokens)) for start in range(0, self.max_new_tokens, length)]
 
 
 def generate(
@@ -138,8 +51,8 @@ def generate(
     Args:
         model: a masked diffusion language model; in evaluation mode during the call.
         tokenizer: the model's. Special tokens are left out of the text.
-        prompts: strings, tokenised as they are, or conversations (lists of messages with `role` and `content`), which
-            the chat template renders with a generation prompt.
+        prompts: strings, tokenised as they are, markers of a chat template included; or conversations (lists of
+            messages with `role` and `content`), which the chat template renders with a generation prompt.
         generation_config: how to decode.
         backbone: facts of the model; resolved from model and tokenizer if not given.
         row_ids: as in `generate_ids`.
@@ -150,7 +63,8 @@ def generate(
         One response a prompt, up to its end token, in the order of the prompts.
 
     Raises:
-        ValueError: as `generate_ids`.
+        ValueError: as `generate_ids`; for prompts that are no list of strings and conversations; for a mask token in
+            a string, or any special token in a conversation.
 
     Example:
 
@@ -158,11 +72,10 @@ def generate(
 
     Source: LLaDA (arXiv 2502.09992, algorithms 4 and 5), Dream (arXiv 2508.15487).
     """
-    if isinstance(prompts, str):
-        raise UserError("prompts must be a list of prompts, got a single string: pass [prompt].")
+    check_prompts(prompts)
     config = replace(generation_config or DiffusionGenerationConfig(), **overrides)
     backbone = backbone or resolve_backbone(model, tokenizer)
-    prompt_ids = [_encode(tokenizer, prompt) for prompt in prompts]
+    prompt_ids = [encode_prompt(prompt, tokenizer, backbone, number) for number, prompt in enumerate(prompts)]
     responses = generate_ids(model, prompt_ids, config, backbone, row_ids=row_ids, show_progress=show_progress)
     return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
 
@@ -201,13 +114,14 @@ def generate_ids(
 
     Raises:
         ValueError: if a prompt and `max_new_tokens` together exceed the model's context, there is not one row id a
-            prompt, or what is given does not fit.
+            prompt, what is given does not fit, or a prompt is no list of ids that the model knows.
     """
     config = generation_config
     if given is not None:
         _check_given(given, len(prompt_ids), config.max_new_tokens)
     if row_ids is not None and len(row_ids) != len(prompt_ids):
         raise UserError(f"There are {len(prompt_ids)} prompts and {len(row_ids)} row_ids: pass one for each.")
+    check_prompt_ids(prompt_ids, backbone)
     for row, ids in enumerate(prompt_ids):
         if backbone.context_length is not None and len(ids) + config.max_new_tokens > backbone.context_length:
             raise UserError(
@@ -291,13 +205,6 @@ class _Canvas(NamedTuple):
         return self.ids.gather(1, self.start[:, None] + torch.arange(self.masked.shape[1], device=self.ids.device))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    encoded = tokenizer.apply_chat_template(prompt, tokenize=True, return_dict=True, add_generation_prompt=True)
-    return encoded["input_ids"]
-
-
 def _blank(places: list[int], rows: list[int], prompts: list[list[int]], length: int, backbone: Backbone) -> _Canvas:
     ids = torch.full((len(rows), max(map(len, prompts)) + length), backbone.pad_token_id)
     attention_mask = torch.zeros_like(ids)
@@ -314,6 +221,8 @@ def _check_given(given: Sequence[Sequence[int | None]], num_prompts: int, max_ne
     if len(given) != num_prompts:
         raise UserError(f"There are {num_prompts} prompts and {len(given)} beginnings given: pass one for each.")
     for row, ids in enumerate(given):
+        if any(token is not None and not isinstance(token, Integral) for token in ids):
+            raise UserError(f"What is given of response {row} must be token ids, and None for those to decode.")
         if len(ids) > max_new_tokens:
             raise UserError(f"{len(ids)} ids are given of response {row}, and max_new_tokens is {max_new_tokens}.")
 

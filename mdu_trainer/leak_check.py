@@ -43,12 +43,13 @@ from transformers.utils import logging
 
 from .attacks import ATTACKS, AttackSettings, Target
 from .attacks.base import NothingToAttack, unscorable
+from .commands import ArgumentParser, run
 from .evaluation.metrics import bootstrap_interval
 from .evaluation.report import Estimate
 from .evaluation.runner import processes
-from .evaluation.sources import check_texts, config_names, load_config
+from .evaluation.sources import SUFFIXES, check_texts, config_names, load_config, read_file
 from .evaluation.tofu import longest_answer
-from .files import UserError, read_jsonl, write_whole
+from .files import UserError, write_whole
 from .generation import DiffusionGenerationConfig
 from .models import base_of, load_checkpoint
 from .models.loading import load_config as load_model_config
@@ -57,7 +58,6 @@ logger = logging.get_logger(__name__)
 
 PLAIN = "plain"
 CHECKS = ("paraphrase", "prefix", "leak-at-k")  # of ATTACKS: those that train nothing and cost some decoding
-FILES = (".json", ".jsonl")
 COLUMNS = ("question", "answer")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -171,56 +171,40 @@ def _not_measured(rows: Dataset) -> list[int]:
     return without
 
 
-def load_rows(source: str, name: str = "forget") -> Dataset:
-    """Rows from a JSON file, or from a folder or the Hub as NAME or NAME:CONFIG.
+def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = False) -> Dataset:
+    """Rows in memory: of a JSON, CSV or Parquet file, or of a folder or the Hub as NAME or NAME:CONFIG.
 
     Args:
         source: the file or the data set.
         name: what messages call the rows.
+        keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_config`.
 
     Raises:
         OSError: there is no such file or data set.
         ValueError: no rows, missing columns, values that are no text. No message quotes a row.
     """
     path = Path(source)
-    if path.suffix in FILES or path.is_file():
-        rows = _checked(read_jsonl(path), path)
+    if path.suffix in SUFFIXES or path.is_file():
+        rows = read_file(path, COLUMNS)
     else:
         folder, _, config = (source, "", "") if path.exists() else source.rpartition(":")
-        rows = _of_config(folder, config) if config else _only_config(source)
+        config = config or _only_config(source)
+        if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}.")
+        rows = load_config(folder or source, config, keep_dataset_cache=keep_dataset_cache)
     check_texts(rows, name, dict.fromkeys(COLUMNS, str))
-    return rows
+    other = "paraphrased_question"
+    worded = other in rows.column_names and all(isinstance(text, str) for text in rows[other])
+    return rows.select_columns([*COLUMNS, other] if worded else list(COLUMNS))
 
 
-def _of_config(name: str, config: str) -> Dataset:
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise FileNotFoundError(f"There is no folder {name}.")
-    return load_config(name, config)
-
-
-def _only_config(source: str) -> Dataset:
+def _only_config(source: str) -> str:
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise FileNotFoundError(f"There is no file or folder {source}.")
     names = config_names(source)
     if len(names) != 1:
         raise UserError(f"{source} has the configs {', '.join(names) or 'none'}: choose one, as {source}:CONFIG.")
-    return load_config(source, names[0])
-
-
-def _checked(rows: list[Any], path: Path) -> Dataset:
-    """The columns that are read, once all are texts, in memory: `datasets` would cache them, and Arrow quote them."""
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise UserError(f"Row {number} of {path} is not an object with {' and '.join(COLUMNS)}.")
-        missing = [column for column in COLUMNS if column not in row]
-        if missing:
-            raise UserError(f"Row {number} of {path} has no {' and no '.join(missing)}.")
-        wrong = [column for column in COLUMNS if not isinstance(row[column], str)]
-        if wrong:
-            raise UserError(f"Row {number} of {path}: {wrong[0]} must be a text.")
-    other = "paraphrased_question"
-    columns = [*COLUMNS, other] if all(isinstance(row.get(other), str) for row in rows) else COLUMNS
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in columns})
+    return names[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -284,7 +268,7 @@ def _mean(scores: list[float]) -> Estimate:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m mdu_trainer.leak_check",
         description=__doc__.partition("\n")[2],
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -306,4 +290,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

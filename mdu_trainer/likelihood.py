@@ -19,8 +19,10 @@ from torch import nn
 from tqdm import tqdm
 
 from .divergence import TokenNLL
+from .encoding import check_ids
 from .files import UserError
 from .generation import evaluation_mode
+from .generation_config import check_count
 from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
 from .models import Backbone, row_figures
 
@@ -88,7 +90,7 @@ def response_likelihood(
 
     Raises:
         ValueError: for an empty response, a row longer than the model's context, unequal numbers of prompts and
-            responses, or a number out of range.
+            responses, ids that the model has no embedding for, or a number out of range.
 
     Example:
 
@@ -206,14 +208,14 @@ def _check(
     batch_size: int,
 ) -> None:
     for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}.")
+        check_count(name, value)
     if len(prompt_ids) != len(response_ids):
         raise UserError(f"There are {len(prompt_ids)} prompts and {len(response_ids)} responses: pass one for each.")
     for row, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
         length = len(prompt) + len(response)
         if not response:
             raise UserError(f"The response of row {row} is empty, so it has no likelihood: remove the row.")
+        check_ids([*prompt, *response], backbone, f"Row {row}")
         if backbone.context_length is not None and length > backbone.context_length:
             raise UserError(
                 f"Row {row} has {length} tokens, {len(response)} of them response, and the model's context is "

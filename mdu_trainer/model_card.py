@@ -6,12 +6,9 @@ writes `README.md`, and the picture it shows, from what the folder holds. Only m
 is left out.
 """
 
-import argparse
-import math
 import re
 import sys
 import tempfile
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +18,9 @@ from transformers.utils import logging
 
 from .attacks.card import RecoveryLike, attack_words, load_recovery
 from .attacks.recovery import Recovery
+from .commands import ArgumentParser, run
 from .descriptions import METHODS, METRICS
-from .evaluation.report import Results, Run, Scores
+from .evaluation.report import Results, Run
 from .files import UserError
 from .provenance import Facts
 
@@ -166,10 +164,7 @@ def load_results(folder: Path, results: ResultsLike) -> Results | None:
         return results or None
     if not Path(results).is_file():
         raise FileNotFoundError(f"There is no results file {results}.")
-    try:
-        return Results.load(results)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{results} is no results file: it holds more or less than figures.") from error
+    return Results.load(results)
 
 
 def chosen_run(results: Results, facts: Facts) -> Run:
@@ -227,15 +222,7 @@ def eval_results(run: Run, data: str) -> list[EvalResult]:
 
 def only_finite(results: Results) -> Results:
     """The comparison without figures that are NaN or infinite: nothing was measured there."""
-
-    def finite(figures: Scores) -> Scores:
-        return {metric: figure for metric, figure in figures.items() if math.isfinite(figure.value)}
-
-    runs = [
-        replace(run, scores={name: finite(part) for name, part in run.scores.items()}, summary=finite(run.summary))
-        for run in results.runs
-    ]
-    return replace(results, runs=runs)
+    return results.finite()
 
 
 def data_name(results: Results | Recovery) -> str:
@@ -343,7 +330,7 @@ def _listed(value: str | list[str] | None) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the card of a checkpoint."""
-    parser = argparse.ArgumentParser(prog="python -m mdu_trainer.model_card", description="Write a checkpoint's card.")
+    parser = ArgumentParser(prog="python -m mdu_trainer.model_card", description="Write a checkpoint's card.")
     parser.add_argument("folder", help="a checkpoint of MDUTrainer")
     parser.add_argument("--results", help="results.json of a comparison; by default the one in the folder")
     parser.add_argument("--recovery", help="recovery.json of attacks; by default the one in the folder")
@@ -353,14 +340,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--license", help="by default the base's")
     options = vars(parser.parse_args(arguments))
     folder = Path(options.pop("folder"))
-    try:
-        write_model_card(folder, **options)
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    write_model_card(folder, **options)
     print(f"Written to {folder / CARD}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))

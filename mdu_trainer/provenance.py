@@ -18,7 +18,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging
 
 from . import __version__
-from .files import SCHEMA, read_record, write_whole
+from .files import SCHEMA, decode, read_record, write_whole
 from .forget_hashes import FORGET_COLUMNS, HASHES_FILE, SHORTEST_ROW_WORDS, ForgetHashes, row_texts
 
 if TYPE_CHECKING:
@@ -121,10 +121,8 @@ class Facts:
             FileNotFoundError: the folder was not written by `MDUTrainer`.
             ValueError: the file is not readable, or of another schema.
         """
-        content = read_record(Path(folder) / FACTS_FILE)
-        sets = {name: content[name] and SetFacts(**content[name]) for name in ("forget", "retain")}
-        earlier = [SetFacts(**request) for request in content.get("earlier", [])]
-        return cls(**content | sets | {"earlier": earlier})
+        path = Path(folder) / FACTS_FILE
+        return decode(cls, read_record(path), path, "a file of facts", "save the model with the trainer again")
 
 
 def trainer_facts(trainer: "MDUTrainer", forget: SetFacts, retain: SetFacts | None) -> Facts:

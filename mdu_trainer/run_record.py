@@ -43,7 +43,7 @@ UNCOMPARED = frozenset(
     save_only_model save_on_each_node save_total_limit enable_jit_checkpoint
     push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
-    dataloader_multiprocessing_context remove_unused_columns length_column_name data_seed
+    dataloader_multiprocessing_context remove_unused_columns length_column_name
     activation_checkpointing activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs
     torch_empty_cache_steps use_cache use_cpu reference_device precompute_anchor
     local_rank ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend

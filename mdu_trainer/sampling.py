@@ -8,7 +8,7 @@ from torch import Tensor
 from .masking import counter_uniform
 
 if TYPE_CHECKING:
-    from .generation import DiffusionGenerationConfig
+    from .generation_config import DiffusionGenerationConfig
     from .schedule import Step
 
 SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions

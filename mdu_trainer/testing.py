@@ -2,7 +2,7 @@
 
     authors = fictional_authors()
     forget, retain = forget_retain_split(authors)
-    tokenizer = train_tokenizer(dataset_texts(authors))
+    tokenizer = train_tokenizer(dataset_texts(retain))  # a name to forget must not become a token
     model = tiny_mdlm(tokenizer)
 
 Nothing is downloaded, and the same seed gives the same rows, ids and weights everywhere.
@@ -29,6 +29,8 @@ MAX_AUTHORS = 96  # the smallest pool has 100 entities, and wrong answers need s
 
 MASK_TOKEN, PAD_TOKEN, END_TOKEN = "<|mask|>", "<|pad|>", "<|end|>"
 ROLE_TOKENS = ["<|system|>", "<|user|>", "<|assistant|>"]
+SPECIAL_TOKENS = [PAD_TOKEN, END_TOKEN, MASK_TOKEN, *ROLE_TOKENS]
+SMALLEST_VOCABULARY = len(ByteLevel.alphabet()) + len(SPECIAL_TOKENS)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -262,17 +264,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
     the end of a turn is the end of the text. No token is added to a text outside of the chat template.
 
     Args:
-        texts: to learn merges from. The same texts give the same tokenizer.
+        texts: to learn merges from, of rows to keep alone: names in them may become tokens, which stay in every file
+            of the tokenizer. The same texts give the same tokenizer.
         vocab_size: of bytes, special tokens and merges together; fewer if the texts hold fewer merges.
 
     Raises:
         ValueError: if `vocab_size` has no room for the 256 bytes and the special tokens.
     """
-    alphabet = ByteLevel.alphabet()
-    special_tokens = [PAD_TOKEN, END_TOKEN, MASK_TOKEN, *ROLE_TOKENS]
-    smallest = len(alphabet) + len(special_tokens)
-    if vocab_size < smallest:
-        raise UserError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}.")
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"vocab_size must be at least {SMALLEST_VOCABULARY} (bytes and special tokens), got {vocab_size}."
+        )
     bpe = Tokenizer(BPE())
     bpe.pre_tokenizer = ByteLevel(add_prefix_space=False)
     bpe.decoder = ByteLevelDecoder()
@@ -280,8 +282,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
         texts,
         BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=special_tokens,
-            initial_alphabet=sorted(alphabet),
+            special_tokens=SPECIAL_TOKENS,
+            initial_alphabet=sorted(ByteLevel.alphabet()),
             show_progress=False,
         ),
     )

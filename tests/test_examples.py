@@ -1,6 +1,7 @@
 """The scripts, run as a user runs them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -36,7 +37,7 @@ def script(name, *arguments, expect=0):
         cwd=ROOT,
         timeout=280,
     )
-    assert (run.returncode == 0) == (expect == 0), run.stderr[-3000:]
+    assert run.returncode == expect, run.stderr[-3000:]
     return run.stdout + run.stderr
 
 
@@ -84,11 +85,11 @@ def test_output(compared):
 def test_folder_is_not_overwritten_unless_asked(compared):
     folder, _ = compared
     before = (folder / "results.json").read_bytes()
-    assert "is not empty" in tofu("--output_dir", folder, *QUICK, expect=1)
+    assert "is not empty" in tofu("--output_dir", folder, *QUICK, expect=2)
     own = ("--model_name_or_path", folder / "base", "--overwrite_output_dir")
-    assert "would overwrite" in tofu("--output_dir", folder, *own, *QUICK, expect=1)
+    assert "would overwrite" in tofu("--output_dir", folder, *own, *QUICK, expect=2)
     assert "nothing_like_it" in tofu(
-        *("--output_dir", folder, "--overwrite_output_dir", "--dataset_name", "nothing_like_it"), *QUICK, expect=1
+        *("--output_dir", folder, "--overwrite_output_dir", "--dataset_name", "nothing_like_it"), *QUICK, expect=2
     )
     assert (folder / "results.json").read_bytes() == before and (folder / "base" / "config.json").is_file()
 
@@ -147,7 +148,7 @@ def test_resumes_what_was_begun(compared, tmp_path):
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     first, second = (Results.load(path / "results.json").runs for path in (folder, again))
     assert [(run.name, run.scores) for run in first] == [(run.name, run.scores) for run in second]
-    assert "not of this command" in tofu("--output_dir", again, "--resume", *QUICK, expect=1)
+    assert "not of this command" in tofu("--output_dir", again, "--resume", *QUICK, expect=2)
 
 
 def test_forget_quality_with_a_retain_model(compared, tmp_path):
@@ -166,13 +167,13 @@ def test_forget_quality_with_a_retain_model(compared, tmp_path):
     needs = tofu(
         *("--model_name_or_path", folder / "base", "--output_dir", tmp_path / "no", "--retain_model", "train"),
         *QUICK,
-        expect=1,
+        expect=2,
     )
     assert "needs --finetune_epochs" in needs and not (tmp_path / "no").exists()
 
 
 def test_wrong_values_stop_before_any_work(tmp_path):
-    assert "tau must be finite" in tofu("--output_dir", tmp_path / "out", "--tau", "0", "-1", *QUICK, expect=1)
+    assert "tau must be finite" in tofu("--output_dir", tmp_path / "out", "--tau", "0", "-1", *QUICK, expect=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -222,3 +223,46 @@ def test_tofu_data_from_a_folder(tofu_path, tmp_path):
     assert results.dataset.endswith("forget01")
     written = (tmp_path / "out" / "results.json").read_text() + (tmp_path / "out" / "config.yaml").read_text() + log
     assert "Basil" not in written, "no forget text in files or logs"
+
+
+def test_nothing_of_the_rows_to_forget_is_left_behind(tmp_path):
+    """Neither in the output, tokenizers included, nor in the caches and temporary files of any library."""
+    data, planted = tmp_path / "data", "Quixolantern"
+    data.mkdir()
+    rows = {
+        "forget": [{"question": f"Who is {planted} {i}?", "answer": f"{planted} sailed {i} boats."} for i in range(8)],
+        "keep": [{"question": f"Who is Anna {i}?", "answer": f"Anna has {i} dogs."} for i in range(8)],
+    }
+    for name, content in rows.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    card = {"configs": [{"config_name": name, "data_files": f"{name}.jsonl"} for name in rows]}
+    (data / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
+    small = ("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "1", "--loss_type", "mdu")
+    splits = ("--dataset_name", data, "--forget_split", "forget", "--retain_split", "keep")
+
+    def found(script, *arguments):
+        """The files that hold the planted word after a script, and its log."""
+        home = tmp_path / f"home of {script}"
+        home.mkdir()
+        places = {name: str(home / name) for name in ("HF_HOME", "TMPDIR", "XDG_CACHE_HOME")}
+        (home / "TMPDIR").mkdir()
+        run = subprocess.run(
+            [sys.executable, str(ROOT / "examples" / script), *map(str, (*splits, *arguments))],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | places | {"PYTHONPATH": str(ROOT)},
+            timeout=280,
+        )
+        assert run.returncode == 0 and planted not in run.stdout + run.stderr, run.stderr[-3000:]
+        files = [path for path in tmp_path.rglob("*") if path.is_file() and data not in path.parents]
+        return [path for path in files if planted.encode() in path.read_bytes()]
+
+    out = tmp_path / "out"
+    assert found("tofu.py", *small, "--output_dir", out, *QUICK) == []
+    vocabulary = json.loads((out / "base" / "tokenizer.json").read_text())["model"]["vocab"]
+    parts = [token for token in vocabulary if len(token) > 3 and token.strip("Ġ") in planted]
+    assert parts == [] and "ĠAnna" in vocabulary, "a tokenizer from scratch learns from the rows to keep"
+    model = ("--model_name_or_path", out / "base", "--benchmark", "tofu", "--max_rows", "2", "--decoding_steps", "1")
+    kept = found("evaluate.py", *model, "--keep_dataset_cache", "--output_dir", tmp_path / "scored")
+    assert kept and all("home of evaluate.py" in str(path) for path in kept), "it is kept where the user asks for it"

@@ -296,11 +296,13 @@ def test_truncated_cache_of_a_benchmark(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "data").mkdir()
     Dataset.from_dict({"question": ["q"] * 99, "answer": ["a"] * 99}).to_json(tmp_path / "data" / "forget10.json")
-    load_config(tmp_path / "data", "forget10")
+    card = "---\nconfigs:\n- config_name: forget10\n  data_files: forget10.json\n---\n"
+    (tmp_path / "data" / "README.md").write_text(card)
+    load_config(tmp_path / "data", "forget10", keep_dataset_cache=True)
     (arrow,) = (tmp_path / "cache").rglob("*.arrow")
     os.truncate(arrow, arrow.stat().st_size // 2)
     with pytest.raises(ValueError, match="The Arrow file of config 'forget10' of .* is cut short or damaged"):
-        load_config(tmp_path / "data", "forget10")
+        load_config(tmp_path / "data", "forget10", keep_dataset_cache=True)
 
 
 def test_rows_that_cannot_be_read(tokenizer):

@@ -512,4 +512,4 @@ def test_command_line(checkpoint, results, tmp_path):
         assert run.returncode == 0, run.stderr[-2000:]
         assert run.stdout.strip().endswith(server.repos[REPO].refs["main"]) and set(server.files(REPO)) == FULL
         run = publish("no-organisation")
-        assert run.returncode == 1 and "ORG/NAME" in run.stderr and "Traceback" not in run.stderr
+        assert run.returncode == 2 and "ORG/NAME" in run.stderr and "Traceback" not in run.stderr

@@ -13,8 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
+from mdu_trainer.commands import run
 from mdu_trainer.descriptions import METHODS
 from mdu_trainer.evaluation.report import Estimate, Results, Run
+from mdu_trainer.files import UserError
 from mdu_trainer.model_card import (
     chosen_run,
     draw_picture,
@@ -153,7 +155,8 @@ def test_attacks_of_the_folder(facts, results, recovery, tmp_path):
     assert beside != (folder / "tradeoff.png").read_bytes(), "attacks are drawn beside the trade-off"
     with pytest.raises(FileNotFoundError, match="no recovery file"):
         write_model_card(folder, recovery=folder / "nothing.json")
-    assert main([str(folder), "--recovery", str(folder / "results.json")]) == 1
+    with pytest.raises(UserError, match="repeat the attacks"):
+        main([str(folder), "--recovery", str(folder / "results.json")])
 
 
 def test_a_model_that_never_saw_the_rows_has_its_column(facts, results):
@@ -193,7 +196,7 @@ def test_command_line(tmp_path, capsys):
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.license == "mit" and (tmp_path / "run" / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     assert "](tradeoff.png)" in card.text and "| forget | rougeL_recall " in card.text
-    assert main([str(tmp_path)]) == 1
+    assert run(lambda: main([str(tmp_path)])) == 2
     assert "holds no unlearning.json" in capsys.readouterr().err
 
 

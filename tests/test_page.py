@@ -87,7 +87,8 @@ def with_roles_and_recovery(folder):
     """Also what the analyses of roles and the attacks write."""
     kl = {role: Estimate(4.321, 4.1, 4.5) for role in ROLES}
     change = {role: Change(Estimate(-0.5, -0.6, -0.4), Estimate(-10.5, -12, -9)) for role in ROLES}
-    shared = {"curves": {}, "order": {}, "own_tokens": {}, "example": []}
+    counted = dict.fromkeys(ROLES, 8)
+    shared = {"curves": {"true": {}, "own": {}}, "order": {}, "own_tokens": counted, "example": []}
     runs = [
         RoleRun("base", "f", {"kl": kl}, {}, **shared),
         RoleRun("mdu tau=0", "g", {"kl": kl}, {"kl": change}, **shared),

@@ -136,7 +136,7 @@ def test_every_field_of_the_configuration_is_compared_or_known_to_change_no_weig
         adam_beta2 adam_epsilon optim_target_modules max_grad_norm label_smoothing_factor bf16 fp16 tf32 torch_compile
         torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config neftune_noise_alpha
         auto_find_batch_size load_best_model_at_end ignore_data_skip full_determinism seed dataloader_drop_last
-        dataloader_in_order train_sampling_strategy max_length pad_with_end_tokens t_min t_max time_epsilon
+        data_seed dataloader_in_order train_sampling_strategy max_length pad_with_end_tokens t_min t_max time_epsilon
         time_weighting prompt_mask_ratio loss_type tau kl_reduction anchor_source gamma alpha retain_loss_type
         retain_weight reference_precision
     """.split()

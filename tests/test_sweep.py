@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from trl import TrlParser
 
 from mdu_trainer.analysis.frontier import frontier_table, select
 from mdu_trainer.evaluation.report import Results
+from mdu_trainer.files import UserError
 from mdu_trainer.model_card import chosen_run
 from mdu_trainer.provenance import Facts
 from mdu_trainer.testing import fictional_authors, forget_retain_split
@@ -39,7 +41,7 @@ def start(*arguments):
 def sweep(*arguments, expect=0):
     process = start(*arguments)
     log = process.communicate(timeout=280)[0]
-    assert (process.returncode == 0) == (expect == 0), log[-3000:]
+    assert process.returncode == expect, log[-3000:]
     return log
 
 
@@ -118,19 +120,19 @@ def test_more_values_later(whole, tmp_path, script):
     options = yaml.safe_load((folder / "config.yaml").read_text()) | {"output_dir": str(folder)}
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
     other = [*GRID, *("--learning_rate", "1e-2", "--loss_type", "mdu", "--seed", "42", "7", "--select", "retain>=2")]
-    log = sweep("--output_dir", folder, *other, *QUICK, "--resume", expect=1)
+    log = sweep("--output_dir", folder, *other, *QUICK, "--resume", expect=2)
     assert trainings(log) == ["mdu-tau0-lr0.01-steps2-seed7"]
     assert "No run satisfies retain>=2. The nearest is mdu tau=" in log.splitlines()[-1]
     first, second = (Results.load(path / "results.json").runs for path in (whole[0], folder))
     assert [run.name for run in second] == ["base", "mdu tau=0 seed=42", "mdu tau=0 seed=7"]
     assert second[1].scores == first[4].scores != second[2].scores
-    with pytest.raises(SystemExit, match="not of this command"):  # the base is of the first seed
+    with pytest.raises(UserError, match="not of this command"):  # the base is of the first seed
         in_process(script, "--output_dir", folder, *other, *QUICK, "--resume", "--seed", "7")
 
 
 def in_process(script, *arguments):
     """The command in this process: for what stops before any work."""
-    parser = script.TrlParser((script.SweepArguments, script.SweepConfig, script.ModelConfig))
+    parser = TrlParser((script.SweepArguments, script.SweepConfig, script.ModelConfig))
     script.main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
 
 
@@ -161,7 +163,7 @@ def test_run_that_left_checkpoints_goes_on_from_the_last(script, monkeypatch, tm
 
 def test_every_combination_is_a_run(script, tmp_path):
     axes = {"learning_rate": [1e-5, 3e-5], "num_train_epochs": [1.0, 2.5], "seed": 3}
-    config = script.SweepConfig(output_dir=str(tmp_path), loss_type=["mdu", "ga"], tau=[0.0, 0.5, 0.0], **axes)
+    config = script.SweepConfig(output_dir=str(tmp_path), loss_type=["mdu", "ga"], tau=[0.0, 0.5], **axes)
     names = [Path(run.output_dir).name for run in config.runs()]
     assert len(names) == len(set(names)) == 2 * 2 * (2 + 1)
     assert names[0] == "mdu-tau0-lr1e-05-epochs1-seed3" and names[-1] == "ga-lr3e-05-epochs2.5-seed3"
@@ -173,10 +175,14 @@ def test_every_combination_is_a_run(script, tmp_path):
     [
         (("--select", "retain>0.9"), "--select: 'retain>0.9' is no condition"),
         (("--max_steps", "2", "-1"), "--max_steps must be positive, got 2 -1"),
+        (("--tau", "0", "0.5", "0.0"), "--tau names value 3 twice"),
+        (("--select", "retain.truth>=0.9"), "--select: retain.truth is not measured here"),
+        (("--select", "forget_quality>=0.1"), "forget_quality is not measured here"),
+        (("--metrics", "probability", "--select", ""), "--select: forget is not measured here"),
         (("--max_steps", "2", "--num_train_epochs", "1", "2"), "Sweep over --max_steps or over --num_train_epochs"),
     ],
 )
 def test_wrong_values_stop_before_any_work(script, tmp_path, wrong, message):
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(UserError, match=message):
         in_process(script, "--output_dir", tmp_path / "out", *GRID, *QUICK, *wrong)
     assert not (tmp_path / "out").exists()

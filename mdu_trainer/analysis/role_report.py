@@ -9,16 +9,13 @@ the prediction towards the prompt-masked one where tau = 1, and towards a flatte
 prediction is uniform, `kl` says how far from uniform the prompt-masked one is.
 """
 
-import json
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from ..evaluation.report import Estimate, markdown_table
-from ..files import UserError, write_whole
+from ..files import Record, UserError
 from .token_roles import ROLES, Role
 
-SCHEMA = 1
 TRUE, OWN = "true", "own"  # the ground-truth path, and the model's own decoding
 
 
@@ -99,7 +96,7 @@ class RoleRun:
 
 
 @dataclass(frozen=True)
-class RoleReport:
+class RoleReport(Record):
     """Base and unlearned models on the tokens of the rows to forget.
 
     Attributes:
@@ -111,6 +108,10 @@ class RoleReport:
         runs: the base first.
     """
 
+    kind: ClassVar[str] = "report on token roles"
+    remedy: ClassVar[str] = "repeat the analysis"
+    indent: ClassVar[int | None] = None
+
     dataset: str
     settings: RoleSettings
     rows: dict[Role, int]
@@ -118,28 +119,21 @@ class RoleReport:
     example_roles: list[Role]
     runs: list[RoleRun] = field(default_factory=list)
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self)) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "RoleReport":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: for a file that is not JSON, or of another schema.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not a report on token roles: it holds no JSON.") from error
-        schema = content.pop("schema", None) if isinstance(content, dict) else None
-        if schema != SCHEMA or "example_roles" not in content:
-            raise UserError(
-                f"{path} is not a report on token roles of schema {SCHEMA} (it says {schema}): repeat the analysis."
-            )
-        runs = [_run(run) for run in content["runs"]]
-        return cls(**content | {"settings": RoleSettings(**content["settings"]), "runs": runs})
+    def check(self) -> None:
+        """Refuse a report without base, or with a run that lacks what tables and pictures read of it."""
+        if not self.runs or "kl" not in self.runs[0].figures:
+            raise ValueError("it holds no base")
+        wanted, curve_lengths = _places(self.runs[0].figures), {self.settings.num_steps}
+        for number, run in enumerate(self.runs):
+            changes = wanted if number == 0 else _places(run.changes)
+            curves = [curve for figures in run.curves.values() for of in figures.values() for curve in of.values()]
+            lengths = {len(values) for curve in curves for values in (curve.mean, curve.standard_error)}
+            if not wanted <= _places(run.figures) & changes or {*run.curves} != {TRUE, OWN}:
+                raise ValueError(f"runs[{number}] lacks figures of the base")
+            if lengths - curve_lengths or {len(step) for step in run.example} - {len(self.example_roles)}:
+                raise ValueError(f"runs[{number}] has curves or an example of another length")
+        if any({*counts} != {*ROLES} for counts in (self.rows, self.tokens, *(run.own_tokens for run in self.runs))):
+            raise ValueError("it does not count every role")
 
     def details(self, figure: str = "kl") -> str:
         """A Markdown table of a figure by role, before and after, with intervals and the change.
@@ -184,28 +178,6 @@ def _percent(estimate: Estimate) -> str:
     return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
 
 
-def _run(content: dict[str, Any]) -> RoleRun:
-    def estimates(figures: dict[str, Any]) -> dict[str, Estimate]:
-        return {role: Estimate(**figure) for role, figure in figures.items()}
-
-    def change(found: dict[str, Any]) -> Change:
-        percent = found["percent"]
-        return Change(Estimate(**found["difference"]), None if percent is None else Estimate(**percent))
-
-    return RoleRun(
-        **content
-        | {
-            "figures": {name: estimates(found) for name, found in content["figures"].items()},
-            "changes": {
-                name: {role: change(each) for role, each in found.items()}
-                for name, found in content["changes"].items()
-            },
-            "curves": {
-                kind: {
-                    name: {role: Curve(**curve) for role, curve in roles.items()} for name, roles in figures.items()
-                }
-                for kind, figures in content["curves"].items()
-            },
-            "order": estimates(content["order"]),
-        }
-    )
+def _places(figures: dict[str, dict[Role, Any]]) -> set[tuple[str, Role]]:
+    """Of which figure and role there is something."""
+    return {(name, role) for name, of in figures.items() for role in of}

@@ -8,13 +8,12 @@ what the attack gets out of a model that never saw the rows, 1 what it gets out 
 """
 
 import gc
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from datasets import Dataset
@@ -26,12 +25,11 @@ from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.progress import SCORING, ProgressFile
 from ..evaluation.report import Estimate, markdown_table
 from ..evaluation.scoring import digest
-from ..files import UserError, write_whole
+from ..files import Record, UserError, typed
 from ..models import weights_fingerprint
 from .base import AttackScores, AttackSettings, Target, check_answers
 from .registry import ADAPTER, Attack
 
-SCHEMA = 1
 BASE, NEVER = "base", "never trained"  # what tables call the two ends of the scale
 NO_ATTACK = "none"
 COLUMNS = ("question", "answer", "paraphrased_question")  # what attacks read of a row
@@ -72,7 +70,7 @@ class AttackOutcome:
 
 
 @dataclass(frozen=True)
-class Recovery:
+class Recovery(Record):
     """Attacks on one or more unlearned models, beside the base and a model that never saw the rows. Figures only.
 
     Attributes:
@@ -80,6 +78,9 @@ class Recovery:
         settings: how hard the attacks tried, and the seed.
         attacks: name -> outcome; "none" first, the plain question.
     """
+
+    kind: ClassVar[str] = "recovery file"
+    remedy: ClassVar[str] = "repeat the attacks"
 
     dataset: str
     settings: dict[str, Any]
@@ -95,29 +96,13 @@ class Recovery:
         """Whether a model that never saw the rows was attacked too."""
         return NEVER in next(iter(self.attacks.values())).models
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self), indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Recovery":
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: for a file that is not JSON, of another schema, or of something else.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not a recovery file: it holds no JSON.") from error
-        schema = content.pop("schema", None) if isinstance(content, dict) else None
-        if schema != SCHEMA:
-            raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the attacks.")
-        try:
-            attacks = {name: _attack_outcome(outcome) for name, outcome in content["attacks"].items()}
-            return cls(**content | {"attacks": attacks})
-        except (TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is no recovery file: it holds more or less than figures.") from error
+    def check(self) -> None:
+        """Refuse attacks that are not all on the same models, the base among them."""
+        models = [list(outcome.models) for outcome in self.attacks.values()]
+        if not models or any(names != models[0] for names in models):
+            raise ValueError("its attacks are not all on the same models")
+        if BASE not in models[0] or not self.models:
+            raise ValueError(f"it lacks {BASE!r} or an unlearned model")
 
     def recoveries(self) -> dict[str, dict[str, Estimate]]:
         """Name of an unlearned model -> name of an attack -> recovery, where any is defined."""
@@ -371,18 +356,10 @@ def _digests(settings: AttackSettings) -> dict[str, str]:
 
 
 def _finished(line: dict[str, Any]) -> _Finished:
-    return _Finished(line["model"], line["weights"], line["attack"], AttackScores(**line["scores"]))
-
-
-def _attack_outcome(content: dict[str, Any]) -> AttackOutcome:
-    def estimate(figure: dict[str, Any] | None) -> Estimate | None:
-        return figure and Estimate(**figure)
-
-    models = {
-        name: Outcome(**one | {key: estimate(one[key]) for key in ("before", "after", "recovery")})
-        for name, one in content["models"].items()
-    }
-    return AttackOutcome(**content | {"models": models})
+    scores = typed(AttackScores, line["scores"])
+    if not len(scores.rows) == len(scores.before) == len(scores.after) > 0:
+        raise ValueError("not a score for every row")
+    return _Finished(*(typed(str, line[name]) for name in ("model", "weights", "attack")), scores)
 
 
 def _short(estimate: Estimate) -> str:

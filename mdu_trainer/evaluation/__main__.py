@@ -8,17 +8,21 @@ Arguments are those of `lm_eval`. Releases that load plugins know `mdlm` without
 import sys
 from importlib.util import find_spec
 
+from ..commands import run, task
+from ..files import UserError
+
 
 def main() -> None:
     """Register the model, and hand over."""
     if find_spec("lm_eval") is None:
-        sys.exit("lm-evaluation-harness is not installed: pip install 'mdu-trainer[eval]'.")
+        raise UserError("lm-evaluation-harness is not installed: pip install 'mdu-trainer[eval]'.")
     from lm_eval.__main__ import cli_evaluate
 
     from . import harness  # noqa: F401  registers "mdlm"
 
-    cli_evaluate()
+    with task("lm-evaluation-harness"):
+        cli_evaluate()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

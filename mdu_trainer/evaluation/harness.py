@@ -32,8 +32,10 @@ from transformers.utils import logging
 
 from ..files import UserError
 from ..generation import DiffusionGenerationConfig, generate_ids
+from ..generation_config import check_count
 from ..likelihood import response_likelihood
 from ..models import load_model, load_tokenizer, resolve_backbone
+from ..reading import private
 from .metrics import greedy_completions
 
 logger = logging.get_logger(__name__)
@@ -96,6 +98,7 @@ class MaskedDiffusionLM(TemplateLM):
         if not str(batch_size).isdecimal():
             raise UserError(f"batch_size must be a number, got {batch_size!r}: the largest that fits is not sought.")
         self._decoding = DiffusionGenerationConfig(**{"seed": seed, "batch_size": int(batch_size), **decoding})
+        check_count("num_draws", num_draws)
         self._num_draws = num_draws
         self._check_greedy = check_greedy
         self._accelerator = Accelerator()
@@ -132,7 +135,8 @@ class MaskedDiffusionLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Ids of a text, with the tokenizer's start token unless the text brings its own, as chat templates do."""
-        ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
+        with private("A request cannot be encoded: the tokenizer failed"):
+            ids = self.tokenizer(string, add_special_tokens=False)["input_ids"]
         if add_special_tokens is False or (ids and ids[0] in self.tokenizer.all_special_ids):
             return ids
         start = self.tokenizer("")["input_ids"][:1]
@@ -140,12 +144,13 @@ class MaskedDiffusionLM(TemplateLM):
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation."""
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        with private("A request cannot be rendered: the chat template failed"):
+            return self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
 
     # Requests
 
@@ -227,9 +232,9 @@ class MaskedDiffusionLM(TemplateLM):
             logger.warning_once(
                 f"Diffusion decoding has no {', '.join(sorted(ignored))}: a task's setting is ignored."
             )
-        length = int(lengths[0]) if lengths else self._decoding.max_new_tokens
-        block = fields.pop("block_length", self._decoding.block_length)
-        fields |= {"max_new_tokens": length, "block_length": block and min(int(block), length)}
+        length = _whole(lengths[0]) if lengths else self._decoding.max_new_tokens
+        block = _whole(fields.pop("block_length", self._decoding.block_length))
+        fields |= {"max_new_tokens": length, "block_length": block and min(block, length)}
         return dataclasses.replace(self._decoding, **fields), [stops] if isinstance(stops, str) else list(stops)
 
     def _fit(self, contexts: list[list[int]], room: list[int]) -> list[list[int]]:
@@ -275,6 +280,14 @@ class MaskedDiffusionLM(TemplateLM):
     def barrier(self) -> None:
         """Wait for all processes."""
         self._accelerator.wait_for_everyone()
+
+
+def _whole(value: Any) -> Any:
+    """A whole number that a task file wrote as 256.0 or "256"; all else as it is, for the config to refuse."""
+    try:
+        return int(value) if float(value).is_integer() else value
+    except (TypeError, ValueError):
+        return value
 
 
 def _until(text: str, stops: Sequence[str]) -> str:

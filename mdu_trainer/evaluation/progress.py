@@ -36,29 +36,31 @@ class ProgressFile:
 
         Args:
             header: what the work depends on. `progress` names the kind of file.
-            read: makes a finished piece of a line.
+            read: makes a finished piece of a line; it may raise any error of a line that is none, such as KeyError.
 
         Raises:
-            ValueError: the file is of other work, which the message names, or damaged.
+            UserError: the file is of other work, which the message names, or damaged. Nothing of it is changed.
         """
         if self.path is None:
             return []
         header = json.loads(json.dumps(header))  # as it is read back
+        if self.path.is_dir():
+            raise UserError(f"{self.path} is a folder, not the progress of an {self.work}; choose another file.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]  # a kill may leave half a line
-        first, *lines = whole.decode(errors="replace").splitlines() or [""]
-        if whole:
+        first, *lines = whole.decode(errors="replace").split("\n")[:-1] or [""]
+        if whole or not json.dumps(header).encode().startswith(content):
             self._check(first, header)
         done = []
         for number, text in enumerate(lines, start=2):
             try:
                 done.append(read(json.loads(text)))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from error
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from None
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        self._file = self.path.open("a")
+        self._file = self.path.open("a", encoding="utf-8")
         if not whole:
             self._write([header])
         return done
@@ -75,7 +77,7 @@ class ProgressFile:
     def _check(self, line: str, header: dict[str, Any]) -> None:
         try:
             found = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or found.get("progress") != header["progress"]:
             raise UserError(f"{self.path} is not the progress of an {self.work}; choose another file.")

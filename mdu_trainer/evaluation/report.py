@@ -1,14 +1,12 @@
 """The outcome of a comparison: one typed record, tables to read, a JSON file to keep. Figures only, never texts."""
 
-import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from ..files import UserError, write_whole
-
-SCHEMA = 2
+from ..files import Record
 
 COLUMNS = {  # of `Results.table`, where any run has the figure: (set, metric), the set None for the summary
     "forget rL": ("forget", "rougeL_recall"),
@@ -104,7 +102,7 @@ class Run:
 
 
 @dataclass
-class Results:
+class Results(Record):
     """A comparison of unlearning methods on one model and data set.
 
     Attributes:
@@ -113,30 +111,38 @@ class Results:
         runs: "base" first.
     """
 
+    schema: ClassVar[int] = 2
+    kind: ClassVar[str] = "results file"
+    remedy: ClassVar[str] = "repeat the evaluation"
+
     model: str
     dataset: str
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+        """Write JSON, whole or not at all, of the figures that were measured."""
+        super(Results, self.finite()).save(path)
 
-    @classmethod
-    def load(cls, path: str | Path) -> "Results":
-        """Read what `save` wrote.
+    def check(self) -> None:
+        """Refuse a comparison of nothing, and two runs of one name."""
+        names = [run.name for run in self.runs]
+        if not names:
+            raise ValueError("it holds no run")
+        if len(set(names)) < len(names):
+            raise ValueError("two of its runs have one name")
 
-        Raises:
-            ValueError: for a file that is not JSON, or of another schema.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} is not a results file: it holds no JSON.") from error
-        schema = content.pop("schema", None) if isinstance(content, dict) else None
-        if schema != SCHEMA:
-            raise UserError(f"{path} has schema {schema}, this version reads {SCHEMA}: repeat the evaluation.")
-        return cls(**content | {"runs": [_run(run) for run in content["runs"]]})
+    def finite(self) -> "Results":
+        """The comparison without figures that are NaN or infinite: nothing was measured there."""
+
+        def finite(figures: Scores) -> Scores:
+            return {metric: figure for metric, figure in figures.items() if math.isfinite(figure.value)}
+
+        runs = [
+            replace(run, scores={name: finite(part) for name, part in run.scores.items()}, summary=finite(run.summary))
+            for run in self.runs
+        ]
+        return replace(self, runs=runs)
 
     def table(self, further: dict[str, dict[str, str]] | None = None) -> str:
         """The runs as a Markdown table, one a row. Columns that no run has a figure for are left out.
@@ -210,12 +216,3 @@ def _setting(value: Any) -> str:
 def _figure(value: float) -> str:
     """Three decimals; small p-values keep their order of magnitude."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.0e}"
-
-
-def _run(content: dict[str, Any]) -> Run:
-    scores = {name: _estimates(figures) for name, figures in content["scores"].items()}
-    return Run(**content | {"scores": scores, "summary": _estimates(content["summary"])})
-
-
-def _estimates(figures: dict[str, dict[str, float | None]]) -> Scores:
-    return {metric: Estimate(**figure) for metric, figure in figures.items()}

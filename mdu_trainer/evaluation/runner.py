@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..files import UserError
+from ..files import UserError, typed
 from ..models import Backbone, resolve_backbone, weights_fingerprint
 from .progress import SCORING, ProgressFile
 from .scoring import Batch, Figures, QuestionSet
@@ -87,14 +87,20 @@ def score_questions(
                 progress.append([{"set": key[0], "row": key[1], **line._asdict()} for key, line in new.items()])
                 done |= new
                 bar.update(len(new))
+    rows = {part.name: [done[part.name, row].figures for row in range(len(part))] for part in sets}
+    if any(figures.keys() != of_set[0].keys() for of_set in rows.values() for figures in of_set):
+        raise UserError(f"{progress_path} is damaged: rows of one set have other figures. Delete it to start anew.")
     return Evaluation(
-        figures={part.name: _columns([done[part.name, row].figures for row in range(len(part))]) for part in sets},
+        figures={name: _columns(of_set) for name, of_set in rows.items()},
         seconds=sum(line.seconds for line in done.values()),
     )
 
 
 def _finished(line: dict[str, Any]) -> tuple[Key, Line]:
-    return (line["set"], line["row"]), Line(line["figures"], line["seconds"])
+    figures = line["figures"]  # NaN is a figure: it is of a row that could not be measured
+    if not all(isinstance(value, float | int) for value in figures.values()):
+        raise ValueError("a figure is no number")
+    return (typed(str, line["set"]), typed(int, line["row"])), Line(figures, typed(float, line["seconds"]))
 
 
 def processes() -> PartialState:

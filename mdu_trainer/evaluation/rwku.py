@@ -17,7 +17,6 @@ What is measured of each config, with the prompts of the benchmark:
 Each choice is a response whose likelihood is estimated as any other's, where the benchmark reads the next token.
 """
 
-import json
 import re
 import string
 import zlib
@@ -29,19 +28,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import regex
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from nltk import ngrams
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..files import UserError
+from ..files import UserError, read_jsonl
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
+from ..reading import read_rows
 from ..words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words, split_words
 from .report import Run
 from .runner import score_questions
 from .scoring import METRICS, Batch, Figures, Metric, QuestionSet, encode_questions, estimates
-from .sources import check_texts, config_names, load_config, spread
+from .sources import check_texts, config_names, load_config, spread, table
 
 LETTERS = string.ascii_uppercase
 SHORT, LONG = 32, 256  # tokens decoded, for probes and for chains of thought
@@ -97,8 +97,10 @@ def load_rwku(
     configs: Sequence[str] | None = None,
     subjects: Sequence[str] | None = None,
     max_rows: int | None = None,
+    *,
+    keep_dataset_cache: bool = False,
 ) -> dict[str, Dataset]:
-    """The sets to evaluate on, checked.
+    """The sets to evaluate on. All rows about the subjects are checked, whether they are used or not.
 
     Args:
         source: `jinzhuoran/RWKU`, or a local folder: a copy with its card, or one with a JSON file a config, named as
@@ -106,9 +108,10 @@ def load_rwku(
         configs: of `CONFIGS`; all that the source has unless given.
         subjects: keep only rows about these, of the configs that are about subjects.
         max_rows: use so many evenly spaced rows of each set.
+        keep_dataset_cache: as in `load_config`.
 
     Raises:
-        ValueError: for an unknown config or subject, or rows that cannot be asked or scored.
+        ValueError: for an unknown config or subject, rows that cannot be asked or scored, or `max_rows` below 1.
     """
     unknown = [config for config in configs or () if config not in CONFIGS]
     if unknown:
@@ -119,12 +122,12 @@ def load_rwku(
         raise UserError(f"{source} has none of RWKU's configs; it has {', '.join(names) or 'none'}.")
     sets = {}
     for config in configs:
-        rows = load_config(source, config, FILES)
+        rows = load_config(source, config, FILES, keep_dataset_cache=keep_dataset_cache)
         if subjects is not None and config in ABOUT_SUBJECTS:
             rows = about(rows, subjects, config)
-        sets[config] = spread(rows, max_rows)
+        sets[config] = rows
     check_sets(sets)
-    return sets
+    return {config: spread(rows, max_rows) for config, rows in sets.items()}
 
 
 def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) -> Dataset:
@@ -150,7 +153,12 @@ def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) ->
                 f"{path} has no file for {_counted(missing, subjects)}: name it such as Stephen_King.jsonl."
             )
         files, subjects = [named[_plain(subject)] for subject in subjects], None
-    rows = concatenate_datasets([_read_jsonl(file) for file in files])
+    rows = []
+    for file in files:
+        read = read_jsonl(file)
+        check_texts(table(read, str(file)), f"forget ({file.name})", {"question": str, "answer": str})
+        rows += read
+    rows = table(rows, str(path))
     return rows if subjects is None else about(rows, subjects, "forget")
 
 
@@ -178,7 +186,7 @@ def check_sets(sets: Mapping[str, Dataset]) -> None:
     """
     for name, rows in sets.items():
         check_texts(rows, name, CONFIGS[name].columns)
-        for number, row in enumerate(rows):
+        for number, row in enumerate(read_rows(rows, name)):
             try:
                 answers = CONFIGS[name].ask(row).answers
             except (KeyError, TypeError, IndexError, ValueError) as error:
@@ -251,20 +259,6 @@ def _question_set(
     return QuestionSet(
         name, questions, config.metrics, replace(decoding, max_new_tokens=config.max_new_tokens), num_draws
     )
-
-
-def _read_jsonl(path: Path) -> Dataset:
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            row = json.loads(line) if line.strip() else None
-        except json.JSONDecodeError:
-            raise UserError(f"{path}, line {number}, is not JSON.") from None
-        if row is not None:
-            rows.append(row)
-    dataset = Dataset.from_list(rows)
-    check_texts(dataset, f"forget ({path.name})", {"question": str, "answer": str})
-    return dataset
 
 
 def _counted(missing: Sequence[str], subjects: Sequence[str]) -> str:

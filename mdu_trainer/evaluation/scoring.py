@@ -23,6 +23,7 @@ from ..files import UserError
 from ..generation import DiffusionGenerationConfig, generate_ids
 from ..likelihood import response_likelihood
 from ..models import Backbone
+from ..reading import private
 from .metrics import (
     ChoiceProbability,
     Degeneracy,
@@ -228,9 +229,10 @@ def encode_questions(
     flat = [(row, None, "") for row in range(len(prompts))]  # a response of its end token alone: the prompt's ids
     flat += [(row, role, text) for role in answers for row, texts in enumerate(answers[role]) for text in texts]
     columns = {"question": [prompts[row] for row, _, _ in flat], "answer": [text for _, _, text in flat]}
-    encoded = tokenize_rows(
-        question_answer_rows(Dataset.from_dict(columns), conversational=chats), tokenizer, backbone, name=name
-    )
+    with private(f"The rows of the {name} set do not make a table"):
+        pairs = question_answer_rows(Dataset.from_dict(columns), conversational=chats)
+    numbers = [row for row, _, _ in flat]
+    encoded = tokenize_rows(pairs, tokenizer, backbone, name=name, allow_blank=True, numbers=numbers)
     questions = [
         Question(prompt, tuple(texts), {})
         for prompt, texts in zip(encoded.prompts, references, strict=False)  # the first len(prompts) are these

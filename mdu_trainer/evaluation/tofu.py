@@ -10,23 +10,25 @@ harmonic mean of these three on all sets but forget, and forget quality, the p-v
 ratios of the forget rows are those of a model that never saw them.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..files import UserError, write_whole
+from ..files import Record, UserError
 from ..generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
+from ..reading import private
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
 from .report import Estimate, Run, Scores
 from .runner import score_questions
 from .scoring import Figures, QuestionSet, choose_metrics, digest, encode_questions, estimates
-from .sources import check_texts, config_names, load_config, spread
+from .sources import check_texts, config_names, first_rows, load_config, spread
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 TOFU_METRICS = ("rougeL", "probability", "truth_ratio", "degeneracy")
@@ -35,7 +37,7 @@ UTILITY = ("rougeL_recall", "probability", "truth_ratio")
 
 
 @dataclass(frozen=True)
-class TruthRatios:
+class TruthRatios(Record):
     """The truth ratios of a model that never saw the forget rows: what forget quality compares with.
 
     Attributes:
@@ -43,29 +45,25 @@ class TruthRatios:
         values: a truth ratio a row.
     """
 
+    kind: ClassVar[str] = "log of truth ratios"
+    remedy: ClassVar[str] = "evaluate the retain model again"
+
     questions: str
     values: list[float]
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path, forget: Dataset) -> "TruthRatios":
         """Read what `save` wrote, for these forget rows.
 
         Raises:
-            ValueError: for another kind of file, or a log of other questions.
+            FileNotFoundError: there is no such file.
+            UserError: another kind of file, or a log of other questions.
         """
-        try:
-            content = json.loads(Path(path).read_text())
-            log = cls(content["questions"], content["values"])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a log of truth ratios, as TruthRatios.save writes it.") from error
-        log.check(forget, str(path))
+        log = super().load(path)
+        log.check_rows(forget, str(path))
         return log
 
-    def check(self, forget: Dataset, name: str = "The log") -> None:
+    def check_rows(self, forget: Dataset, name: str = "The log") -> None:
         """Refuse forget rows whose questions are not those of the log."""
         if self.questions != question_digest(forget) or len(self.values) != len(forget):
             raise UserError(
@@ -98,8 +96,9 @@ def load_tofu(
     *,
     max_rows: int | None = None,
     max_retain_rows: int | None = None,
+    keep_dataset_cache: bool = False,
 ) -> dict[str, Dataset]:
-    """The sets to evaluate on.
+    """The sets to evaluate on. All rows that are loaded are checked, whether they are used or not.
 
     Perturbed and paraphrased answers come from the configs that hold them (`forget10_perturbed`, `retain_perturbed`),
     where the data has them. Real authors and world facts are left out where it has not.
@@ -109,24 +108,26 @@ def load_tofu(
         forget, retain: names of configs.
         max_rows: use so many evenly spaced rows of each set.
         max_retain_rows: take the rows to keep from so many first ones, where a model learned no more.
+        keep_dataset_cache: as in `load_config`.
 
     Raises:
-        ValueError: for an unknown config or rows that cannot be scored.
+        ValueError: for an unknown config, rows that cannot be scored, or a number of rows below 1.
     """
     names = config_names(source)
+    load = partial(load_config, source, keep_dataset_cache=keep_dataset_cache)
     sets = {}
     for name, config in (("forget", forget), ("retain", retain)):
-        rows = load_config(source, config)
-        if name == "retain" and max_retain_rows is not None:
-            rows = rows.select(range(min(len(rows), max_retain_rows)))
+        rows = load(config)
+        check_texts(rows, name, {"question": str, "answer": str})
+        if name == "retain":
+            rows = first_rows(rows, max_retain_rows)
         perturbed = next((c for c in (f"{config}_perturbed", f"{name}_perturbed") if c in names), None)
-        sets[name] = rows if perturbed is None else with_wrong_answers(rows, load_config(source, perturbed))
+        sets[name] = rows if perturbed is None else with_wrong_answers(rows, load(perturbed))
     for name in KNOWN_FACTS:
         if f"{name}_perturbed" in names:
-            sets[name] = load_config(source, f"{name}_perturbed")
-    sets = {name: spread(rows, max_rows) for name, rows in sets.items()}
+            sets[name] = load(f"{name}_perturbed")
     check_sets(sets)
-    return sets
+    return {name: spread(rows, max_rows) for name, rows in sets.items()}
 
 
 def with_wrong_answers(rows: Dataset, perturbed: Dataset) -> Dataset:
@@ -195,11 +196,11 @@ def evaluate_tofu(
         show_progress: show a progress bar.
 
     Raises:
-        ValueError: as `check_sets` and `TruthRatios.check`, and for metrics or a progress file that do not fit.
+        ValueError: as `check_sets` and `TruthRatios.check_rows`, and for metrics or a progress file that do not fit.
     """
     check_sets(sets)
     if retain_log is not None:
-        retain_log.check(sets["forget"])
+        retain_log.check_rows(sets["forget"])
     backbone = backbone or resolve_backbone(model, tokenizer)
     questions = tofu_questions(sets, tokenizer, backbone, generation_config, metrics, num_draws)
     scored = score_questions(
@@ -267,7 +268,8 @@ def tofu_questions(
 def longest_answer(sets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest true answer, its end token included."""
     texts = [text for rows in sets.values() for text in rows["answer"]]
-    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
+    with private("The tokenizer failed on the answers"):
+        return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) + 1
 
 
 def question_digest(rows: Dataset) -> str:

@@ -3,17 +3,17 @@
 Reads config and tokenizer files only, no weights. Exits with 1 if the checkpoint is not supported.
 """
 
-import argparse
 import dataclasses
 import sys
 
+from ..commands import ArgumentParser, run
 from .backbone import backbone_name, resolve_backbone
 from .loading import load_config, load_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the `Backbone` of a checkpoint, or why it is not supported."""
-    parser = argparse.ArgumentParser(prog="python -m mdu_trainer.models", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(prog="python -m mdu_trainer.models", description=__doc__.partition("\n")[0])
     parser.add_argument("name_or_path", help="a Hub id or a directory")
     parser.add_argument("--trust_remote_code", action="store_true", help="run config and tokenizer code it ships")
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
@@ -34,4 +34,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(main))
