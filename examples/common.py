@@ -22,6 +22,7 @@ from mdu_trainer.data import question_answer_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import load_tofu
+from mdu_trainer.files import without_secrets
 from mdu_trainer.models import load_checkpoint
 from mdu_trainer.provenance import Facts
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
@@ -144,15 +145,15 @@ def train_seconds(folder: Path) -> float:
 
 
 def settings(*arguments) -> dict:
-    """What differs from the defaults, without secrets or names of people; as YAML it repeats the run."""
+    """What differs from the defaults, without secrets at any depth or names of people; as YAML it repeats the run."""
     changed = {}
     for values in arguments:
         for f in dataclasses.fields(values):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            kept = f.init and f.name not in PRIVATE + THIS_TIME and not f.name.endswith("token")
+            kept = f.init and f.name not in PRIVATE + THIS_TIME
             if kept and getattr(values, f.name) != default:
                 changed[f.name] = getattr(values, f.name)
-    return changed
+    return without_secrets(changed)
 
 
 def claim(folder: Path, models: list[Path], base: str | None, overwrite: bool) -> None:

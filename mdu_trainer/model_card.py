@@ -7,14 +7,17 @@ is left out.
 """
 
 import argparse
+import json
 import math
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
@@ -24,6 +27,7 @@ from .attacks.recovery import Recovery
 from .descriptions import METHODS, METRICS
 from .evaluation.report import Results, Run, Scores
 from .files import UserError
+from .markup import markdown_code, markdown_text
 from .provenance import Facts
 
 logger = logging.get_logger(__name__)
@@ -41,6 +45,7 @@ ResultsLike = Results | str | Path | Literal[False] | None
 NEVER_TRAINED = "retain model"  # the run of a model that never saw the rows to forget
 RETAIN_LOSSES = {"nelbo": "the masked-diffusion bound a token", "kl": "the divergence from the model at the start"}
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CHAT_PROMPT = '[{"role": "user", "content": "Say hello."}]'
 TEXT_PROMPT = '"The sea is"'
 
@@ -101,23 +106,28 @@ def unlearned_model_card(
         eval_results=None if run is None else eval_results(run, data_name(results)),
         **known,
     )
-    base_words = f"[{base}](https://huggingface.co/{base})" if base else LOCAL_BASE
+    is_id = base is not None and HUB_ID.fullmatch(base)
+    base_words = f"[{markdown_text(base)}](https://huggingface.co/{base})" if is_id else base or LOCAL_BASE
+    base_words = base_words if is_id else markdown_text(base_words)
     return ModelCard.from_template(
         data,
         template_path=str(template_path()),
-        title=title,
+        title=markdown_text(title),
         what=f"{base_words[0].upper()}{base_words[1:]} that was trained to forget a part of what it had learned"
         + (", as an adapter." if adapter else "."),
         facts=facts,
-        forget=" ".join((description or facts.description or str(facts.forget)).split()).rstrip("."),
+        forget=markdown_text(description or facts.description or str(facts.forget)).rstrip("."),
+        retain=markdown_text(facts.retain),
+        versions={markdown_text(name): markdown_text(value) for name, value in facts.versions.items()},
         **_words(facts),
         **_figures(results, run),
         **attack_words(recovery, facts),
-        picture=picture,
+        picture=picture and quote(picture),
         adapter=adapter,
-        repo=repo_id or "PATH",
+        newest=markdown_text(facts.versions["mdu_trainer"]),
+        repo=_string(repo_id or "PATH"),
         where=_revision(revision),
-        base=base,
+        base=_string(base),
         base_where=_revision(facts.base_revision if base == facts.base_model else None),
         prompt=CHAT_PROMPT if chats else TEXT_PROMPT,
     )
@@ -295,7 +305,7 @@ def _words(facts: Facts) -> dict[str, Any]:
     """What the template says of the method and the training."""
     return {
         "method": METHODS[facts.method],
-        "options": {name: value for name, value in facts.options.items() if not name.startswith("retain_")},
+        "options": [markdown_code(f"{k}={v}") for k, v in facts.options.items() if not k.startswith("retain_")],
         "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
         "training": _training(facts),
     }
@@ -306,9 +316,9 @@ def _figures(results: Results | None, run: Run | None) -> dict[str, Any]:
     if results is None or run is None:
         return {}
     return {
-        "table": Results("", "", {}, _compared(results, run)).details(),
+        "table": Results("", "", {}, [_as_text(one) for one in _compared(results, run)]).details(),
         "metrics": _metrics(run),
-        "dataset": data_name(results),
+        "dataset": markdown_text(data_name(results)),
         "kept_was_measured": "retain" in run.scores,
         "never_trained": any(other.method == NEVER_TRAINED for other in results.runs),
     }
@@ -318,6 +328,18 @@ def _compared(results: Results, run: Run) -> list[Run]:
     """The columns of the card's table: the base, this model, and one that never saw the rows."""
     others = {name: [other for other in results.runs if other.method == name] for name in ("base", NEVER_TRAINED)}
     return [*others["base"], run, *others[NEVER_TRAINED]]
+
+
+def _as_text(run: Run) -> Run:
+    """A run whose names are no Markdown."""
+
+    def texts(figures: Mapping[str, Any]) -> dict[str, Any]:
+        return {markdown_text(name): figure for name, figure in figures.items()}
+
+    settings = {k: markdown_text(v) if isinstance(v, str) else v for k, v in texts(run.settings).items()}
+    scores = {name: texts(figures) for name, figures in texts(run.scores).items()}
+    summary, rows = texts(run.summary), texts(run.rows)
+    return replace(run, method=markdown_text(run.method), scores=scores, summary=summary, rows=rows, settings=settings)
 
 
 def _metrics(run: Run) -> dict[str, str]:
@@ -330,11 +352,17 @@ def _training(facts: Facts) -> dict[str, Any]:
     trained = {"trained": ", ".join(f"{k} {v}" for k, v in adapter.items()) if adapter else "all weights"}
     base = {"base revision": facts.base_revision} if facts.base_revision else {}
     values = {name.replace("_", " "): value for name, value in facts.training.items() if value is not None}
-    return base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
+    shown = base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
+    return {markdown_text(name): markdown_text(value) for name, value in shown.items()}
 
 
 def _revision(revision: str | None) -> str:
-    return f', revision="{revision}"' if revision else ""
+    return f", revision={_string(revision)}" if revision else ""
+
+
+def _string(text: str | None) -> str:
+    """A string of Python, in double quotes."""
+    return json.dumps(text)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -26,7 +26,7 @@ from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
 from mdu_trainer.evaluation.report import Estimate, Results, Run
 from mdu_trainer.hub import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
 from mdu_trainer.provenance import Facts
-from mdu_trainer.testing import forget_retain_split, tiny_mdlm
+from mdu_trainer.testing import dataset_texts, forget_retain_split, tiny_mdlm, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "org/forgets"
@@ -75,6 +75,12 @@ def hub(monkeypatch, tmp_path_factory):
         hub_api.cache_clear()
         yield server
         hub_api.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(authors):
+    """Trained on what is kept, so that no name to forget is one of its tokens."""
+    return train_tokenizer(dataset_texts(forget_retain_split(authors)[1].select_columns(["question", "answer"])))
 
 
 @pytest.fixture(scope="module")

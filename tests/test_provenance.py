@@ -157,7 +157,9 @@ def test_names_of_a_data_set_survive_the_turns(tofu_path, tmp_path):
     from mdu_trainer.provenance import set_facts
 
     dataset = load_dataset(str(tofu_path), "forget01", split="train", cache_dir=str(tmp_path))
-    facts = set_facts(question_answer_rows(dataset, conversational=True))
+    key = bytes(16)
+    facts = set_facts(question_answer_rows(dataset, conversational=True), key)
     assert (facts.name, facts.config, facts.split, facts.rows) == ("tofu", "forget01", "train", 40)
     assert str(facts) == "tofu, forget01, train" and str(SetFacts(3, "f")) == "an unnamed data set"
-    assert facts.fingerprint == set_facts(question_answer_rows(dataset, conversational=True)).fingerprint
+    assert facts.fingerprint == set_facts(question_answer_rows(dataset, conversational=True), key).fingerprint
+    assert facts.fingerprint != set_facts(question_answer_rows(dataset, conversational=True), bytes(15)).fingerprint

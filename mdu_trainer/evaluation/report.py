@@ -1,12 +1,13 @@
 """The outcome of a comparison: one typed record, tables to read, a JSON file to keep. Figures only, never texts."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files import UserError, write_whole
+from ..files import UserError, without_secrets, write_whole
 
 SCHEMA = 2
 
@@ -119,8 +120,9 @@ class Results:
     runs: list[Run] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+        """Write JSON, whole or not at all, without the secrets among the settings."""
+        content = asdict(self) | {"settings": without_secrets(self.settings)}
+        write_whole(path, json.dumps({"schema": SCHEMA} | content, indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Results":
@@ -182,9 +184,10 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A Markdown table, padded to be read as it is too.
 
     Args:
-        rows: the cells, the first row being the header.
+        rows: the cells, the first row being the header. A bar in one is escaped, a line break becomes a space.
         text_columns: so many columns on the left are aligned to the left, the others to the right.
     """
+    rows = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = [i < text_columns for i in range(len(widths))]
     lines = [
@@ -199,7 +202,8 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
 
 def parse_markdown_table(text: str) -> list[list[str]]:
     """The cells of a table of `markdown_table`, the header first."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.strip().splitlines()]
+    lines = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in text.strip().splitlines()]
+    rows = [[cell.strip().replace("\\|", "|") for cell in line] for line in lines]
     return [rows[0], *rows[2:]]
 
 
