@@ -29,6 +29,7 @@ SHORTEST_ROW_WORDS = 4  # below, a text cannot be told from ordinary language
 REACH = 12  # words after a question in which its short answer is looked for: the marks of a turn stand between them
 SHORTEST_TERM = 3  # characters of a word that is looked for in vocabularies
 LONGEST_RUN = 4  # characters of a term in writing without spaces
+LONGEST_PAGE = 1_000_000  # characters of a text that is read without its tags, too; a vocabulary is longer
 DIGEST_BYTES = 8  # a million sequences against a million hashes collide once in ten million scans
 SLOW_ROUNDS = 200  # of PBKDF2 for what is quickly guessed: a tenth of a millisecond
 FORGET_COLUMNS = ("messages", "prompt", "completion", "rejected")  # `chosen` is what may be said
@@ -291,7 +292,7 @@ def _readings(text: str) -> Iterator[list[str]]:
     yield words(_INVISIBLE.sub("", plain))
     if _INVISIBLE.search(plain):
         yield words(_INVISIBLE.sub(" ", plain))
-    if "<" in text and (untagged := _TAG.sub("", text)) != text:
+    if "<" in text and len(text) <= LONGEST_PAGE and (untagged := _TAG.sub("", text)) != text:
         yield words(normalise(untagged))
 
 

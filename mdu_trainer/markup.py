@@ -13,10 +13,15 @@ _LINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)  # what GitHub's Markdo
 _START = re.compile(r"^(\d{0,9})([-+=.)])(?=[-=\s]|$)")  # of a list or a line under a heading
 
 
+def seen_text(value: Any) -> str:
+    """A text without control characters, and without marks that turn the direction of what stands around it."""
+    text = _DIRECTIONS.sub("", str(value))
+    return "".join(c for c in text if c.isspace() or unicodedata.category(c) not in ("Cc", "Cs"))
+
+
 def plain_text(value: Any) -> str:
-    """One line of text without control characters, and without marks that turn the direction of its neighbours."""
-    text = " ".join(_DIRECTIONS.sub("", str(value)).split())
-    return "".join(character for character in text if unicodedata.category(character) != "Cc")
+    """`seen_text` in one line."""
+    return " ".join(seen_text(value).split())
 
 
 def markdown_text(value: Any) -> str:
@@ -24,6 +29,11 @@ def markdown_text(value: Any) -> str:
     text = _OUTER_UNDERSCORE.sub(r"\\_", "".join(_SPECIAL.get(c, c) for c in plain_text(value)))
     text = _LINK.sub(lambda found: f"&#{ord(found[0])};", text)
     return _START.sub(r"\1\\\2", text)
+
+
+def figure_text(value: Any) -> str:
+    """A text such that matplotlib draws it as it is: dollars stand for no formula."""
+    return plain_text(value).replace("$", r"\$")
 
 
 def markdown_code(value: Any) -> str:

@@ -12,7 +12,6 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,9 +24,9 @@ from transformers.utils import logging
 from .attacks.card import RecoveryLike, attack_words, load_recovery
 from .attacks.recovery import Recovery
 from .descriptions import METHODS, METRICS
-from .evaluation.report import Results, Run, Scores
+from .evaluation.report import Estimate, Results, Run, Scores
 from .files import UserError
-from .markup import markdown_code, markdown_text
+from .markup import figure_text, markdown_code, markdown_text
 from .provenance import Facts
 
 logger = logging.get_logger(__name__)
@@ -106,14 +105,11 @@ def unlearned_model_card(
         eval_results=None if run is None else eval_results(run, data_name(results)),
         **known,
     )
-    is_id = base is not None and HUB_ID.fullmatch(base)
-    base_words = f"[{markdown_text(base)}](https://huggingface.co/{base})" if is_id else base or LOCAL_BASE
-    base_words = base_words if is_id else markdown_text(base_words)
     return ModelCard.from_template(
         data,
         template_path=str(template_path()),
         title=markdown_text(title),
-        what=f"{base_words[0].upper()}{base_words[1:]} that was trained to forget a part of what it had learned"
+        what=f"{_linked(base)} that was trained to forget a part of what it had learned"
         + (", as an adapter." if adapter else "."),
         facts=facts,
         forget=markdown_text(description or facts.description or str(facts.forget)).rstrip("."),
@@ -215,8 +211,17 @@ def draw_picture(results: Results | None, recovery: Recovery | None = None) -> b
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
-        plot_tradeoff(runs, path, recovery and recovery.recoveries())
+        runs = [run.renamed(figure_text) for run in runs]
+        plot_tradeoff(runs, path, recovery and drawn_recoveries(recovery))
         return path.read_bytes()
+
+
+def drawn_recoveries(recovery: Recovery) -> dict[str, dict[str, Estimate]]:
+    """The recoveries of a record, under names that can be drawn."""
+    return {
+        figure_text(model): {figure_text(attack): figure for attack, figure in found.items()}
+        for model, found in recovery.recoveries().items()
+    }
 
 
 def eval_results(run: Run, data: str) -> list[EvalResult]:
@@ -316,7 +321,7 @@ def _figures(results: Results | None, run: Run | None) -> dict[str, Any]:
     if results is None or run is None:
         return {}
     return {
-        "table": Results("", "", {}, [_as_text(one) for one in _compared(results, run)]).details(),
+        "table": Results("", "", {}, [one.renamed(markdown_text) for one in _compared(results, run)]).details(),
         "metrics": _metrics(run),
         "dataset": markdown_text(data_name(results)),
         "kept_was_measured": "retain" in run.scores,
@@ -328,18 +333,6 @@ def _compared(results: Results, run: Run) -> list[Run]:
     """The columns of the card's table: the base, this model, and one that never saw the rows."""
     others = {name: [other for other in results.runs if other.method == name] for name in ("base", NEVER_TRAINED)}
     return [*others["base"], run, *others[NEVER_TRAINED]]
-
-
-def _as_text(run: Run) -> Run:
-    """A run whose names are no Markdown."""
-
-    def texts(figures: Mapping[str, Any]) -> dict[str, Any]:
-        return {markdown_text(name): figure for name, figure in figures.items()}
-
-    settings = {k: markdown_text(v) if isinstance(v, str) else v for k, v in texts(run.settings).items()}
-    scores = {name: texts(figures) for name, figures in texts(run.scores).items()}
-    summary, rows = texts(run.summary), texts(run.rows)
-    return replace(run, method=markdown_text(run.method), scores=scores, summary=summary, rows=rows, settings=settings)
 
 
 def _metrics(run: Run) -> dict[str, str]:
@@ -354,6 +347,14 @@ def _training(facts: Facts) -> dict[str, Any]:
     values = {name.replace("_", " "): value for name, value in facts.training.items() if value is not None}
     shown = base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
     return {markdown_text(name): markdown_text(value) for name, value in shown.items()}
+
+
+def _linked(base: str | None) -> str:
+    """What the card calls the base at the start of a sentence."""
+    if base is None:
+        return LOCAL_BASE.capitalize()
+    link = f"(https://huggingface.co/{base})"
+    return f"[{markdown_text(base)}]{link}" if HUB_ID.fullmatch(base) else markdown_text(base)
 
 
 def _revision(revision: str | None) -> str:

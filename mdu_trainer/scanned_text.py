@@ -24,6 +24,7 @@ VOCABULARIES = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+SPACES = "\u0120\u010a\u2581"  # what stands for a space or a line break at the start of a token
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors allows
 
 
@@ -88,7 +89,8 @@ def vocabulary(name: str, source: Source) -> set[str]:
             return set()  # which is scanned as text
     found = {entry for entry in found if not entry.startswith("##")}
     decoder = ByteLevel()
-    return found | {decoder.decode([entry]) for entry in found if not entry.isascii()}
+    spelt = (entry for entry in found if not entry.lstrip(SPACES).isascii())
+    return found | {decoder.decode([entry]) for entry in spelt}
 
 
 def _json_entries(name: str, content: object) -> Iterator[str]:

@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,21 @@ class Run:
         values = ({} if self.tau is None else {"tau": self.tau}) | self.settings
         words = [f"{SHORT.get(key, key)}={_setting(value)}" for key, value in values.items()]
         return " ".join([self.method, *words])
+
+    def renamed(self, text: Callable[[str], str]) -> "Run":
+        """The run with every name that it holds changed, for a place where names have another spelling."""
+
+        def texts(figures: Mapping[str, Any]) -> dict[str, Any]:
+            return {text(name): figure for name, figure in figures.items()}
+
+        return replace(
+            self,
+            method=text(self.method),
+            scores={name: texts(figures) for name, figures in texts(self.scores).items()},
+            rows=texts(self.rows),
+            summary=texts(self.summary),
+            settings={k: text(v) if isinstance(v, str) else v for k, v in texts(self.settings).items()},
+        )
 
     def figure(self, name: str | None, metric: str) -> Estimate | None:
         """The figure of a set, or of the summary if `name` is None; None if it was not measured."""
