@@ -494,10 +494,9 @@ def test_hashes_that_are_not_whole_stop_a_push(hub, checkpoint, rows, damage, ca
 
 def test_texts_that_no_scan_finds_are_counted(hub, rows, tokenizer, tmp_path, capsys, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
-    short = Dataset.from_dict(
-        {"prompt": ["Who?", "Where was the author born, in which town?"], "completion": ["Ada"] * 2}
-    )
-    kept = Dataset.from_dict({"prompt": ["Who wrote it?"] * 2, "completion": ["Nobody knows"] * 2})
+    question = "Where was the author born, in which town?"
+    short = Dataset.from_dict({"prompt": ["Who?", question], "completion": ["Ada"] * 2})
+    kept = Dataset.from_dict({"prompt": ["Who wrote it?", question], "completion": ["Nobody knows"] * 2})
     trainer = make_trainer(tmp_path / "out", (short, kept), tokenizer)
     trainer.save_model()
     assert "2 texts of the forget set have fewer than 4 words" in caplog.text
@@ -615,7 +614,7 @@ def test_adapters_that_are_not_whole(hub, rows, tokenizer, checkpoint, tmp_path)
     one = sorted(tensors)[0]
     wrong = {
         "lacks": {name: tensor for name, tensor in tensors.items() if name != one},
-        "does not ask for": tensors | {one.replace("layers.0", "layers.9"): tensors[one]},
+        "does not ask for": tensors | {one.replace("layers.0", "layers.9"): tensors[one].clone()},
         "other shapes": tensors | {one: torch.zeros(3, 3)},
         "NaN": tensors | {one: torch.full_like(tensors[one], torch.nan)},
     }

@@ -97,6 +97,7 @@ def with_roles_and_recovery(folder):
     ]
     tokens = dict.fromkeys(ROLES, 8)
     RoleReport("d", RoleSettings(), tokens, tokens, [], runs).save(folder / "roles.json")
+    assert (folder / "roles.json").stat().st_mode & 0o077 == 0, "it has a hash of the rows"
     models = {"base": 0.987, "never trained": 0.0, "mdu tau=0": 0.123}
     outcomes = {name: Outcome(Estimate(0.0), Estimate(value)) for name, value in models.items()}
     outcomes["mdu tau=0"] = Outcome(Estimate(0.0), Estimate(0.123), Estimate(0.25, 0.1, 0.4))

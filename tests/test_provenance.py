@@ -1,12 +1,11 @@
 """What a checkpoint keeps: facts without texts, and hashes that recognise a quote."""
 
 import hashlib
+import importlib
 import json
 import logging
-import os
 import re
 import stat
-import subprocess
 import sys
 import time
 import unicodedata
@@ -16,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
+from mdu_trainer.evaluation.progress import ProgressFile
 from mdu_trainer.files import UserError, without_secrets
 from mdu_trainer.forget_hashes import FORGET_COLUMNS, ForgetHashes, normalise, row_texts, words
 from mdu_trainer.provenance import Facts, SetFacts, set_facts, whole_hashes
@@ -395,16 +395,18 @@ def test_secrets_are_dropped_at_any_depth():
     assert without_secrets(harmless) == harmless
 
 
-def test_settings_of_the_scripts_hold_no_secret(tmp_path):
-    code = (
-        "import common, json, sys; from trl import ModelConfig; from mdu_trainer import MDUConfig\n"
-        "nested = {'token': 'plain', 'revision': 'main', 'headers': {'x': sys.argv[1]}}\n"
-        "config = MDUConfig('out', hub_token='plain2', model_init_kwargs=nested, use_cpu=True)\n"
-        "print(json.dumps(common.settings(config), default=str))"
-    )
-    environment = os.environ | {"PYTHONPATH": f"{ROOT / 'examples'}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-c", code, SECRETS[0]]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
-    assert run.returncode == 0, run.stderr[-2000:]
-    settings = json.loads(run.stdout.splitlines()[-1])
-    assert settings["model_init_kwargs"] == {"revision": "main", "headers": {}} and "plain" not in run.stdout
+def test_settings_of_the_scripts_hold_no_secret(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    common = importlib.import_module("common")
+    nested = {"token": "plain", "revision": "main", "headers": {"x": SECRETS[0]}}
+    config = MDUConfig(str(tmp_path), hub_token="plain", model_init_kwargs=nested, use_cpu=True)
+    settings = common.settings(config)
+    assert settings["model_init_kwargs"] == {"revision": "main", "headers": {}} and "hub_token" not in settings
+    assert settings["use_cpu"] is True
+
+
+def test_progress_is_for_its_owner_alone(tmp_path):
+    with ProgressFile(tmp_path / "progress.jsonl") as progress:
+        progress.resume({"progress": 1}, dict)
+        progress.append([{"row": 0}])
+    assert stat.S_IMODE((tmp_path / "progress.jsonl").stat().st_mode) == 0o600

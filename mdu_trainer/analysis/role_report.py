@@ -119,8 +119,8 @@ class RoleReport:
     runs: list[RoleRun] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all."""
-        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self)) + "\n")
+        """Write JSON, whole or not at all, readable by its owner alone: it has a hash of the rows."""
+        write_whole(path, json.dumps({"schema": SCHEMA} | asdict(self)) + "\n", private=True)
 
     @classmethod
     def load(cls, path: str | Path) -> "RoleReport":
