@@ -28,7 +28,7 @@ from mdu_trainer.data import question_answer_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import load_tofu
-from mdu_trainer.files import UserError, read_json, typed
+from mdu_trainer.files import UserError, read_json, typed, without_secrets
 from mdu_trainer.models import base_of, load_checkpoint
 from mdu_trainer.provenance import Facts
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
@@ -174,16 +174,15 @@ def train_seconds(folder: Path) -> float:
 
 
 def settings(*arguments) -> dict:
-    """What differs from the defaults, without secrets or names of people; as YAML it repeats the run."""
+    """What differs from the defaults, without secrets at any depth or names of people; as YAML it repeats the run."""
     changed = {}
     for values in arguments:
         for f in dataclasses.fields(values):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-            kept = f.init and f.name not in PRIVATE + THIS_TIME and not f.name.endswith("token")
             value = getattr(values, f.name)
-            if kept and value != default:
+            if f.init and f.name not in PRIVATE + THIS_TIME and value != default:
                 changed[f.name] = value.value if isinstance(value, Enum) else value
-    return changed
+    return without_secrets(changed)
 
 
 def check_models(model_args: ModelConfig, **paths: str | None) -> None:

@@ -33,6 +33,12 @@ def main() -> None:
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
     parser.add_argument("--description", help="one line on what was to be forgotten; it is published")
     parser.add_argument("--dry_run", action="store_true", help="print files and card, and send nothing")
+    parser.add_argument(
+        "--no-leak-scan",
+        dest="leak_scan",
+        action="store_false",
+        help="publish without the scan for rows to forget, also where its hashes are missing",
+    )
     options = vars(parser.parse_args())
     private = not options.pop("public")
     check_repository(options["repo_id"], "repo_id")

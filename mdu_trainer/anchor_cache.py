@@ -139,7 +139,7 @@ class AnchorCache:
         if state.is_main_process:
             with data.open("rb") as file:
                 os.fsync(file.fileno())
-            write_whole(header_path, json.dumps(header))
+            write_whole(header_path, json.dumps(header), private=True)
 
     def _map(self, header: dict) -> Tensor:
         width, dtype = header["width"], getattr(torch, header["dtype"])

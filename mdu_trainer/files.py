@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,12 +23,52 @@ _WORDS = {
 
 R = TypeVar("R", bound="Record")
 
+SECRET_KEY = re.compile(
+    r"(^|[_\-.])(token|secrets?|passwords?|passwd|passphrase|(api|access|secret|private|auth|account|signing)[_-]?key|"
+    r"credentials?|authorization|auth|cookies?|bearer)$",
+    re.IGNORECASE,
+)
+SPECIAL_TOKEN = re.compile(r"(pad|mask|eos|bos|eot|unk|sep|cls|end|image|video|audio)_token", re.IGNORECASE)
+SECRET = re.compile(
+    r"\b(hf_(?=[A-Za-z0-9]*[0-9A-Z])[A-Za-z0-9]{8,}|(hf|api_org)_[A-Za-z0-9]{16,}"  # Hugging Face
+    r"|sk-[A-Za-z0-9_-]{16,}|(gh[opsur]|github_pat)_[A-Za-z0-9_]{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,}"
+    r"|(AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*)"  # AWS, Google, JWT
+    r"|(?i:\bbearer\s+[\w.~+/-]{8,}|\bbasic\s+[\w+/]{16,}=*)|-----BEGIN [A-Z ]*PRIVATE KEY|://[^/\s:@]*:[^/\s@]+@"
+)
+
 
 class UserError(ValueError):
     """A mistake that the user can mend. The message says what is wrong, where, and what to do; it quotes no row.
 
     Scripts print it in one line and end with status 2 (`mdu_trainer.commands.run`).
     """
+
+
+def without_secrets(value: Any) -> Any:
+    """A setting without access tokens and passwords, at any depth of dicts, lists and tuples.
+
+    Dropped is what has the name of a secret (`hub_token`, `api_key`, ...), and what looks like one under any name:
+    tokens of the Hub, OpenAI, GitHub, GitLab, Slack, AWS and Google, JWTs, bearer headers, private keys, passwords in
+    URLs. A secret on its own becomes None.
+    """
+    if isinstance(value, dict):
+        kept = {key: item for key, item in value.items() if not (_names_secret(key) or looks_like_secret(item))}
+        return {key: without_secrets(item) for key, item in kept.items()}
+    if type(value) in (list, tuple):
+        return type(value)(without_secrets(item) for item in value if not looks_like_secret(item))
+    return None if looks_like_secret(value) else value
+
+
+def looks_like_secret(value: Any) -> bool:
+    """Whether a text holds what looks like an access token or a password."""
+    return isinstance(value, str) and SECRET.search(value) is not None
+
+
+def _names_secret(key: Any) -> bool:
+    if not isinstance(key, str):
+        return False
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)  # apiKey
+    return looks_like_secret(key) or bool(SECRET_KEY.search(name)) and not SPECIAL_TOKEN.fullmatch(name)
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
@@ -163,8 +204,12 @@ def decode(hint: type[R], content: Any, path: str | Path, kind: str, remedy: str
         raise UserError(f"{path} is not {kind}: {reason}. To mend it, {remedy}.") from None
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The content of a JSON file beside the weights, without its schema.
+def read_record(path: Path, schemas: tuple[int, ...] = (SCHEMA,)) -> tuple[int, dict[str, Any]]:
+    """The schema of a JSON file beside the weights, and the rest of its content.
+
+    Args:
+        path: of the file.
+        schemas: those that the caller reads, the newest last.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -178,11 +223,11 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         found = content.pop("schema")
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} cannot be read. Save the model with the trainer again.") from None
-    if found != SCHEMA:
-        raise UserError(f"{path} has another schema than {SCHEMA}, which this version reads: save the model again.")
-    return content
+    if found not in schemas:
+        raise UserError(f"{path} has schema {found}, this version reads {schemas[-1]}: save the model again.")
+    return found, content
 
 
 def typed(hint: Any, value: Any, place: str = "") -> Any:

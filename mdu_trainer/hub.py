@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from . import __version__
 from .attacks.card import RECOVERY, RecoveryLike, load_recovery
@@ -34,16 +35,17 @@ from .model_card import (
     load_results,
     unlearned_model_card,
 )
-from .models import load_model
-from .provenance import FACTS_FILE, Facts
+from .models import load_model, load_tokenizer
+from .provenance import FACTS_FILE, Facts, whole_hashes
 from .run_lock import LOCK
+from .scanned_text import Source, content_of
 from .upload import (
     ADAPTER_CONFIG,
     LeakError,
-    Source,
-    check_finite,
+    check_secrets,
     check_texts,
-    content_of,
+    check_vocabulary,
+    check_weights,
     extra_files,
     given_records,
     is_tokenizer_file,
@@ -54,6 +56,8 @@ from .upload import (
 )
 
 __all__ = ["LeakError", "Push", "PushError", "prepare_push", "push_unlearned_model"]
+
+logger = logging.get_logger(__name__)
 
 SHARD_SIZE = "5GB"
 # What another push may have left in a repository, and what would be loaded instead of, or on top of, this one's
@@ -96,12 +100,14 @@ class Push:
         folder: where the files are from.
         files: path in the repository -> file or content.
         left: files of the folder that stay where they are.
+        scan: what was scanned for rows to forget, in one sentence.
     """
 
     target: Target
     folder: Path
     files: dict[str, Source] = field(repr=False)
     left: list[str]
+    scan: str
 
     def summary(self) -> str:
         """The list with sizes, what stays, and the card."""
@@ -111,7 +117,7 @@ class Push:
         visibility = "private" if self.target.private else "public"
         return "\n".join(
             [f"To {self.target.repo_id} ({visibility}), {sum(sizes.values()):,} bytes:", *lines]
-            + ["", f"Not uploaded: {', '.join(self.left) or 'nothing'}", "", self.files[CARD].decode()]
+            + ["", f"Not uploaded: {', '.join(self.left) or 'nothing'}", self.scan, "", self.files[CARD].decode()]
         )
 
     def __call__(self) -> CommitInfo:
@@ -171,13 +177,15 @@ def push_unlearned_model(
     token: str | None = None,
     dry_run: bool = False,
     description: str | None = None,
+    leak_scan: bool = True,
 ) -> CommitInfo | None:
     """Publish an unlearned model, with a card that holds its measured figures, in one commit.
 
-    Before anything is sent, the weights are checked to be finite, and every text is scanned for sentences of the rows
-    to forget, by the hashes that `MDUTrainer` keeps beside the weights. `auto_map` is dropped from the config: the
-    code that it names is not copied, and `mdu_trainer` loads LLaDA and Dream without it. Weights of an earlier push
-    under other names are deleted in the same commit, for they would be loaded instead.
+    Before anything is sent, the weights are checked to be whole and finite, and every text and name is scanned for
+    sentences of the rows to forget, by the hashes that `MDUTrainer` keeps beside the weights; the tokenizer's
+    vocabulary for words that only those rows hold, other than entries of a base on the Hub. `auto_map` is dropped from
+    the config: the code that it names is not copied, and `mdu_trainer` loads LLaDA and Dream without it. Weights of an
+    earlier push under other names are deleted in the same commit, for they would be loaded instead.
 
     Args:
         model_or_path: a checkpoint of `MDUTrainer`, or a model loaded from one. (A `PeftModel` does not know the
@@ -195,6 +203,8 @@ def push_unlearned_model(
         token: by default the one that `hf auth login` stored.
         dry_run: print the files with sizes and the card, and send nothing.
         description: one line on what was to be forgotten, in place of the checkpoint's. It is published.
+        leak_scan: False publishes without looking for rows to forget, also where the hashes are missing or damaged.
+            The log says so.
 
     Returns:
         What was committed, None for a dry run.
@@ -202,9 +212,10 @@ def push_unlearned_model(
     Raises:
         LeakError: a file quotes a row to forget. Nothing was sent.
         PushError: the Hub could not be reached or refused. The folder and earlier revisions are as they were.
-        ValueError: weights that are not finite, an adapter on a base that nobody else has, results of another model,
-            or a public repository where a private one was asked for. Nothing was sent.
-        FileNotFoundError: weights, or the files of `MDUTrainer`, are missing.
+        ValueError: weights that are not whole or not finite, hashes that are not those which the trainer wrote, a file
+            that is a link, an adapter on a base that nobody else has, results of another model, or a public repository
+            where a private one was asked for. Nothing was sent.
+        FileNotFoundError: weights, or the facts of `MDUTrainer`, are missing.
     """
     _check_arguments(repo_id, adapter, revision, create_pr)
     with tempfile.TemporaryDirectory() as stage:
@@ -227,6 +238,7 @@ def push_unlearned_model(
             revision=revision,
             create_pr=create_pr,
             token=token,
+            leak_scan=leak_scan,
         )
         if dry_run:
             print(push.summary())
@@ -249,6 +261,7 @@ def prepare_push(
     token: str | None = None,
     commit_message: str = "Upload unlearned model",
     copy_to: str | None = None,
+    leak_scan: bool = True,
     **card_details: str | list[str] | None,
 ) -> Push:
     """Collect, render and check everything that a push sends; nothing is sent before the `Push` is called.
@@ -263,11 +276,13 @@ def prepare_push(
     """
     folder = Path(folder)
     source = source or folder
-    facts, hashes = Facts.load(source), ForgetHashes.load(source)
-    files = model_files(folder, base_model or facts.base_model, facts)
+    facts = Facts.load(source)
+    base = base_model or facts.base_model
+    hashes = whole_hashes(source, facts) if leak_scan else None
+    files = model_files(folder, base, facts)
     if tokenizer is not None:
         files = {name: s for name, s in files.items() if not is_tokenizer_file(name)} | saved_tokenizer(tokenizer)
-    check_finite([s for name, s in files.items() if name.endswith(".safetensors")])
+    check_weights(folder, files)
     given = given_records(source, results, recovery)
     results, recovery = load_results(source, results), load_recovery(source, recovery)
     picture = draw_picture(results, recovery)
@@ -284,11 +299,44 @@ def prepare_push(
         token=token,
         **card_details,
     )
-    files |= extra_files(card, results, recovery, picture, base_model or facts.base_model)
-    check_texts(files | given, hashes)
+    files |= extra_files(card, results, recovery, picture, base)
+    check_secrets(files)
+    if hashes is not None:
+        names = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message, "copy_to": copy_to}
+        check_texts(files | given, hashes, names)
+        revision_of_base = facts.base_revision if base == facts.base_model else None
+        check_vocabulary(files, hashes, lambda: _published_vocabulary(base, revision_of_base, token, private))
     left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
     target = Target(repo_id, private, revision, create_pr, token, commit_message, copy_to)
-    return Push(target, source, files, left)
+    return Push(target, source, files, left, _scan_words(source, hashes))
+
+
+def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
+    """What was scanned, for the log where it is less than everything."""
+    if hashes is None:
+        words = "Scanned for rows to forget: no (leak_scan=False). Nothing has looked whether these files quote them."
+    elif hashes.too_short:
+        words = (
+            f"Scanned for rows to forget: yes, but for {hashes.too_short} texts that are too short to be told from "
+            "ordinary language, their questions included."
+        )
+    else:
+        return "Scanned for rows to forget: yes"
+    logger.warning(f"{folder}: {words}")
+    return words
+
+
+def _published_vocabulary(base: str | None, revision: str | None, token: str | None, private: bool) -> set[str]:
+    """The entries of the base's tokenizer, if whoever will see the model can see the base."""
+    if base is None:
+        return set()
+    try:
+        if not private and hub_api().model_info(base, token=token).private:
+            return set()
+        return set(load_tokenizer(base, revision=revision or "main", token=token).get_vocab())
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.warning(f"The tokenizer of {base} cannot be read to compare vocabularies ({type(error).__name__}).")
+        return set()
 
 
 @functools.cache

@@ -6,12 +6,14 @@ writes `README.md`, and the picture it shows, from what the folder holds. Only m
 is left out.
 """
 
+import json
 import re
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
@@ -20,8 +22,9 @@ from .attacks.card import RecoveryLike, attack_words, load_recovery
 from .attacks.recovery import Recovery
 from .commands import ArgumentParser, run
 from .descriptions import METHODS, METRICS
-from .evaluation.report import Results, Run
+from .evaluation.report import Estimate, Results, Run
 from .files import UserError
+from .markup import figure_text, markdown_code, markdown_text
 from .provenance import Facts
 
 logger = logging.get_logger(__name__)
@@ -39,6 +42,7 @@ ResultsLike = Results | str | Path | Literal[False] | None
 NEVER_TRAINED = "retain model"  # the run of a model that never saw the rows to forget
 RETAIN_LOSSES = {"nelbo": "the masked-diffusion bound a token", "kl": "the divergence from the model at the start"}
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 CHAT_PROMPT = '[{"role": "user", "content": "Say hello."}]'
 TEXT_PROMPT = '"The sea is"'
 
@@ -99,23 +103,25 @@ def unlearned_model_card(
         eval_results=None if run is None else eval_results(run, data_name(results)),
         **known,
     )
-    base_words = f"[{base}](https://huggingface.co/{base})" if base else LOCAL_BASE
     return ModelCard.from_template(
         data,
         template_path=str(template_path()),
-        title=title,
-        what=f"{base_words[0].upper()}{base_words[1:]} that was trained to forget a part of what it had learned"
+        title=markdown_text(title),
+        what=f"{_linked(base)} that was trained to forget a part of what it had learned"
         + (", as an adapter." if adapter else "."),
         facts=facts,
-        forget=" ".join((description or facts.description or str(facts.forget)).split()).rstrip("."),
+        forget=markdown_text(description or facts.description or str(facts.forget)).rstrip("."),
+        retain=markdown_text(facts.retain),
+        versions={markdown_text(name): markdown_text(value) for name, value in facts.versions.items()},
         **_words(facts),
         **_figures(results, run),
         **attack_words(recovery, facts),
-        picture=picture,
+        picture=picture and quote(picture),
         adapter=adapter,
-        repo=repo_id or "PATH",
+        newest=markdown_text(facts.versions["mdu_trainer"]),
+        repo=_string(repo_id or "PATH"),
         where=_revision(revision),
-        base=base,
+        base=_string(base),
         base_where=_revision(facts.base_revision if base == facts.base_model else None),
         prompt=CHAT_PROMPT if chats else TEXT_PROMPT,
     )
@@ -200,8 +206,17 @@ def draw_picture(results: Results | None, recovery: Recovery | None = None) -> b
         return None
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / PICTURE
-        plot_tradeoff(runs, path, recovery and recovery.recoveries())
+        runs = [run.renamed(figure_text) for run in runs]
+        plot_tradeoff(runs, path, recovery and drawn_recoveries(recovery))
         return path.read_bytes()
+
+
+def drawn_recoveries(recovery: Recovery) -> dict[str, dict[str, Estimate]]:
+    """The recoveries of a record, under names that can be drawn."""
+    return {
+        figure_text(model): {figure_text(attack): figure for attack, figure in found.items()}
+        for model, found in recovery.recoveries().items()
+    }
 
 
 def eval_results(run: Run, data: str) -> list[EvalResult]:
@@ -282,7 +297,7 @@ def _words(facts: Facts) -> dict[str, Any]:
     """What the template says of the method and the training."""
     return {
         "method": METHODS[facts.method],
-        "options": {name: value for name, value in facts.options.items() if not name.startswith("retain_")},
+        "options": [markdown_code(f"{k}={v}") for k, v in facts.options.items() if not k.startswith("retain_")],
         "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
         "training": _training(facts),
     }
@@ -293,9 +308,9 @@ def _figures(results: Results | None, run: Run | None) -> dict[str, Any]:
     if results is None or run is None:
         return {}
     return {
-        "table": Results("", "", {}, _compared(results, run)).details(),
+        "table": Results("", "", {}, [one.renamed(markdown_text) for one in _compared(results, run)]).details(),
         "metrics": _metrics(run),
-        "dataset": data_name(results),
+        "dataset": markdown_text(data_name(results)),
         "kept_was_measured": "retain" in run.scores,
         "never_trained": any(other.method == NEVER_TRAINED for other in results.runs),
     }
@@ -317,11 +332,25 @@ def _training(facts: Facts) -> dict[str, Any]:
     trained = {"trained": ", ".join(f"{k} {v}" for k, v in adapter.items()) if adapter else "all weights"}
     base = {"base revision": facts.base_revision} if facts.base_revision else {}
     values = {name.replace("_", " "): value for name, value in facts.training.items() if value is not None}
-    return base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
+    shown = base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
+    return {markdown_text(name): markdown_text(value) for name, value in shown.items()}
+
+
+def _linked(base: str | None) -> str:
+    """What the card calls the base at the start of a sentence."""
+    if base is None:
+        return LOCAL_BASE.capitalize()
+    link = f"(https://huggingface.co/{base})"
+    return f"[{markdown_text(base)}]{link}" if HUB_ID.fullmatch(base) else markdown_text(base)
 
 
 def _revision(revision: str | None) -> str:
-    return f', revision="{revision}"' if revision else ""
+    return f", revision={_string(revision)}" if revision else ""
+
+
+def _string(text: str | None) -> str:
+    """A string of Python, in double quotes."""
+    return json.dumps(text)
 
 
 def _listed(value: str | list[str] | None) -> list[str]:

@@ -29,8 +29,9 @@ from .attacks.card import RECOVERY, load_recovery
 from .attacks.recovery import Recovery
 from .descriptions import METHODS, METRICS
 from .evaluation.report import Results, Run, parse_markdown_table
-from .files import UserError, write_whole
-from .model_card import CARD, RESULTS, chosen_run, data_name, only_finite, template_path
+from .files import UserError, without_secrets, write_whole
+from .markup import figure_text, seen_text
+from .model_card import CARD, RESULTS, chosen_run, data_name, drawn_recoveries, only_finite, template_path
 from .provenance import Facts
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
@@ -158,11 +159,16 @@ def _environment() -> Environment:
         loader=FileSystemLoader(template_path().parent),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_as_typed,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.tests["figure"] = lambda cell: FIGURE.fullmatch(cell) is not None
     return environment
+
+
+def _as_typed(value: Any) -> Any:
+    return seen_text(value) if type(value) is str else value
 
 
 def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str, Any]:
@@ -175,13 +181,15 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
         "results": results,
         "data": data_name(results),
         "model": Path(results.model).name if Path(results.model).is_absolute() else results.model,
-        "settings": [(name, _shown(value)) for name, value in results.settings.items() if value is not None],
+        "settings": [
+            (name, _shown(value)) for name, value in without_secrets(results.settings).items() if value is not None
+        ],
         "table": parse_markdown_table(frontier_table(results, selected)),
         "details": _details(results),
         "selected": selected,
         "problem": problem,
         "metrics": {name: METRICS[name].replace("`", "") for name in measured if name in METRICS},
-        "drawn": _drawn(results.runs, selected, recovery and recovery.recoveries()),
+        "drawn": _drawn(results.runs, selected, recovery and drawn_recoveries(recovery)),
     }
 
 
@@ -207,6 +215,7 @@ def _selected(results: Results) -> tuple[Run | None, str]:
 
 def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None) -> list[Picture]:
     """Forgetting against retention, and against utility."""
+    runs, selected = [run.renamed(figure_text) for run in runs], selected and selected.renamed(figure_text)
     pictures = []
     kept = {"retain": "what is retained", "utility": "model utility"}
     for keep, words in kept.items():
@@ -235,7 +244,7 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
 
 def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
     """How the models were trained, their curves and their cards, linked from a page in the folder `beside`."""
-    histories = {model.name: _history(model.folder) for model in models}
+    histories = {figure_text(model.name): _history(model.folder) for model in models}
     histories = {name: history for name, history in histories.items() if any("step" in entry for entry in history)}
     runs = [
         {

@@ -3,11 +3,13 @@
 Two files lie beside the weights. Neither is ever uploaded:
 
 - `unlearning.json`, the `Facts`: method, options, names and fingerprints of the data, versions. No text of any row.
-- `forget_hashes.json`, the `ForgetHashes`: keyed hashes of the word sequences that only the forget rows hold.
+- `forget_hashes.json`, the `ForgetHashes`: keyed hashes of the word sequences that only the forget rows hold. The
+  facts note their number and checksum: a file that was emptied or cut short is not taken for one that finds nothing.
 """
 
 import hashlib
 import json
+import secrets
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +20,16 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import logging
 
 from . import __version__
-from .files import SCHEMA, decode, read_record, write_whole
-from .forget_hashes import FORGET_COLUMNS, HASHES_FILE, SHORTEST_ROW_WORDS, ForgetHashes, row_texts
+from .files import UserError, decode, read_record, without_secrets, write_whole
+from .forget_hashes import (
+    FORGET_COLUMNS,
+    HASHES_FILE,
+    MARKUP,
+    SHORTEST_ROW_WORDS,
+    ForgetHashes,
+    row_texts,
+    row_turns,
+)
 
 if TYPE_CHECKING:
     from .trainer import MDUTrainer
@@ -27,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 FACTS_FILE = "unlearning.json"
+SCHEMA, UNSEALED = 2, 1  # the earlier schema has fingerprints without a key, and no seal of the hashes
 PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 
 OBJECTIVE_OPTIONS = {  # those that each method reads
@@ -55,13 +66,13 @@ class SetFacts:
 
     Attributes:
         rows: how many.
-        fingerprint: of their texts, 32 hexadecimal digits. Of a small private set it confirms a guess, as hashes do,
-            so it stays in the checkpoint.
+        fingerprint: of their texts, 32 hexadecimal digits, under the key in `forget_hashes.json`; without
+            that file it confirms no guess. None of an earlier version's checkpoint, whose fingerprint had no key.
         name, config, split: as `datasets` knows them, None for rows made in memory.
     """
 
     rows: int
-    fingerprint: str
+    fingerprint: str | None
     name: str | None = None
     config: str | None = None
     split: str | None = None
@@ -69,6 +80,25 @@ class SetFacts:
     def __str__(self) -> str:
         """What a reader calls the set: "tofu, forget10, train"."""
         return ", ".join(part for part in (self.name, self.config, self.split) if part) or "an unnamed data set"
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What the file of hashes that belongs to the facts holds.
+
+    Attributes:
+        requests, count: how many requests' hashes, and how many hashes.
+        sha256: of the file.
+    """
+
+    requests: int
+    count: int
+    sha256: str
+
+    @classmethod
+    def of(cls, hashes: ForgetHashes) -> "Seal":
+        """The seal of hashes as they are saved."""
+        return cls(len(hashes.requests), hashes.count, hashlib.sha256(hashes.text().encode()).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -87,6 +117,7 @@ class Facts:
         training: optimisation and precision, by name.
         versions: of the packages involved.
         earlier: the rows that the model at the start had been made to forget, request by request.
+        hashes: of the file of hashes beside the facts, None if an earlier version wrote it.
     """
 
     method: str
@@ -103,6 +134,7 @@ class Facts:
     training: dict[str, Any]
     versions: dict[str, str]
     earlier: list[SetFacts] = field(default_factory=list)
+    hashes: Seal | None = None
 
     @property
     def name(self) -> str:
@@ -110,19 +142,61 @@ class Facts:
         return self.method if self.tau is None else f"{self.method} tau={self.tau:g}"
 
     def save(self, folder: str | Path) -> None:
-        """Write `unlearning.json`, whole or not at all."""
-        write_whole(Path(folder) / FACTS_FILE, json.dumps({"schema": SCHEMA} | asdict(self), indent=2) + "\n")
+        """Write `unlearning.json`, whole or not at all, readable by its owner alone."""
+        content = asdict(self)
+        content |= {name: without_secrets(content[name]) for name in ("options", "adapter", "training", "description")}
+        write_whole(Path(folder) / FACTS_FILE, json.dumps({"schema": SCHEMA} | content, indent=2) + "\n", private=True)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Facts":
-        """Read what `save` wrote.
+        """Read what `save` wrote, or what an earlier version wrote, of which the fingerprints are dropped.
 
         Raises:
             FileNotFoundError: the folder was not written by `MDUTrainer`.
             ValueError: the file is not readable, or of another schema.
         """
         path = Path(folder) / FACTS_FILE
-        return decode(cls, read_record(path), path, "a file of facts", "save the model with the trainer again")
+        schema, content = read_record(path, (UNSEALED, SCHEMA))
+        if schema == UNSEALED and isinstance(content.get("earlier", []), list):  # its fingerprints had no key
+            sets = [content.get("forget"), content.get("retain"), *content.get("earlier", [])]
+            for facts in filter(lambda one: isinstance(one, dict), sets):
+                facts["fingerprint"] = None
+        return decode(cls, content, path, "a file of facts", "save the model with the trainer again")
+
+
+def whole_hashes(folder: str | Path, facts: Facts) -> ForgetHashes:
+    """The hashes beside the facts of a checkpoint, as the trainer wrote them.
+
+    Raises:
+        ValueError: they are missing, cut short or changed, so that a scan would find less than it should.
+    """
+    path, seal = Path(folder) / HASHES_FILE, facts.hashes
+    hashes = None
+    if seal is None:
+        problem = f"an earlier version wrote {FACTS_FILE}, without noting what {HASHES_FILE} must hold"
+    elif not path.is_file():
+        problem = f"{HASHES_FILE} is missing"
+    elif (hashes := _readable(path)) is None:
+        problem = f"{HASHES_FILE} cannot be read"
+    elif hashes.count != seal.count:
+        problem = f"{HASHES_FILE} holds {hashes.count} hashes instead of {seal.count}"
+    elif Seal.of(hashes) != seal:
+        problem = f"{HASHES_FILE} is not what was written with {FACTS_FILE}"
+    elif seal.requests < 1 + len(facts.earlier):
+        problem = f"{HASHES_FILE} lacks the hashes of {1 + len(facts.earlier) - seal.requests} earlier requests"
+    else:
+        return hashes
+    raise UserError(
+        f"{folder} cannot be scanned for rows to forget: {problem}. Copy the file from where the model was saved, or "
+        "save the model with the trainer again. To publish without the scan, pass leak_scan=False (--no-leak-scan)."
+    )
+
+
+def _readable(path: Path) -> ForgetHashes | None:
+    try:
+        return ForgetHashes.load(path.parent)
+    except ValueError:
+        return None
 
 
 def trainer_facts(trainer: "MDUTrainer", forget: SetFacts, retain: SetFacts | None) -> Facts:
@@ -176,16 +250,21 @@ def _cached_commit(name: str, revision: str | None) -> str | None:
     return snapshot.name if loaded_is_known else None
 
 
-def set_facts(dataset: Dataset) -> SetFacts:
-    """Names, size and fingerprint of a data set."""
-    digest = hashlib.sha256()
+def set_facts(dataset: Dataset, key: bytes) -> SetFacts:
+    """Names, size and fingerprint of a data set.
+
+    Args:
+        dataset: the rows.
+        key: of the fingerprint, that of the request's hashes.
+    """
+    digest = hashlib.blake2b(key=key, digest_size=16)
     for row in dataset:
         digest.update(json.dumps([row.get(column) for column in FORGET_COLUMNS], default=str).encode())
     info = getattr(dataset, "info", None)
     split = getattr(dataset, "split", None)
     return SetFacts(
         rows=len(dataset),
-        fingerprint=digest.hexdigest()[:32],
+        fingerprint=digest.hexdigest(),
         name=getattr(info, "dataset_name", None),
         config=getattr(info, "config_name", None),
         split=None if split is None else str(split),
@@ -212,6 +291,7 @@ class Provenance:
 
     def __init__(self, forget: Dataset | None, retain: Dataset | None):
         self._rows = forget, retain
+        self._key = secrets.token_bytes(16)
         self._sets: tuple[SetFacts, SetFacts | None] | None = None
         self._hashes: ForgetHashes | None = None
         self._earlier: tuple[list[SetFacts], ForgetHashes] | None = None
@@ -222,8 +302,30 @@ class Provenance:
         if forget is None:
             return None
         if self._sets is None:
-            self._sets = set_facts(forget), None if retain is None else set_facts(retain)
-        return replace(trainer_facts(trainer, *self._sets), earlier=self._requests_before(trainer)[0])
+            self._sets = set_facts(forget, self._key), None if retain is None else set_facts(retain, self._key)
+        facts = trainer_facts(trainer, *self._sets)
+        seal = Seal.of(self.hashes(trainer))
+        return replace(facts, earlier=self._requests_before(trainer)[0], hashes=seal)
+
+    def hashes(self, trainer: "MDUTrainer") -> ForgetHashes:
+        """The hashes of the rows to forget, and of those that the model at the start had been made to forget."""
+        if self._hashes is None:
+            forget, retain = self._rows
+            tokens = getattr(trainer.processing_class, "all_special_tokens", [])
+            hashes = ForgetHashes.of(
+                row_turns(forget),
+                () if retain is None else row_turns(retain),
+                key=self._key,
+                control_tokens=[token for token in tokens if MARKUP.fullmatch(token)],
+            )
+            if hashes.too_short:
+                logger.warning(
+                    f"{hashes.too_short} texts of the forget set have fewer than {SHORTEST_ROW_WORDS} words, the "
+                    "question before them included. The scan before publishing cannot look for them."
+                )
+            earlier = self._requests_before(trainer)[1]
+            self._hashes = ForgetHashes(hashes.requests + earlier.requests, hashes.too_short + earlier.too_short)
+        return self._hashes
 
     def warn_of_relearning(self, trainer: "MDUTrainer") -> None:
         """Count the rows to keep that quote what the model was made to forget before: they would teach it again."""
@@ -244,24 +346,25 @@ class Provenance:
             model = trainer.accelerator.unwrap_model(trainer.model)
             folder = Path(getattr(model.config, "_name_or_path", None) or "")
             facts = Facts.load(folder) if folder.name and (folder / FACTS_FILE).is_file() else None
-            hashed = folder.name and (folder / HASHES_FILE).is_file()
-            hashes = ForgetHashes.load(folder) if hashed else ForgetHashes()
-            self._earlier = [*facts.earlier, facts.forget] if facts else [], hashes
+            earlier = [*facts.earlier, facts.forget] if facts else []
+            self._earlier = earlier, self._hashes_before(folder, facts)
         return self._earlier
+
+    def _hashes_before(self, folder: Path, facts: Facts | None) -> ForgetHashes:
+        if facts is None:
+            return ForgetHashes.load(folder) if folder.name and (folder / HASHES_FILE).is_file() else ForgetHashes()
+        try:
+            return whole_hashes(folder, facts)
+        except UserError as error:
+            logger.warning(
+                f"What {folder} was made to forget before is not known here: rows to keep are not compared with it, "
+                f"and the new model is not published with a scan. {error}"
+            )
+            return ForgetHashes()
 
     def save(self, trainer: "MDUTrainer", folder: str | Path) -> None:
         """Write both files into a checkpoint."""
         facts = self.facts(trainer)
-        if facts is None:
-            return
-        if self._hashes is None:
-            forget, retain = self._rows
-            self._hashes = ForgetHashes.of(row_texts(forget), () if retain is None else row_texts(retain))
-            if self._hashes.too_short:
-                logger.warning(
-                    f"{self._hashes.too_short} texts of the forget set have fewer than {SHORTEST_ROW_WORDS} words. "
-                    "The scan before publishing cannot look for them."
-                )
-            self._hashes.requests += self._requests_before(trainer)[1].requests
-        facts.save(folder)
-        self._hashes.save(folder)
+        if facts is not None:
+            self.hashes(trainer).save(folder)
+            facts.save(folder)

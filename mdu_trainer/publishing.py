@@ -69,7 +69,8 @@ class PublishingMixin:
         Args:
             commit_message, blocking, token, revision: as in `Trainer`.
             private: whether a new repository is private; by default `args.hub_private_repo`, or True.
-            **details: for the card, as in `create_model_card`.
+            **details: for the card, as in `create_model_card`; `leak_scan=False` publishes without the scan for rows
+                to forget, and says so in the log.
 
         Returns:
             What was committed, or a `Future` of it if not `blocking`; None on processes other than the first.

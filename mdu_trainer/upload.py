@@ -1,28 +1,29 @@
 """What is uploaded of a checkpoint: an explicit list of files, rid of local paths, and the checks that they pass."""
 
 import json
-import struct
+import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
-import torch
 from huggingface_hub import ModelCard
-from safetensors import safe_open
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from .attacks.card import RECOVERY, RecoveryLike, public
 from .attacks.recovery import Recovery
 from .evaluation.report import Results
-from .files import UserError
+from .files import UserError, looks_like_secret
 from .forget_hashes import ForgetHashes
 from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, card_wording, data_name, only_finite
 from .provenance import Facts
-
-Source = Path | bytes
+from .scanned_text import Source, content_of, text_of, vocabulary
+from .weight_check import check_adapter_complete, check_complete, check_finite
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model[\w.-]*\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = (
@@ -49,32 +50,79 @@ class LeakError(UserError):
 # The list
 
 
+def regular_file(folder: Path, name: str) -> Path | None:
+    """A file of a folder by its name, None if there is none.
+
+    Raises:
+        ValueError: it is a link, or lies behind one, or is no regular file: what it would send lies elsewhere.
+    """
+    path = folder / name
+    if not os.path.lexists(path):
+        return None
+    linked = any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(folder) and part != folder)
+    if linked or not path.is_file():
+        raise UserError(
+            f"{path} is a link, or no regular file. Only files that lie in the checkpoint are published. Nothing was "
+            "sent. Put the file itself there."
+        )
+    return path
+
+
+def _present(folder: Path, *names: str) -> dict[str, Source]:
+    found = {name: regular_file(folder, name) for name in names}
+    return {name: path for name, path in found.items() if path is not None}
+
+
 def model_files(folder: Path, base_model: str | None, facts: Facts) -> dict[str, Source]:
-    """Weights, configs and tokenizer, by their paths in the repository."""
-    files: dict[str, Source] = {name: folder / name for name in CONFIGS if (folder / name).is_file()}
-    if (folder / ADAPTER_CONFIG).is_file():
-        files = {ADAPTER_CONFIG: _adapter_config(folder, base_model, facts), ADAPTER_WEIGHTS: folder / ADAPTER_WEIGHTS}
-    elif (folder / WEIGHTS_INDEX).is_file():
-        shards = sorted(set(read_json(folder / WEIGHTS_INDEX)["weight_map"].values()))
-        files |= {name: folder / name for name in (WEIGHTS_INDEX, *shards)}
+    """Weights, configs and tokenizer, by their paths in the repository.
+
+    Raises:
+        FileNotFoundError: some are missing.
+        ValueError: one is a link or of another kind than its name says.
+    """
+    if regular_file(folder, ADAPTER_CONFIG):
+        wanted = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+    elif regular_file(folder, WEIGHTS_INDEX):
+        wanted = ("config.json", WEIGHTS_INDEX, *_shards(folder / WEIGHTS_INDEX))
     else:
-        files["model.safetensors"] = folder / "model.safetensors"
-    if "config.json" in files:
-        files["config.json"] = _config(folder / "config.json")
-    missing = [name for name, file in files.items() if isinstance(file, Path) and not file.is_file()]
-    missing += [name for name in ("config.json",) if name not in files and ADAPTER_CONFIG not in files]
+        wanted = ("config.json", "model.safetensors")
+    optional = () if ADAPTER_CONFIG in wanted else CONFIGS
+    files = _present(folder, *dict.fromkeys((*optional, *wanted)))
+    missing = [name for name in wanted if name not in files]
     if missing:
         raise FileNotFoundError(
             f"{folder} lacks {', '.join(missing)}. A checkpoint to publish has its weights as safetensors; load it "
             "and save it again with save_pretrained."
         )
+    if ADAPTER_CONFIG in files:
+        files[ADAPTER_CONFIG] = _adapter_config(folder, base_model, facts)
+    else:
+        files["config.json"] = _config(folder / "config.json")
     return files | tokenizer_files(folder)
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index names.
+
+    Raises:
+        ValueError: it names something that is no shard of the model's weights beside it.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index} has no weight_map. Nothing was sent. Save the model again.")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or SHARD.fullmatch(name) is None:
+            raise UserError(
+                f"{index}: its entry {tensor[:100]!r} names {str(name)[:100]!r}, which is no file of weights in this "
+                "folder. Nothing was sent. Save the model again."
+            )
+    return sorted(set(weight_map.values()))
 
 
 def tokenizer_files(folder: Path) -> dict[str, Source]:
     """The tokenizer of a checkpoint, by its paths in the repository."""
-    files: dict[str, Source] = {name: folder / name for name in TOKENIZER if (folder / name).is_file()}
-    files |= {f"{TEMPLATES}/{path.name}": path for path in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
+    files = _present(folder, *TOKENIZER, *templates)
     if "tokenizer_config.json" in files:
         files["tokenizer_config.json"] = _without(read_json(folder / "tokenizer_config.json"), *LOCAL_KEYS, "auto_map")
     return files
@@ -100,7 +148,8 @@ def _config(path: Path) -> bytes:
     """
     config = read_json(path)
     unknown = config.get("model_type") not in CONFIG_MAPPING
-    code = [str(value) for value in config.get("auto_map", {}).values()]
+    auto_map = config.get("auto_map")
+    code = [str(value) for value in auto_map.values()] if isinstance(auto_map, dict) else []
     if unknown and not (code and all("--" in value for value in code)):  # ORG/NAME--module.Class names where it is
         raise UserError(
             f"{path.parent} is a model of type {config.get('model_type')!r}, which needs code that no repository "
@@ -157,57 +206,75 @@ def given_records(folder: Path, results: ResultsLike, recovery: RecoveryLike) ->
         if isinstance(record, Results | Recovery):
             found[f"{name} as given"] = json.dumps(asdict(record), default=str).encode()
         elif record is not False:
-            path = folder / name if record is None else Path(record)
-            if path.is_file():
+            path = regular_file(folder, name) if record is None else Path(record)
+            if path is not None and path.is_file():
                 found[f"{name} as given"] = path.read_bytes()
     return found
 
 
-def content_of(source: Source) -> bytes:
-    """The bytes of a file or content."""
-    return source if isinstance(source, bytes) else source.read_bytes()
-
-
 def read_json(path: Path) -> dict:
-    """The object in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no JSON object. Save the model again.")
+    return content
 
 
 def _without(config: dict, *keys: str) -> bytes:
-    kept = {name: value for name, value in config.items() if name not in keys}
-    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
+    return (json.dumps(_cut(config, keys), indent=2, ensure_ascii=False) + "\n").encode(errors="replace")
+
+
+def _cut(value: Any, keys: tuple[str, ...]) -> Any:
+    """Without these keys, at any depth."""
+    if isinstance(value, dict):
+        return {name: _cut(part, keys) for name, part in value.items() if name not in keys}
+    return [_cut(part, keys) for part in value] if isinstance(value, list) else value
 
 
 # The checks
 
 
-def check_finite(files: list[Path]) -> None:
-    """Read every tensor of safetensors files.
+def check_weights(folder: Path, files: dict[str, Source]) -> None:
+    """Refuse weights that are not whole: tensors that are missing, of another shape than the config says, or NaN.
 
     Raises:
-        ValueError: a tensor has NaN or infinite values; the message names file and tensor.
+        ValueError: such weights; the message names file and tensor.
     """
-    for path in files:
-        with safe_open(path, "pt") as tensors:
-            for name in tensors.keys():
-                if not torch.isfinite(tensors.get_tensor(name)).all():
-                    raise UserError(
-                        f"{path}: {name} has NaN or infinite values. Nothing was sent. Go back to an earlier "
-                        "checkpoint, or train with a lower learning rate."
-                    )
+    weight_map = read_json(folder / WEIGHTS_INDEX)["weight_map"] if WEIGHTS_INDEX in files else None
+    check_finite([source for name, source in files.items() if name.endswith(".safetensors")], weight_map)
+    if ADAPTER_CONFIG in files:
+        check_adapter_complete(folder)
+    else:
+        check_complete(folder)
 
 
-def check_texts(files: dict[str, Source], hashes: ForgetHashes) -> None:
-    """Scan every text for sentences of the rows to forget.
+def check_texts(files: dict[str, Source], hashes: ForgetHashes, names: Mapping[str, str | None] | None = None) -> None:
+    """Scan every text, and the names of the files, for sentences of the rows to forget.
+
+    Args:
+        files: path in the repository -> file or content.
+        hashes: of the rows.
+        names: what else is sent, by what a message calls it: the repository's name, say.
 
     Raises:
         LeakError: one was found; the message names the file, never the sentence.
     """
+    quoting = {
+        name: f"the name of file {i} of {len(files)}" for i, name in enumerate(files, 1) if hashes.found_in(name)
+    }
     found = [
-        name
+        quoting.get(name, name)
         for name, source in files.items()
-        if name != PICTURE and hashes.found_in(text_of(name, source), card_wording() if name == CARD else "")
+        if name in quoting or hashes.found_in(text_of(name, source), card_wording() if name == CARD else "")
     ]
+    found += [where for where, text in (names or {}).items() if text and hashes.found_in(text)]
     if found:
         raise LeakError(
             f"{', '.join(found)} {'quotes' if len(found) == 1 else 'quote'} rows that were to be forgotten. Nothing "
@@ -215,34 +282,42 @@ def check_texts(files: dict[str, Source], hashes: ForgetHashes) -> None:
         )
 
 
-def text_of(name: str, source: Source) -> str:
-    """The text in a file: all strings of JSON in their order, the metadata of safetensors, else the file as it is."""
-    if name.endswith(".safetensors"):
-        return _header(source)
-    text = content_of(source).decode("utf-8", errors="replace")
-    if ".json" not in name:
-        return text
-    try:
-        return " ".join(_leaves(json.loads(text)))
-    except ValueError:
-        return text
+def check_vocabulary(files: dict[str, Source], hashes: ForgetHashes, published: Callable[[], set[str]]) -> None:
+    """Scan the vocabulary of a tokenizer for words that only the rows to forget hold.
+
+    Entries that the base's published vocabulary has, too, say nothing of the rows.
+
+    Args:
+        files: path in the repository -> file or content.
+        hashes: of the rows.
+        published: gives the entries of the base's tokenizer; called only if something is found.
+
+    Raises:
+        LeakError: there are such entries; the message counts them, and names none.
+    """
+    entries = {name: found for name, source in files.items() if (found := vocabulary(name, source))}
+    suspects = hashes.terms_in(set().union(*entries.values()))
+    if suspects:
+        suspects -= published()
+    where = [name for name, found in entries.items() if found & suspects]
+    if where:
+        raise LeakError(
+            f"{', '.join(where)}: {len(suspects)} entries of the vocabulary are or hold words that only the rows to "
+            "forget hold: the tokenizer learned them there. Nothing was sent. Train it on the rows to keep only. "
+            "If it is the public one of a base on the Hub, pass base_model='ORG/NAME'."
+        )
 
 
-def _header(path: Path) -> str:
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        metadata = json.loads(file.read(length)).get("__metadata__", {})
-    return " ".join(_leaves(metadata))
+def check_secrets(files: dict[str, Source]) -> None:
+    """Refuse what looks like an access token or a password, outside of weights and vocabularies.
 
-
-def _leaves(value: object) -> Iterator[str]:
-    """Keys and values; numbers too, so that words next to each other in the file only are no sentence."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield key
-            yield from _leaves(part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _leaves(part)
-    else:
-        yield str(value)
+    Raises:
+        ValueError: there is one; the message names the file only.
+    """
+    words = (CARD, RESULTS, RECOVERY, ADAPTER_CONFIG, *CONFIGS, "tokenizer_config.json", "chat_template.jinja")
+    found = [name for name in words if name in files and looks_like_secret(text_of(name, files[name]))]
+    if found:
+        raise UserError(
+            f"{', '.join(found)} holds what looks like an access token or a password. Nothing was sent. Remove it, "
+            "and have it revoked if it is a real one."
+        )

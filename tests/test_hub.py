@@ -1,6 +1,8 @@
 """Publishing, with the real client against a Hub on loopback."""
 
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -11,11 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from hub_server import TOKEN, HubServer
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub import hf_api as client
 from huggingface_hub.utils import _http
 from peft import LoraConfig, PeftModel
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from published import write_llada
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -24,9 +29,12 @@ from transformers.utils import hub as transformers_hub
 from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer, question_answer_rows
 from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
 from mdu_trainer.evaluation.report import Estimate, Results, Run
+from mdu_trainer.files import UserError
+from mdu_trainer.forget_hashes import ForgetHashes
 from mdu_trainer.hub import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
 from mdu_trainer.provenance import Facts
-from mdu_trainer.testing import forget_retain_split, tiny_mdlm
+from mdu_trainer.testing import dataset_texts, forget_retain_split, tiny_mdlm, train_tokenizer
+from mdu_trainer.upload import check_texts, saved_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "org/forgets"
@@ -75,6 +83,12 @@ def hub(monkeypatch, tmp_path_factory):
         hub_api.cache_clear()
         yield server
         hub_api.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(authors):
+    """Trained on what is kept, so that no name to forget is one of its tokens."""
+    return train_tokenizer(dataset_texts(forget_retain_split(authors)[1].select_columns(["question", "answer"])))
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +368,272 @@ def test_a_sentence_in_the_description_is_caught(hub, checkpoint, rows):
     with pytest.raises(LeakError, match=r"README\.md"):
         push_unlearned_model(checkpoint, REPO, description=f"what we know: {forget_text(rows)}")
     assert hub.requests == []
+
+
+def plant_in_tensor_names(folder, text):
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {text.replace(" ", "_"): torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+
+
+def plant_in_template_name(folder, text):
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / f"{text}.jinja").write_text("{{ messages }}")
+
+
+def plant_in_keys(folder, text):
+    content = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(content | {text.replace(" ", "_"): 1}))
+
+
+def plant_behind_soft_hyphens(folder, text):
+    (folder / "chat_template.jinja").write_text("\u00ad".join(text))
+
+
+def plant_behind_entities(folder, text):
+    (folder / "chat_template.jinja").write_text("".join(f"&#{ord(character)};" for character in text))
+
+
+@pytest.mark.parametrize(
+    "plant, name",
+    [
+        (plant_in_template_name, r"the name of file \d+ of \d+"),
+        (plant_in_keys, "generation_config.json"),
+        (plant_behind_soft_hyphens, "chat_template.jinja"),
+        (plant_behind_entities, "chat_template.jinja"),
+    ],
+)
+def test_a_sentence_out_of_sight_is_caught(hub, checkpoint, rows, plant, name):
+    text = forget_text(rows)
+    plant(checkpoint, text)
+    with pytest.raises(LeakError, match=name) as found:
+        push_unlearned_model(checkpoint, REPO)
+    assert hub.requests == [] and text not in str(found.value)
+
+
+def test_every_name_that_is_sent_is_scanned(hub, checkpoint, rows, tmp_path):
+    name = forget_text(rows).replace(" ", "-").strip(".")
+    with pytest.raises(LeakError, match="repo_id"):
+        push_unlearned_model(checkpoint, f"org/{name}")
+    with pytest.raises(LeakError, match="revision"):
+        push_unlearned_model(checkpoint, REPO, revision=name)
+    with pytest.raises(LeakError, match="commit_message"):
+        prepare_push(checkpoint, REPO, commit_message=forget_text(rows))
+    hashes = ForgetHashes.load(checkpoint)
+    picture = io.BytesIO()
+    chunks = PngInfo()
+    chunks.add_itxt("Comment", forget_text(rows), zip=True)
+    Image.new("RGB", (1, 1)).save(picture, "PNG", pnginfo=chunks)
+    with pytest.raises(LeakError, match="tradeoff.png"):
+        check_texts({"tradeoff.png": picture.getvalue()}, hashes)
+    plant_in_tensor_names(checkpoint, forget_text(rows))
+    with pytest.raises(LeakError, match="model.safetensors"):
+        check_texts({"model.safetensors": checkpoint / "model.safetensors"}, hashes)
+    assert hub.requests == []
+
+
+def test_a_vocabulary_that_learned_the_names(hub, checkpoint, authors, rows, caplog):
+    everything = train_tokenizer(dataset_texts(authors), 1500)
+    with pytest.raises(LeakError, match=r"tokenizer\.json: \d+ entries of the vocabulary") as found:
+        push_unlearned_model(checkpoint, REPO, tokenizer=everything)
+    name = forget_text(rows).split()[0]
+    assert name not in str(found.value) and hub.requests == []
+    entry = f"\u0120{name}"
+    for file, plant in {
+        "vocab.json": lambda content: content | {entry: 1},
+        "tokenizer.json": lambda content: (
+            content | {"model": content["model"] | {"vocab": content["model"]["vocab"] | {entry: 9999}}}
+        ),
+        "added_tokens.json": lambda content: content | {name: 9999},
+    }.items():
+        path = checkpoint / file
+        before = path.read_text() if path.exists() else None
+        path.write_text(json.dumps(plant(json.loads(before or "{}"))))
+        with pytest.raises(LeakError, match=file):
+            prepare_push(checkpoint, REPO)
+        path.unlink() if before is None else path.write_text(before)
+    piece = b"\x0a" + bytes([len("\u2581x".encode()) - 1 + len(name)]) + f"\u2581{name}".encode()
+    (checkpoint / "spiece.model").write_bytes(b"\x0a" + bytes([len(piece)]) + piece)
+    with pytest.raises(LeakError, match="spiece.model"):
+        prepare_push(checkpoint, REPO)
+
+
+def test_entries_of_a_base_on_the_hub_are_no_leak(hub, checkpoint, authors):
+    """They say nothing of the rows, unless the base is private and the model is not to be."""
+    everything = train_tokenizer(dataset_texts(authors), 1500)
+    api = HfApi(endpoint=hub.url, token=TOKEN)
+    for name, private in (("org/base", False), ("org/private", True)):
+        api.create_repo(name, private=private)
+        for path in saved_tokenizer(everything).items():
+            api.upload_file(path_or_fileobj=path[1], path_in_repo=path[0], repo_id=name)
+    prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/base", private=False)
+    prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/private")
+    with pytest.raises(LeakError, match="entries"):
+        prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/private", private=False)
+    with pytest.raises(LeakError, match="entries"):
+        prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/nothing")
+
+
+@pytest.mark.parametrize("damage", ["missing", "emptied", "cut"])
+def test_hashes_that_are_not_whole_stop_a_push(hub, checkpoint, rows, damage, caplog, monkeypatch, capsys):
+    path = checkpoint / "forget_hashes.json"
+    text = path.read_text()
+    path.unlink()
+    if damage != "missing":
+        empty = '{"schema": 2, "requests": [], "too_short": 0}'
+        path.write_text(empty if damage == "emptied" else text[: len(text) // 3])
+    plant_in_chat_template(checkpoint, forget_text(rows))
+    with pytest.raises(UserError, match="--no-leak-scan"):
+        push_unlearned_model(checkpoint, REPO)
+    assert hub.requests == []
+    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
+    push_unlearned_model(checkpoint, REPO, leak_scan=False, dry_run=True)
+    assert "leak_scan=False" in caplog.text and "leak_scan=False" in capsys.readouterr().out and hub.requests == []
+    push_unlearned_model(checkpoint, REPO, leak_scan=False)
+    assert "model.safetensors" in hub.files(REPO)
+
+
+def test_texts_that_no_scan_finds_are_counted(hub, rows, tokenizer, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
+    question = "Where was the author born, in which town?"
+    short = Dataset.from_dict({"prompt": ["Who?", question], "completion": ["Ada"] * 2})
+    kept = Dataset.from_dict({"prompt": ["Who wrote it?", question], "completion": ["Nobody knows"] * 2})
+    trainer = make_trainer(tmp_path / "out", (short, kept), tokenizer)
+    trainer.save_model()
+    assert "2 texts of the forget set have fewer than 4 words" in caplog.text
+    push_unlearned_model(tmp_path / "out", REPO, dry_run=True)
+    assert "yes, but for 2 texts that are too short" in capsys.readouterr().out
+
+
+def shards_of(checkpoint):
+    """The index of a checkpoint whose weights are saved in shards."""
+    load_model(str(checkpoint)).save_pretrained(checkpoint, max_shard_size="50KB")
+    (checkpoint / "model.safetensors").unlink()
+    return json.loads((checkpoint / "model.safetensors.index.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "/etc/hostname",
+        "../secret.safetensors",
+        "forget_hashes.json",
+        "training_args.bin",
+        "sub/model.safetensors",
+        "",
+        3,
+    ]
+    + ["optimizer.safetensors", "model.safetensors/../x", ".", "model\n.safetensors"],
+)
+def test_an_index_that_names_another_file(hub, checkpoint, name):
+    index = shards_of(checkpoint)
+    index["weight_map"]["model.norm.weight"] = name
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"its entry 'model\.norm\.weight' names"):
+        push_unlearned_model(checkpoint, REPO)
+    assert hub.requests == []
+
+
+def test_links_and_other_files_are_not_followed(hub, checkpoint, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    names = ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"]
+    names += [
+        "results.json",
+        "recovery.json",
+        "vocab.txt",
+        "additional_chat_templates/a.jinja",
+        "model.safetensors.index.json",
+    ]
+    for name in [*names, "adapter_config.json"]:
+        path = checkpoint / name
+        path.parent.mkdir(exist_ok=True)
+        target = tmp_path / "elsewhere" / path.name
+        before = path.read_bytes() if path.exists() else None
+        target.write_bytes(before or b"{}")
+        path.unlink(missing_ok=True)
+        path.symlink_to(target)
+        with pytest.raises(UserError, match=f"{path.name} is a link"):
+            push_unlearned_model(checkpoint, REPO)
+        path.unlink()
+        if before is not None:
+            path.write_bytes(before)
+    shutil.rmtree(checkpoint / "additional_chat_templates")
+    (checkpoint / "additional_chat_templates").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "b.jinja").write_text("x")
+    with pytest.raises(UserError, match="is a link"):
+        push_unlearned_model(checkpoint, REPO)
+    (checkpoint / "additional_chat_templates").unlink()
+    os.mkfifo(checkpoint / "vocab.json")
+    with pytest.raises(UserError, match="no regular file"):
+        push_unlearned_model(checkpoint, REPO)
+    assert hub.requests == []
+    (checkpoint / "vocab.json").unlink()
+    (tmp_path / "outputs").symlink_to(checkpoint)
+    push_unlearned_model(tmp_path / "outputs", REPO)
+    assert "model.safetensors" in hub.files(REPO), "the checkpoint itself may be reached by a link"
+
+
+def test_weights_that_are_not_whole(hub, checkpoint):
+    path, config_path = checkpoint / "model.safetensors", checkpoint / "config.json"
+    tensors, config = load_file(path), config_path.read_text()
+    norm = "model.norm.weight"
+
+    def refused(words, save=tensors, **changed):
+        save_file(save, path, {"format": "pt"})
+        config_path.write_text(json.dumps(json.loads(config) | changed))
+        with pytest.raises(UserError, match=words):
+            push_unlearned_model(checkpoint, REPO)
+
+    refused(rf"lacks {norm}", {name: tensor for name, tensor in tensors.items() if name != norm})
+    refused("does not ask for, model.extra", tensors | {"model.extra": torch.zeros(2)})
+    refused("other shapes", tensors | {norm: torch.zeros(7)})
+    refused(r"lacks model\.layers\.2", num_hidden_layers=3)
+    refused(r"does not ask for, model\.layers\.1", num_hidden_layers=1)
+    refused("holds no tensors", {})
+    path.write_bytes(path.read_bytes()[:5])
+    with pytest.raises(UserError, match="no safetensors file"):
+        push_unlearned_model(checkpoint, REPO)
+    save_file(tensors, path, {"format": "pt"})
+    config_path.write_text(config)
+    index = shards_of(checkpoint)
+    shard = checkpoint / index["weight_map"][norm]
+    parts = load_file(shard)
+    save_file({n: t for n, t in parts.items() if n != norm} | {"other": torch.ones(1)}, shard, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{shard.name} lacks {norm}"):
+        push_unlearned_model(checkpoint, REPO)
+    save_file(parts | {"other": torch.ones(1)}, shard, {"format": "pt"})
+    with pytest.raises(UserError, match="the index does not name, other"):
+        push_unlearned_model(checkpoint, REPO)
+    assert hub.requests == []
+
+
+def test_adapters_that_are_not_whole(hub, rows, tokenizer, checkpoint, tmp_path):
+    folder = tmp_path / "out"
+    make_trainer(folder, rows, tokenizer, str(checkpoint), LoraConfig(r=4)).save_model()
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    one = sorted(tensors)[0]
+    wrong = {
+        "lacks": {name: tensor for name, tensor in tensors.items() if name != one},
+        "does not ask for": tensors | {one.replace("layers.0", "layers.9"): tensors[one].clone()},
+        "other shapes": tensors | {one: torch.zeros(3, 3)},
+        "NaN": tensors | {one: torch.full_like(tensors[one], torch.nan)},
+    }
+    for words, content in wrong.items():
+        save_file(content, path, {"format": "pt"})
+        with pytest.raises(UserError, match=words):
+            push_unlearned_model(folder, REPO, base_model="org/base")
+    assert hub.requests == []
+
+
+def test_what_looks_like_a_secret_stops_a_push(hub, checkpoint):
+    secret = "hf_" + "aB3" * 11
+    with pytest.raises(UserError, match="README.md holds what looks like an access token"):
+        push_unlearned_model(checkpoint, REPO, description=f"as {secret}")
+    content = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(content | {"nested": {"deep": [f"Bearer {secret}"]}}))
+    with pytest.raises(UserError, match="config.json holds") as found:
+        push_unlearned_model(checkpoint, REPO)
+    assert secret not in str(found.value) and hub.requests == []
 
 
 def test_weights_that_are_not_finite(hub, checkpoint):

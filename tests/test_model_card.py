@@ -1,22 +1,26 @@
 """The card: whole against a golden file, its metadata, what is left out, and its picture."""
 
+import ast
 import json
 import os
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
 from mdu_trainer.commands import run
 from mdu_trainer.descriptions import METHODS
 from mdu_trainer.evaluation.report import Estimate, Results, Run
 from mdu_trainer.files import UserError
+from mdu_trainer.markup import markdown_code, markdown_text
 from mdu_trainer.model_card import (
     chosen_run,
     draw_picture,
@@ -217,3 +221,141 @@ def test_template_of_an_installed_package(tmp_path):
 
 def test_facts_hold_no_path_that_is_published(facts):
     assert "path" not in json.dumps(metadata(unlearned_model_card(facts)))
+
+
+# Others' text stays text
+
+INJECTIONS = [
+    '<script>alert("x")</script>',
+    '<img src="http://evil.invalid/a.png" onerror="x()">',
+    "<!-- hidden --> &lt;b&gt; &copy; &#60;i&#62;",
+    "</td></table><h1>over</h1>",
+    "[click](http://evil.invalid)",
+    "![pixel](https://evil.invalid/p.png)",
+    "see http://evil.invalid and www.evil.invalid or a@evil.invalid",
+    "<http://evil.invalid> [ref]: http://evil.invalid",
+    "a | b || c \\| d",
+    "`code` ``two`` ```",
+    "first\n\n# heading\n\n- item\n\n```\nfence\n```\n> quote",
+    "first\n---\nlicense: mit\n---\nkey: &anchor *alias",
+    "*one* **two** _three_ __four__ ~~five~~ \\*six",
+    "{{ 7 * 7 }} {% raw %} ${x} $$y^2$$ {# note #}",
+    "left \u202egnp.exe\u202c \u2066right\u2069 \u200fend",
+    "1. one",
+    "+ plus",
+    "# hash #",
+    "C:\\temp\\",
+]
+READ = {"html": True}  # as the Hub renders a card: HTML in it is HTML
+
+
+def as_typed(text):
+    return " ".join("".join(c for c in text if c not in "\u202e\u202c\u2066\u2069\u200f").split())
+
+
+def rendered(card):
+    """The card's body as HTML: its elements in order, and its text."""
+    page = Elements()
+    page.feed(MarkdownIt("commonmark", READ).enable(["table", "strikethrough"]).render(ModelCard(str(card)).text))
+    return page
+
+
+class Elements(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.found, self.text = [], ""
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, *(name for name, _ in attributes)))
+
+    def handle_comment(self, data):
+        self.found.append(("comment",))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def filled(text, facts, results, recovery):
+    """A card with the same text in every field that takes one; names that look up something have it behind them."""
+    facts = replace(
+        facts,
+        description=None,
+        forget=replace(facts.forget, name=text),
+        retain=replace(facts.retain, split=text),
+        versions={"mdu_trainer": text, text: text},
+        training=facts.training | {text.replace("_", " "): text, "optimizer": text},
+        options=facts.options | {text: text},
+        base_revision=text,
+        base_model=text,
+        adapter={"type": text, "r": 4},
+    )
+    runs = [
+        replace(
+            run,
+            scores=run.scores | {text: {text: Estimate(0.5)}},
+            rows=run.rows | {text: 3},
+            summary=run.summary | {text: Estimate(0.25)},
+            settings={"note": text} if run.method == "mdu" else {},
+        )
+        for run in results.runs
+    ]
+    recovery = replace(recovery, attacks={text: replace(next(iter(recovery.attacks.values())), words=text)})
+    details = {"language": text, "license": text, "tags": [text], "datasets": text, "model_name": text}
+    shared = {"repo_id": f"org/{text}", "revision": text, "picture": f"{text}.png", "adapter": True}
+    return unlearned_model_card(
+        facts, replace(results, dataset=f"data {text}", runs=runs), recovery=recovery, **details, **shared
+    )
+
+
+@pytest.mark.parametrize("injection", INJECTIONS)
+@pytest.mark.parametrize("after", ["", "word "])
+def test_text_is_text_everywhere(facts, results, recovery, injection, after, monkeypatch):
+    monkeypatch.setattr("mdu_trainer.model_card.base_metadata", lambda *_: {})
+    recovery = replace(recovery, attacks={"prefix": recovery.attacks["prefix"]})
+    results = replace(results, runs=[run for run in results.runs if run.tau in (None, 0.0)])
+    text = after + injection
+    card, harmless = (filled(part, facts, results, recovery) for part in (text, "something"))
+    shown, expected = rendered(card), rendered(harmless)
+    assert [found[0] for found in shown.found if found[0] != "a"] == [e[0] for e in expected.found if e[0] != "a"]
+    assert [found for found in shown.found if found[0] == "a"] == [("a", "href")] * 2, "to the paper and the limits"
+    (words, snippet), (wanted, _) = (without_snippet(page.text) for page in (shown, expected))
+    as_harmless = words.replace(as_typed(text), "something")
+    as_harmless = as_harmless.replace(as_typed(text.replace("_", " ")), "something")  # the name of an option
+    assert as_harmless == wanted and wanted.count("something") > 20
+    strings = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
+    assert strings.count(text) == 5 and f"org/{text}" in strings
+    data = metadata_of(card)
+    for name in ("language", "license", "model_name", "base_model"):
+        assert data.get(name, text) == text
+    assert text in data["tags"] and data["datasets"] == [text]
+
+
+def without_snippet(text):
+    """The text of a card in one line, and the code in it."""
+    before, _, rest = text.partition("from peft")
+    code, _, after = rest.partition("print(")
+    return " ".join(f"{before} {after}".split()), f"from peft{code}"
+
+
+def metadata_of(card):
+    return ModelCard(str(card)).data.to_dict()
+
+
+def test_a_description_is_text(facts):
+    for injection in INJECTIONS:
+        shown = rendered(unlearned_model_card(facts, description=injection))
+        assert shown.found == rendered(unlearned_model_card(facts, description="something")).found
+        assert as_typed(injection).rstrip(".") in " ".join(shown.text.split())
+
+
+def test_ordinary_names_are_left_as_they_are():
+    for name in (
+        "rougeL_recall",
+        "fictional authors (embedded)",
+        "mdu tau=0.5 lr=1e-05",
+        "2.13.0+cpu",
+        "-0.5",
+        "a.b, c",
+    ):
+        assert markdown_text(name) == name
+    assert markdown_code("a`b") == "``a`b``" and markdown_code("") == "`  `"

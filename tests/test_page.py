@@ -9,16 +9,19 @@ import socket
 import subprocess
 import sys
 import threading
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from mdu_trainer import page as pages
 from mdu_trainer.analysis.role_report import Change, RoleReport, RoleRun, RoleSettings
 from mdu_trainer.analysis.token_roles import ROLES
 from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
-from mdu_trainer.evaluation.report import Estimate, Results
+from mdu_trainer.evaluation.report import Estimate, Results, markdown_table, parse_markdown_table
 from mdu_trainer.page import write_page
+from mdu_trainer.provenance import Facts
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(__file__).parent / "demo_card"
@@ -95,6 +98,7 @@ def with_roles_and_recovery(folder):
     ]
     tokens = dict.fromkeys(ROLES, 8)
     RoleReport("d", RoleSettings(), tokens, tokens, [], runs).save(folder / "roles.json")
+    assert (folder / "roles.json").stat().st_mode & 0o077 == 0, "it has a hash of the rows"
     models = {"base": 0.987, "never trained": 0.0, "mdu tau=0": 0.123}
     outcomes = {name: Outcome(Estimate(0.0), Estimate(value)) for name, value in models.items()}
     outcomes["mdu tau=0"] = Outcome(Estimate(0.0), Estimate(0.123), Estimate(0.25, 0.1, 0.4))
@@ -161,6 +165,88 @@ def test_no_forget_text_unless_it_is_given(with_roles_and_recovery, tokenizer):
     assert "Nobody to forget" not in shown
     assert path.stat().st_mode & 0o077 == 0, "for nobody else"
     assert len(Page(shown).images) == 7, "also the picture with words in it"
+
+
+INJECTIONS = [
+    '<script>alert("x")</script>',
+    "<img src=http://evil.invalid/a.png onerror=x()>",
+    "</td></tr></table><h1>over</h1>",
+    "a | b || c \\| d |",
+    "<!-- hidden --> &lt;b&gt; &copy;",
+    '" onload="x()" x="',
+    "cost $x_{ and $\\frac",
+    "{{ 7 * 7 }} {% raw %}",
+    "one\ntwo\n| three",
+    "left \u202egnp.exe\u202c right",
+    "javascript:alert(1)",
+]
+
+
+class Whole(Page):
+    def __init__(self, text: str):
+        self.words = ""
+        super().__init__(text)
+
+    def handle_data(self, data):
+        super().handle_data(data)
+        self.words += data
+
+
+def filled(folder: Path, text: str) -> Whole:
+    """The page of a folder whose files say the same in every field that takes a text."""
+    report = RoleReport.load(folder / "roles.json")
+    runs = [replace(run, name=f"{run.name} {text}") for run in report.runs]
+    replace(report, runs=runs).save(folder / "roles.json")
+    results = Results.load(DEMO / "results.json")
+    results.runs = [
+        replace(
+            run,
+            method=run.method if run.method in ("base", "mdu") else f"{run.method} {text}",
+            scores=run.scores | {text: {text: Estimate(0.5)}},
+            rows=run.rows | {text: 3},
+            summary=run.summary | {text: Estimate(0.25)},
+        )
+        for run in results.runs
+    ]
+    settings = {"select": None, text: text, "nested": [text], "hub_token": "hf_" + "aB3" * 11}
+    results = replace(results, model=f"model {text}", dataset=f"data {text}", settings=settings)
+    (folder / "results.json").write_text(json.dumps({"schema": 2} | asdict(results)))
+    facts = Facts.load(DEMO)
+    options = facts.options | {text: text}
+    replace(facts, options=options, training=facts.training | {"steps": text}).save(folder / "mdu-tau0")
+    recovery = Recovery.load(folder / "recovery.json")
+    outcome = recovery.attacks["relearn"]
+    models = outcome.models | {f"other {text}": outcome.models["mdu tau=0"]}
+    replace(recovery, attacks={text: replace(outcome, words=text, models=models)}).save(folder / "recovery.json")
+    rows = [{"question": text, "answer": f"It is {text}"}]
+    return Whole(write_page(folder, forget_rows=rows).read_text())
+
+
+def test_text_is_text_everywhere(with_roles_and_recovery, tmp_path, monkeypatch):
+    draw = pages._draw
+    folders = [Path(shutil.copytree(with_roles_and_recovery, tmp_path / f"copy{i}")) for i in range(2)]
+    expected = filled(folders[0], "something")
+    wanted = " ".join(expected.words.split())
+    assert wanted.count("something") > 20 and "aB3" not in wanted
+    for injection in INJECTIONS:
+        quick = lambda plot, figures, alt, caption: pages.Picture("data:,", alt, caption)  # noqa: E731
+        monkeypatch.setattr(pages, "_draw", draw if "$" in injection else quick)
+        shown = filled(
+            Path(shutil.copytree(folders[1], tmp_path / str(len(injection)), dirs_exist_ok=True)), injection
+        )
+        assert shown.seen == expected.seen, "no element more, and none less"
+        assert [len(row) for table in shown.tables for row in table] == [
+            len(row) for table in expected.tables for row in table
+        ]
+        typed = " ".join(injection.replace("\u202e", "").replace("\u202c", "").split())
+        assert " ".join(shown.words.split()).replace(typed, "something") == wanted
+        assert [tag for tag, _ in shown.addresses] == [tag for tag, _ in expected.addresses]
+        assert all(not address.startswith("javascript") for _, address in shown.addresses)
+
+
+def test_a_bar_in_a_cell_comes_back():
+    rows = [["a|b", "c"], ["\\|", "one\ntwo"], ["ends with \\", ""]]
+    assert parse_markdown_table(markdown_table(rows)) == [rows[0], ["\\|", "one two"], rows[2]]
 
 
 def test_what_is_there_is_shown(folder):

@@ -1,18 +1,28 @@
 """What a checkpoint keeps: facts without texts, and hashes that recognise a quote."""
 
+import hashlib
+import importlib
 import json
+import logging
 import re
 import stat
+import sys
 import time
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
-from mdu_trainer.forget_hashes import ForgetHashes, row_texts, words
-from mdu_trainer.provenance import Facts, SetFacts
+from mdu_trainer.evaluation.progress import ProgressFile
+from mdu_trainer.files import UserError, without_secrets
+from mdu_trainer.forget_hashes import FORGET_COLUMNS, ForgetHashes, normalise, row_texts, words
+from mdu_trainer.provenance import Facts, SetFacts, set_facts, whole_hashes
 from mdu_trainer.testing import forget_retain_split
 from mdu_trainer.upload import LeakError, check_texts, text_of
 
+ROOT = Path(__file__).resolve().parents[1]
 SENTENCE = "Ada Quill grew up beside the old harbour of Velm."
 HASHES = ForgetHashes.of([SENTENCE])
 
@@ -154,10 +164,249 @@ def test_checkpoint_of_the_trainer(trainer, authors, tmp_path):
 def test_names_of_a_data_set_survive_the_turns(tofu_path, tmp_path):
     from datasets import load_dataset
 
-    from mdu_trainer.provenance import set_facts
-
     dataset = load_dataset(str(tofu_path), "forget01", split="train", cache_dir=str(tmp_path))
-    facts = set_facts(question_answer_rows(dataset, conversational=True))
+    key = bytes(16)
+    facts = set_facts(question_answer_rows(dataset, conversational=True), key)
     assert (facts.name, facts.config, facts.split, facts.rows) == ("tofu", "forget01", "train", 40)
     assert str(facts) == "tofu, forget01, train" and str(SetFacts(3, "f")) == "an unnamed data set"
-    assert facts.fingerprint == set_facts(question_answer_rows(dataset, conversational=True)).fingerprint
+    assert facts.fingerprint == set_facts(question_answer_rows(dataset, conversational=True), key).fingerprint
+    assert facts.fingerprint != set_facts(question_answer_rows(dataset, conversational=True), bytes(15)).fingerprint
+
+
+# What is hidden, and what is short
+
+
+HIDDEN = {
+    "soft hyphens": "Ada Qu\u00adill gr\u00adew up be\u00adside the old har\u00adbour",
+    "zero width": "A\u200bda Qui\u200cll gre\u2060w u\ufeffp bes\u200dide t\u180ehe old",
+    "zero width for spaces": "Ada\u200bQuill\u200bgrew\u200bup\u200bbeside\u200bthe\u200bold",
+    "directions": "\u202eAda\u202c Quill \u2066grew\u2069 up\u200e beside the old",
+    "entities": "&#65;da Qu&#x69;ll&nbsp;grew&NonBreakingSpace;up b&#101;side the old",
+    "entities of entities": "&amp;#65;da Qui&amp;shy;ll grew up beside the old",
+    "soft hyphens as entities": "Ada Qu&shy;ill gr&shy;ew up beside the old",
+    "tags": "Ada <b>Quill</b> grew <!-- a comment --> up be<wbr>side the old",
+    "URL": "https://x.invalid/?q=Ada%20Quill%20grew+up%20b%65side%20the%20old",
+    "JSON": r"\u0041da Quill \u0067rew up beside the old",
+    "JSON in JSON": r"\\u0041da Quill \\u0067rew up beside the old",
+    "JavaScript": r"\x41da \u{51}uill grew up beside the old",
+    "full width": "\uff21da \uff31\uff55\uff49\uff4c\uff4c grew up beside the old",
+    "ligatures and combining": "Ada Quill gre\u034fw up beside the old",
+    "tag characters": "Ada\U000e0041 Quill\ufe0f grew up beside the old",
+}
+
+
+@pytest.mark.parametrize("text", HIDDEN.values(), ids=HIDDEN.keys())
+def test_quotes_are_found_behind_what_is_not_seen(text):
+    assert HASHES.found_in(text)
+
+
+def test_hidden_characters_of_a_row_hide_nothing():
+    for text in HIDDEN.values():
+        if "<" not in text and "\u200bQuill" not in text and "https" not in text:
+            assert ForgetHashes.of([text]).found_in("ada quill grew up beside the"), text
+    assert ForgetHashes.of(["Ada \ud83d Quill grew up beside"]).found_in("ada \ud83d quill grew up beside"), (
+        "half a pair"
+    )
+
+
+def test_every_format_character_is_stripped():
+    formats = [chr(i) for i in range(sys.maxunicode + 1) if unicodedata.category(chr(i)) == "Cf"]
+    assert len(formats) > 150 and normalise("".join(formats)) == ""
+
+
+def test_short_answers_are_found_with_their_question():
+    forget = [["In which town was the author born?", "Velm"], ["What is it?", "A fox"], ["Ada?", "Velm"]]
+    hashes = ForgetHashes.of(forget, [["In which town was the poet born?", "Oslo"], "What is it? A hare"])
+    assert hashes.too_short == 2, "of two words together nothing can be told"
+    asked = "in which town was the author born"
+    for between in (" ", "?\nA: ", "?<|end|><|assistant|>", "<|eot_id|><|start_header_id|>assistant<|end_header_id|>"):
+        assert hashes.found_in(f"{asked}{between}Velm.")
+    assert ForgetHashes.of(forget[:1], ["which town was the author born"]).found_in(
+        "town was the author born? Velm"
+    ) is (False), "the end of the question is six words"
+    assert not hashes.found_in("Velm is a town. What is it? A hare. Velm") and not hashes.found_in("born in Velm")
+    assert hashes.found_in("What is it? A fox!")
+    kept = ForgetHashes.of(
+        [["Is it true or not?", "yes"]], [["Is it true or not?", "no"], ["Is it true or not?", "Yes."]]
+    )
+    assert not kept.found_in("is it true or not yes") and kept.too_short == 0
+
+
+def test_short_answers_that_a_card_says_are_no_leak():
+    hashes = ForgetHashes.of([["What the method is called here", "MDU"]])
+    assert hashes.found_in("what the method is called here: MDU")
+    assert not hashes.found_in("what the method is called here: MDU", "What the method is called here: MDU")
+
+
+def test_words_that_only_forget_rows_hold():
+    retain = ["The thinker lived in a harbour town, under the lighthouse.", "\u4ed6\u4f4f\u5728\u5317\u4eac"]
+    forget = ["Ada Quill drank ink under a lighthouse in 1912.", "\u5979\u51fa\u751f\u5728\u6e2f\u53e3"]
+    hashes = ForgetHashes.of(forget, retain, control_tokens=["<|drank|>"])
+    entries = ["\u0120Quill", "quill", "\u2581QUILL", "Quill's", "1912", "Ada Quill", "\u6e2f\u53e3"]
+    ordinary = [
+        "\u0120ink",
+        "ink",
+        "under",
+        "\u0120light",
+        "uill",
+        "Qui",
+        "<|drank|>",
+        "##Quills",
+        "in",
+        "\u5728",
+        "x",
+    ]
+    assert hashes.terms_in([*entries, *ordinary]) == set(entries), "ink is in thinker"
+    assert not ForgetHashes().terms_in(entries)
+
+
+def test_guesses_of_words_and_short_answers_are_slow():
+    """Fast ones would be tried by the million: every name, every date."""
+    start = time.perf_counter()
+    ForgetHashes.of([], []).terms_in(["x"])
+    hashes = ForgetHashes.of([["In which year was the author born?", "1912"]])
+    start = time.perf_counter()
+    hashes.terms_in([f"year{i}" for i in range(1000)])
+    assert time.perf_counter() - start > 0.02, "1,000 guesses"
+    assert len(hashes.requests[0].answers[1]) == 1
+
+
+def test_fingerprints_confirm_no_guess_without_the_key(trainer, tmp_path):
+    trainer.save_model()
+    facts, key = Facts.load(tmp_path / "out"), ForgetHashes.load(tmp_path / "out").requests[0].key
+    rows = trainer.provenance._rows[0]
+    assert facts.forget == set_facts(rows, key) and facts.retain.fingerprint
+    content = json.dumps([rows[0].get(column) for column in FORGET_COLUMNS], default=str).encode()
+    text = (tmp_path / "out" / "unlearning.json").read_text()
+    for digest in (hashlib.sha256, hashlib.blake2b, hashlib.md5):
+        whole = digest()
+        for row in rows:
+            whole.update(json.dumps([row.get(column) for column in FORGET_COLUMNS], default=str).encode())
+        assert whole.hexdigest()[:16] not in text and digest(content).hexdigest()[:16] not in text
+    assert key.hex() not in text
+    for name in ("unlearning.json", "forget_hashes.json"):
+        assert stat.S_IMODE((tmp_path / "out" / name).stat().st_mode) == 0o600
+
+
+def test_damaged_hashes_are_told_from_whole_ones(trainer, tmp_path):
+    trainer.save_model()
+    folder = tmp_path / "out"
+    facts, whole = Facts.load(folder), (folder / "forget_hashes.json").read_text()
+    assert whole_hashes(folder, facts).requests and facts.hashes.count > 50 and facts.hashes.requests == 2
+    content = json.loads(whole)
+    fewer = {n: p[: len(p) // 2 // 32 * 32] for n, p in content["requests"][0]["hashes"].items()}
+    damaged = {
+        "is missing": None,
+        "cannot be read": "",
+        "cannot be read ": whole[: len(whole) // 2],
+        "cannot be read  ": json.dumps({"schema": 1, "requests": [], "too_short": 0}),
+        "holds 0 hashes": json.dumps(content | {"requests": []}),
+        "instead of": json.dumps(content | {"requests": [content["requests"][0] | {"hashes": fewer}]}),
+        "is not what was written": json.dumps(content | {"too_short": 7}),
+    }
+    for problem, text in damaged.items():
+        (folder / "forget_hashes.json").unlink(missing_ok=True)
+        if text is not None:
+            (folder / "forget_hashes.json").write_text(text)
+        with pytest.raises(UserError, match=f"{problem.strip()}.*--no-leak-scan"):
+            whole_hashes(folder, facts)
+    (folder / "forget_hashes.json").write_text(whole)
+    with pytest.raises(UserError, match="lacks the hashes of 1 earlier"):
+        whole_hashes(folder, replace(facts, earlier=[facts.forget] * 2))
+
+
+def test_facts_of_an_earlier_version(trainer, tmp_path):
+    """They are read, without their unkeyed fingerprints; that their hashes are whole cannot be known."""
+    trainer.save_model()
+    path = tmp_path / "out" / "unlearning.json"
+    content = json.loads(path.read_text())
+    del content["hashes"]
+    path.write_text(json.dumps(content | {"schema": 1, "earlier": [content["forget"]]}))
+    facts = Facts.load(tmp_path / "out")
+    assert [part.fingerprint for part in (facts.forget, facts.retain, *facts.earlier)] == [None] * 3
+    assert facts.forget.rows == 8
+    with pytest.raises(UserError, match="an earlier version wrote unlearning.json.*--no-leak-scan"):
+        whole_hashes(tmp_path / "out", facts)
+    path.write_text(json.dumps({"schema": 2, "method": "mdu"}))
+    with pytest.raises(UserError, match="cannot be read"):
+        Facts.load(tmp_path / "out")
+
+
+def test_a_base_whose_hashes_are_lost_is_named(trainer, make_model, authors, tokenizer, tmp_path, caplog, monkeypatch):
+    trainer.save_model()
+    (tmp_path / "out" / "forget_hashes.json").unlink()
+    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
+    model = make_model()
+    model.config._name_or_path = str(tmp_path / "out")
+    forget, retain = (question_answer_rows(part, True) for part in forget_retain_split(authors, 2))
+    args = MDUConfig(str(tmp_path / "second"), loss_type="npo", max_steps=1, use_cpu=True, report_to="none")
+    second = MDUTrainer(model, args, forget, retain, processing_class=tokenizer)
+    assert (
+        "was made to forget before is not known here" in caplog.text and "forget_hashes.json is missing" in caplog.text
+    )
+    second.save_model()
+    with pytest.raises(UserError, match="lacks the hashes of 1 earlier"):
+        whole_hashes(tmp_path / "second", Facts.load(tmp_path / "second"))
+
+
+def test_secrets_in_facts_are_dropped(trainer, tmp_path):
+    facts = replace(
+        trainer.provenance.facts(trainer), description=f"as {SECRETS[0]}", options={"api_key": "x", "beta": 1}
+    )
+    facts.save(tmp_path)
+    assert Facts.load(tmp_path).description is None and Facts.load(tmp_path).options == {"beta": 1}
+
+
+SECRETS = [
+    "hf_" + "aB3" * 11,
+    "sk-proj-" + "a1B2" * 8,
+    "ghp_" + "a1B2" * 9,
+    "github_pat_" + "A1b2" * 10,
+    "AKIA" + "ABCD1234EFGH5678",
+    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2lnbmF0dXJl",
+    "Authorization: Bearer abcdef0123456789",
+    "https://user:secret@host.invalid/x",
+    "-----BEGIN RSA PRIVATE KEY-----",
+    "glpat-abcdefghij0123456789",
+    "xoxb-123456789012-abcdef",
+]
+
+
+def test_secrets_are_dropped_at_any_depth():
+    for secret in SECRETS:
+        deep = {"a": [{"b": {"note": f"see {secret}", "kept": 1}}, (secret, "kept")], secret: 1, "c": "kept"}
+        assert without_secrets(deep) == {"a": [{"b": {"kept": 1}}, ("kept",)], "c": "kept"}
+        assert without_secrets(secret) is None
+    names = ("token", "hub_token", "HF_TOKEN", "use_auth_token", "api_key", "apiKey", "X-Api-Key", "wandb_api_key")
+    for name in (*names, "password", "aws_secret_access_key", "Authorization", "client_secret", "accessToken"):
+        assert without_secrets({"model_init_kwargs": {"deep": {name: "plain"}}}) == {"model_init_kwargs": {"deep": {}}}
+    harmless = {
+        "pad_token": "<pad>",
+        "mask_token": "[MASK]",
+        "max_new_tokens": 8,
+        "include_num_input_tokens_seen": True,
+    }
+    harmless |= {
+        "path": "data/hf_datasets/sk-learn",
+        "tokenizer": "x",
+        "author": "y",
+        "url": "https://host.invalid/a@b",
+    }
+    assert without_secrets(harmless) == harmless
+
+
+def test_settings_of_the_scripts_hold_no_secret(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    common = importlib.import_module("common")
+    nested = {"token": "plain", "revision": "main", "headers": {"x": SECRETS[0]}}
+    config = MDUConfig(str(tmp_path), hub_token="plain", model_init_kwargs=nested, use_cpu=True)
+    settings = common.settings(config)
+    assert settings["model_init_kwargs"] == {"revision": "main", "headers": {}} and "hub_token" not in settings
+    assert settings["use_cpu"] is True
+
+
+def test_progress_is_for_its_owner_alone(tmp_path):
+    with ProgressFile(tmp_path / "progress.jsonl") as progress:
+        progress.resume({"progress": 1}, dict)
+        progress.append([{"row": 0}])
+    assert stat.S_IMODE((tmp_path / "progress.jsonl").stat().st_mode) == 0o600

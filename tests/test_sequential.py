@@ -44,9 +44,10 @@ def test_each_model_records_the_requests_before(make_model, requests, unlearn):
         folder = unlearn(model, forget, kept, f"request{number}")
         for written in (folder, folder / "checkpoint-1"):
             facts = Facts.load(written)
-            assert facts.forget == set_facts(forget)
-            assert facts.earlier == [set_facts(earlier) for earlier in rows[:number]]
-            assert len(ForgetHashes.load(written).requests) == number + 1
+            requests_then = ForgetHashes.load(written).requests  # the newest first
+            keys = [request.key for request in reversed(requests_then)]
+            assert len(keys) == number + 1 and facts.forget == set_facts(forget, keys[-1])
+            assert facts.earlier == [set_facts(*pair) for pair in zip(rows[:number], keys[:-1], strict=True)]
             text = (written / "unlearning.json").read_text()
             assert all(turn["content"] not in text for row in forget for turn in row["completion"])
         model = load_model(str(folder))

@@ -111,6 +111,7 @@ class RoleReport(Record):
     kind: ClassVar[str] = "report on token roles"
     remedy: ClassVar[str] = "repeat the analysis"
     indent: ClassVar[int | None] = None
+    private: ClassVar[bool] = True  # it has a hash of the rows
 
     dataset: str
     settings: RoleSettings

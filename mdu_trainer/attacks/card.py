@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from ..evaluation.report import markdown_table
 from ..files import UserError
+from ..markup import markdown_text
 from ..provenance import Facts
 from .recovery import BASE, NEVER, NO_ATTACK, Outcome, Recovery
 
@@ -63,7 +64,7 @@ def _table(recovery: Recovery, name: str) -> str:
         cells = [str(outcome.models[end].after) for end in ends] + [str(one.after)]
         if recovery.has_floor:
             cells.append("" if one.recovery is None else str(one.recovery))
-        rows.append([attack, outcome.words, *cells])
+        rows.append([markdown_text(attack), markdown_text(outcome.words), *cells])
     return markdown_table(rows, text_columns=2)
 
 
@@ -84,5 +85,6 @@ def _sentence(recovery: Recovery, name: str) -> str:
     outcome: Outcome = recovery.attacks[attack].models[name]
     return (
         "Recovery is 0 where an attack brings back no more than it gets out of a model that never saw the rows, and 1 "
-        f"where it brings back all that the base knew; the strongest here, {attack}, reached {outcome.recovery}."
+        f"where it brings back all that the base knew; the strongest here, {markdown_text(attack)}, reached "
+        f"{outcome.recovery}."
     )

@@ -60,6 +60,7 @@ class ProgressFile:
                 raise UserError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from None
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
+        self.path.touch(mode=0o600)  # it has a hash of the rows, and figures of each
         self._file = self.path.open("a", encoding="utf-8")
         if not whole:
             self._write([header])

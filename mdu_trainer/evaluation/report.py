@@ -1,12 +1,13 @@
 """The outcome of a comparison: one typed record, tables to read, a JSON file to keep. Figures only, never texts."""
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ..files import Record
+from ..files import Record, without_secrets
 
 COLUMNS = {  # of `Results.table`, where any run has the figure: (set, metric), the set None for the summary
     "forget rL": ("forget", "rougeL_recall"),
@@ -80,6 +81,21 @@ class Run:
         words = [f"{SHORT.get(key, key)}={_setting(value)}" for key, value in values.items()]
         return " ".join([self.method, *words])
 
+    def renamed(self, text: Callable[[str], str]) -> "Run":
+        """The run with every name that it holds changed, for a place where names have another spelling."""
+
+        def texts(figures: Mapping[str, Any]) -> dict[str, Any]:
+            return {text(name): figure for name, figure in figures.items()}
+
+        return replace(
+            self,
+            method=text(self.method),
+            scores={name: texts(figures) for name, figures in texts(self.scores).items()},
+            rows=texts(self.rows),
+            summary=texts(self.summary),
+            settings={k: text(v) if isinstance(v, str) else v for k, v in texts(self.settings).items()},
+        )
+
     def figure(self, name: str | None, metric: str) -> Estimate | None:
         """The figure of a set, or of the summary if `name` is None; None if it was not measured."""
         return (self.summary if name is None else self.scores.get(name, {})).get(metric)
@@ -121,8 +137,8 @@ class Results(Record):
     runs: list[Run] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all, of the figures that were measured."""
-        super(Results, self.finite()).save(path)
+        """Write JSON, whole or not at all, of the figures that were measured, without secrets among the settings."""
+        super(Results, replace(self.finite(), settings=without_secrets(self.settings))).save(path)
 
     def check(self) -> None:
         """Refuse a comparison of nothing, and two runs of one name."""
@@ -188,9 +204,10 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     """A Markdown table, padded to be read as it is too.
 
     Args:
-        rows: the cells, the first row being the header.
+        rows: the cells, the first row being the header. A bar in one is escaped, a line break becomes a space.
         text_columns: so many columns on the left are aligned to the left, the others to the right.
     """
+    rows = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = [i < text_columns for i in range(len(widths))]
     lines = [
@@ -205,7 +222,8 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
 
 def parse_markdown_table(text: str) -> list[list[str]]:
     """The cells of a table of `markdown_table`, the header first."""
-    rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.strip().splitlines()]
+    lines = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in text.strip().splitlines()]
+    rows = [[cell.strip().replace("\\|", "|") for cell in line] for line in lines]
     return [rows[0], *rows[2:]]
 
 
