@@ -177,7 +177,9 @@ def _check_columns(columns: set[str], name: str, preferred: bool) -> None:
         )
     unread = sorted(columns & set(UNREAD))
     if unread:
-        logger.warning(f"{name} set: {', '.join(unread)} not read. Every row counts alike, and is tokenised here.")
+        logger.warning_once(
+            f"{name} set: {', '.join(unread)} not read. Every row counts alike, and is tokenised here."
+        )
 
 
 def _last_turn(messages: Any, where: str) -> dict[str, list[Row]]:
