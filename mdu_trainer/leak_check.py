@@ -187,11 +187,12 @@ def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = F
     if path.suffix in SUFFIXES or path.is_file():
         rows = read_file(path, COLUMNS)
     else:
-        folder, _, config = (source, "", "") if path.exists() else source.rpartition(":")
-        config = config or _only_config(source)
+        named = ":" in source and not path.exists()
+        folder, _, config = source.rpartition(":") if named else (source, "", "")
         if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
-            raise FileNotFoundError(f"There is no folder {folder}.")
-        rows = load_config(folder or source, config, keep_dataset_cache=keep_dataset_cache)
+            raise FileNotFoundError(f"There is no {'folder' if named else 'file or folder'} {folder}.")
+        config = config or _only_config(folder)
+        rows = load_config(folder, config, keep_dataset_cache=keep_dataset_cache)
     check_texts(rows, name, dict.fromkeys(COLUMNS, str))
     other = "paraphrased_question"
     worded = other in rows.column_names and all(isinstance(text, str) for text in rows[other])
@@ -199,8 +200,6 @@ def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = F
 
 
 def _only_config(source: str) -> str:
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
-        raise FileNotFoundError(f"There is no file or folder {source}.")
     names = config_names(source)
     if len(names) != 1:
         raise UserError(f"{source} has the configs {', '.join(names) or 'none'}: choose one, as {source}:CONFIG.")

@@ -21,6 +21,7 @@ from .data import (
     EpochSampler,
     RowPairs,
     TokenizedRows,
+    check_rows,
     in_order,
     length_grouped,
     shuffled,
@@ -130,6 +131,8 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
             self.model_init = model_init
             model = super().call_model_init()
         processing_class = processing_class or _load_tokenizer_of(model, args)
+        if isinstance(model, str):  # a long load comes after what can be refused without it
+            self._check_rows(args, train_dataset, eval_dataset)
         model = _load(model, args)
         self.backbone = resolve_backbone(model, processing_class)
         self._tokenizer, self._peft_config = processing_class, peft_config
@@ -283,6 +286,18 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
         return (loss, figures) if return_outputs else loss
 
     # Data
+
+    def _check_rows(
+        self, args: MDLMConfig, dataset: Dataset | None, evaluated: Dataset | dict[str, Dataset] | None
+    ) -> None:
+        sets = [*self._train_sets(dataset).items()]
+        sets += [("eval", rows) for rows in (evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+        for name, rows in sets:
+            if rows is not None and not isinstance(rows, RowPairs):
+                check_rows(rows, name, **({} if name == "retain" else self._eval_columns(args)))
+
+    def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
+        return {"train": dataset}
 
     def _tokenize_train(self, args: MDLMConfig, dataset: Dataset | None) -> dict[str, TokenizedRows]:
         return {} if dataset is None else {"train": self._tokenize(args, dataset, "train")}

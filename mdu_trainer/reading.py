@@ -5,6 +5,7 @@ Rows hold what is to be forgotten, so no message quotes one: it names the data s
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 from datasets import DatasetDict
@@ -98,15 +99,15 @@ def check_table(dataset: Any, name: str, preferred: bool = False) -> None:
 
 def read_rows(dataset: Any, name: str) -> Iterator[Any]:
     """The rows one by one; what goes wrong in reading them quotes none of them."""
-    rows, number = iter(dataset), 0
-    while True:
+    with private(f"The {name} set cannot be read"), whole_cache(f"the {name} set"):
+        rows = iter(dataset)
+    for number in count():
         with private(f"Row {number} of the {name} set cannot be read"), whole_cache(f"the {name} set"):
             try:
                 row = next(rows)
             except StopIteration:
                 return
         yield row
-        number += 1
 
 
 def read_row(example: Any, where: str, preferred: bool = False, allow_blank: bool = False) -> dict[str, Text]:
@@ -177,7 +178,9 @@ def _check_columns(columns: set[str], name: str, preferred: bool) -> None:
         )
     unread = sorted(columns & set(UNREAD))
     if unread:
-        logger.warning(f"{name} set: {', '.join(unread)} not read. Every row counts alike, and is tokenised here.")
+        logger.warning_once(
+            f"{name} set: {', '.join(unread)} not read. Every row counts alike, and is tokenised here."
+        )
 
 
 def _last_turn(messages: Any, where: str) -> dict[str, list[Row]]:

@@ -322,6 +322,9 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
 
     # Data
 
+    def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
+        return {"forget": dataset, "retain": self._retain_dataset}
+
     def _tokenize_train(self, args: MDUConfig, dataset: Dataset | None) -> dict[str, TokenizedRows]:
         retain = self._retain_dataset
         if dataset is None:

@@ -1,12 +1,18 @@
 """Rows, pairing and batches."""
 
+import copy
+import dataclasses
+import functools
+import json
 import logging
 from collections import Counter
 
+import pandas
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 
+from mdu_trainer import MDUConfig, MDUTrainer
 from mdu_trainer.data import (
     DataCollatorForUnlearning,
     EpochSampler,
@@ -19,6 +25,8 @@ from mdu_trainer.data import (
     shuffled,
     tokenize_rows,
 )
+from mdu_trainer.evaluation.scoring import encode_questions
+from mdu_trainer.files import UserError
 from mdu_trainer.models import resolve_backbone
 
 SECRET = "Zanthor Quibble"  # stands for private text: no message may hold it
@@ -111,6 +119,142 @@ def test_errors_name_the_fix_and_no_text(tokenize, backbone):
         assert SECRET not in str(error.value)
     with pytest.raises(TypeError, match="IterableDataset"):
         tokenize(IterableDataset.from_generator(lambda: iter([row])))
+
+
+def test_the_response_may_end_with_its_end_token_and_not_go_on_after_it(tokenize, tokenizer):
+    plain = tokenize([{"prompt": "Who?", "completion": "Nobody."}])
+    assert tokenize([{"prompt": "Who?", "completion": "Nobody.<|end|>"}]) == plain
+    assert tokenize([{"prompt": "Who?", "completion": "Nobody.<|end|>\n"}]) == plain
+    with pytest.raises(ValueError, match=r"Row 0 of the forget set: completion holds '<\|end\|>', a special token"):
+        tokenize([{"prompt": "Who?", "completion": f"Nobody.<|end|> {SECRET}"}])
+
+
+@pytest.mark.parametrize("token", ["<|mask|>", "<|pad|>", "<|end|>", "<|user|>"])
+def test_special_tokens_in_texts_are_refused(tokenize, token):
+    good, text = {"prompt": "Who?", "completion": "Nobody."}, f"{SECRET} {token} {SECRET}"
+    chat = {"prompt": [turn("user", "Who?")], "completion": [turn("assistant", "Nobody.")]}
+    cases = [
+        ([good, good | {"prompt": text}], "prompt"),
+        ([good, good | {"completion": text}], "completion"),
+        ([chat, chat | {"prompt": [turn("user", text)]}], "prompt"),
+        ([chat, chat | {"completion": [turn("assistant", text)]}], "completion"),
+    ]
+    for rows, column in cases:
+        with pytest.raises(ValueError, match=rf"Row 1 of the forget set: {column} holds '<\|\w+\|>'") as error:
+            tokenize(rows)
+        assert token in str(error.value) and SECRET not in str(error.value)
+
+
+def test_special_tokens_of_bert(backbone):
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[", "]", "who", "nobody", "sep"]
+    bert = BertTokenizerFast(
+        tokenizer_object=BertWordPieceTokenizer({word: i for i, word in enumerate(words)}, lowercase=True)._tokenizer
+    )
+    facts = dataclasses.replace(backbone, mask_token_id=4, end_token_ids=(3,), pad_token_id=0)
+    run = functools.partial(tokenize_rows, tokenizer=bert, backbone=facts, name="forget")
+    rows = run([{"prompt": "who", "completion": "nobody [sep] zebra"}])  # a word, brackets and an unknown one
+    assert rows.responses == [[8, 5, 9, 6, 1, 3]]
+    for token in ("[SEP]", "[MASK]", "[PAD]", "[CLS]"):
+        with pytest.raises(ValueError, match=rf"Row 0 of the forget set: completion holds '\[{token[1:-1]}\]'"):
+            run([{"prompt": "who", "completion": f"nobody {token} who"}])
+
+
+def test_scored_answers_are_named_by_the_row_of_the_user(tokenizer, backbone):
+    rows = {"answer": [["x"], [f"{SECRET} <|mask|>"]]}
+    with pytest.raises(ValueError, match="Row 1 of the retain set: completion holds") as error:
+        encode_questions("retain", ["a", "b"], [["x"], ["y"]], rows, tokenizer, backbone)
+    assert SECRET not in str(error.value)
+
+
+def test_tools_and_template_options_reach_the_template(tokenizer, backbone):
+    reads = copy.deepcopy(tokenizer)
+    reads.chat_template = (
+        "{% if tools %}{{ tools[0]['name'] }}{% endif %}{% if loud is defined %}!{{ loud }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    row = {"prompt": [turn("user", "Who?")], "completion": [turn("assistant", "Nobody.")]}
+    tools = [{"name": "clock"}]
+    rows = [
+        row | {"tools": tools, "chat_template_kwargs": {"loud": "yes"}},
+        row | {"tools": json.dumps(tools), "chat_template_kwargs": None},
+        row | {"tools": None, "chat_template_kwargs": {"loud": None}},
+    ]
+    shown = [reads.decode(ids) for ids in tokenize_rows(rows, reads, backbone, name="forget").prompts]
+    plain = "<|user|>Who?<|end|><|assistant|>"
+    assert shown == ["clock!yes" + plain, "clock" + plain, plain]
+    for columns in ({"tools": tools}, {"chat_template_kwargs": {"loud": "yes"}}):
+        with pytest.raises(ValueError, match="Row 0 of the forget set sets (tools|loud) .* does not read it"):
+            tokenize_rows([row | columns], tokenizer, backbone, name="forget")
+        with pytest.raises(ValueError, match="which only a chat template reads"):
+            tokenize_rows([{"prompt": "Who?", "completion": "x"} | columns], tokenizer, backbone, name="forget")
+
+
+def test_columns_that_would_be_dropped(tokenize, caplog):
+    row = {"prompt": "Who?", "completion": "Nobody."}
+    with caplog.at_level(logging.WARNING, logger="mdu_trainer"):
+        tokenize([row | {"label": True, "topic": "x"}, row], name="labelled")
+    assert "labelled set: label not read" in caplog.text and "topic" not in caplog.text
+    assert "labelled set: 1 of 2 rows repeat another one" in caplog.text
+    for column in ("images", "completion_mask", "assistant_masks"):
+        with pytest.raises(ValueError, match=rf"forget set has \['{column}'\]"):
+            tokenize([row | {column: [1]}])
+    with pytest.raises(ValueError, match="says twice what the response is"):
+        tokenize([row | {"messages": [turn("user", "a"), turn("assistant", "b")]}])
+    with pytest.raises(ValueError, match="says twice what the response is"):
+        tokenize([row | {"rejected": "b"}])
+
+
+def test_forms_of_rows(tokenizer, backbone):
+    run = functools.partial(tokenize_rows, tokenizer=tokenizer, backbone=backbone, name="forget")
+    row = {"prompt": "Who?", "completion": "Nobody."}
+    chat = {"prompt": [turn("user", "Who?")], "completion": [turn("assistant", "Nobody.")]}
+    parts = [{"type": "text", "text": "Who"}, {"type": "text", "text": "?"}]
+    assert run([chat | {"prompt": [turn("user", parts)]}]) == run([chat])
+    image = [{"type": "image", "url": SECRET}]
+    shared = {"from": "human", "value": SECRET}
+    cases = [
+        ([row, SECRET], "Row 1 of the forget set is a str"),
+        ([row, {"prompt": SECRET}], "Row 1 of the forget set must have strings only"),
+        ([row, row | {"completion": " \n"}], "Row 1 of the forget set: completion is blank"),
+        ([row, row | {"completion": f"{SECRET} \ud800"}], "Row 1 .* completion holds half a character"),
+        ([chat, chat | {"prompt": [turn("user", None)]}], "Row 1 .* 'content' is no text.* NoneType"),
+        ([chat, chat | {"prompt": [turn("user", image)]}], "Row 1 .* 'content' is no text.* list"),
+        ([chat, chat | {"prompt": [{"content": SECRET}]}], "Row 1 .* without a 'role'"),
+        ([chat, chat | {"prompt": [SECRET]}], "Row 1 .* a str among its messages"),
+        ([chat, chat | {"prompt": []}], "Row 1 .* is an empty list"),
+        ([{"messages": [shared, shared]}], "Row 0 .*Rename them to 'role' and 'content'"),
+        ([{"conversations": [shared, shared]}], "rename the column to 'messages'"),
+        ({"prompt": [SECRET], "completion": [SECRET]}, r"is a dict: pass Dataset.from_dict\(columns\)"),
+        (DatasetDict(train=Dataset.from_list([row])), "is a DatasetDict: choose one of its splits, train"),
+        (pandas.DataFrame([row]), r"pass Dataset.from_pandas\(frame\)"),
+        (SECRET, "is a text"),
+    ]
+    for rows, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            run(rows)
+        assert SECRET not in str(error.value)
+
+
+def test_ids_without_an_embedding(tokenizer, backbone):
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "the"}]
+    known = max(tokenizer("ab<|end|>")["input_ids"]) + 1
+    ids = tokenizer("the")["input_ids"]
+    assert max(ids) >= known, "a merge"
+    with pytest.raises(ValueError, match=f"Row 1 .* has the token id {max(ids)}, .* embedding {known} rows"):
+        tokenize_rows(rows, tokenizer, dataclasses.replace(backbone, vocab_size=known), name="forget")
+
+
+def test_rows_are_refused_before_a_model_is_loaded(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("mdu_trainer.mdlm.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    row = {"prompt": "Who?", "completion": "Nobody."}
+    kwargs = {"train_dataset": [row], "retain_dataset": [row, row], "processing_class": tokenizer}
+    for name, rows in (("train_dataset", "forget"), ("retain_dataset", "retain"), ("eval_dataset", "eval")):
+        bad = kwargs | {name: [row, row | {"completion": ""}]}
+        with pytest.raises(ValueError, match=f"Row 1 of the {rows} set: completion is blank"):
+            MDUTrainer("a/model", MDUConfig(str(tmp_path), use_cpu=True, report_to="none"), **bad)
 
 
 def rows_of(lengths, offset=0):

@@ -191,6 +191,25 @@ def test_rows_to_forget(tmp_path):
         load_forget_rows(one)
 
 
+def test_rows_to_forget_of_odd_files(tmp_path):
+    folder = tmp_path / "intros"
+    folder.mkdir()
+    row = {"question": "Who?", "answer": "one\u2028two\x85three"}
+    (folder / "Anna.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(row, ensure_ascii=False).encode())
+    (folder / "Otto.jsonl").write_text(json.dumps(row | {"source": 3}))
+    rows = load_forget_rows(folder)
+    assert rows["answer"][:] == [row["answer"]] * 2 and rows["source"][:] == [None, 3]
+
+
+def test_rows_that_are_not_used_are_checked(tmp_path):
+    rows = [probe("1"), probe("1"), probe("1") | {"answer": None}]
+    folder = write(tmp_path / "rwku", {"forget_level1": rows})
+    with pytest.raises(ValueError, match="Row 2 of the forget_level1 set: answer must be a text"):
+        load_rwku(folder, max_rows=1)
+    with pytest.raises(ValueError, match="number of rows to use must be at least 1, got 0"):
+        load_rwku(write(folder, {"forget_level1": rows[:2]}), max_rows=0)
+
+
 def test_the_script_forgets_without_a_retain_set(folder, roomy, tokenizer, tmp_path):
     roomy.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

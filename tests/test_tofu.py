@@ -10,6 +10,7 @@ from scipy.stats import hmean, ks_2samp
 from mdu_trainer.data import question_answer_rows, tokenize_rows
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import TruthRatios, check_sets, evaluate_tofu, load_tofu, score_answers
+from mdu_trainer.files import UserError
 from mdu_trainer.generation import DiffusionGenerationConfig, generate_ids
 from mdu_trainer.likelihood import response_likelihood
 
@@ -157,6 +158,66 @@ def test_a_folder_without_a_card(authors, tmp_path):
     (tmp_path / "retain95.json").touch()
     with pytest.raises(ValueError, match="'retain95' .* is empty"):
         load_tofu(tmp_path, retain="retain95")
+
+
+def test_rows_that_are_not_used_are_checked(authors, tmp_path):
+    rows = authors.select(range(8)).select_columns(["question", "answer"]).to_list()
+    for name in ("forget10", "retain90"):
+        (tmp_path / f"{name}.json").write_text("\n".join(map(json.dumps, rows)))
+    assert len(load_tofu(tmp_path, max_rows=2)["retain"]) == 2
+    for column, value, message in (("answer", None, "must be a text"), ("question", "  ", "is blank")):
+        bad = [*rows[:7], rows[7] | {column: value}]
+        (tmp_path / "retain90.json").write_text("\n".join(map(json.dumps, bad)))
+        with pytest.raises(ValueError, match=f"Row 7 of the retain set: {column} {message}"):
+            load_tofu(tmp_path, max_rows=2, max_retain_rows=3)
+    for limits in ({"max_rows": 0}, {"max_rows": -1}, {"max_retain_rows": 0}):
+        (tmp_path / "retain90.json").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(ValueError, match="number of rows to use must be at least 1, got"):
+            load_tofu(tmp_path, **limits)
+
+
+def test_files_are_read_alike_with_and_without_a_card(tmp_path):
+    texts = ["one\u2028two", "three\x85four", "2009-01-01"]
+    rows = [{"question": f"q{i}", "answer": text} for i, text in enumerate(texts)]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "lines.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "array.json").write_text(json.dumps(rows), encoding="utf-8")
+    Dataset.from_list(rows).to_csv(tmp_path / "comma.csv")
+    Dataset.from_list(rows).to_parquet(tmp_path / "arrow.parquet")
+    files = ("lines.jsonl", "array.json", "comma.csv", "arrow.parquet")
+    bare = [load_config(tmp_path, file.partition(".")[0]).to_list() for file in files]
+    configs = [f"- config_name: {file.partition('.')[0]}\n  data_files: {file}\n" for file in files]
+    both = (
+        "- config_name: two\n  data_files:\n  - split: a\n    path: array.json\n  - split: b\n    path: lines.jsonl\n"
+    )
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}{both}---\n")
+    carded = [load_config(tmp_path, file.partition(".")[0]).to_list() for file in files]
+    assert bare == carded == [rows] * 4
+    semicolons = "---\nconfigs:\n- config_name: s\n  data_files: s.csv\n  sep: ';'\n---\n"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "README.md").write_text(semicolons)
+    (tmp_path / "other" / "s.csv").write_text("question;answer\nq,0;x\n")
+    assert load_config(tmp_path / "other", "s").to_list() == [{"question": "q,0", "answer": "x"}], "as the card says"
+    with pytest.raises(ValueError, match="'two' of .* has the splits a, b; there must be one"):
+        load_config(tmp_path, "two")
+
+
+def test_rows_that_are_no_table(tmp_path):
+    cases = {
+        "mixed": ([{"answer": SECRET}, {"answer": 3}], "Row 1 of .*: answer is a number, and a text in rows before"),
+        "list": ([{"answer": SECRET}, [SECRET]], "Row 1 of .* is not an object"),
+        "nested": ([{"answer": [SECRET]}, {"answer": [3]}], "do not make a table"),
+    }
+    for name, (rows, message) in cases.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+        with pytest.raises(UserError, match=message) as error:
+            load_config(tmp_path, name)
+        assert SECRET not in str(error.value)
+    (tmp_path / "later.json").write_text(json.dumps([{"a": "x"}, {"a": "y", "b": "z"}]))
+    assert load_config(tmp_path, "later")["b"][:] == [None, "z"], "a column that the first row lacks"
+    (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: gone\n  data_files: gone.json\n---\n")
+    with pytest.raises((UserError, OSError)) as error:
+        load_config(tmp_path, "gone")
 
 
 def test_the_published_folder(tofu_path):

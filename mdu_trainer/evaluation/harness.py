@@ -234,7 +234,9 @@ class MaskedDiffusionLM(TemplateLM):
             )
         length = _whole(lengths[0]) if lengths else self._decoding.max_new_tokens
         block = _whole(fields.pop("block_length", self._decoding.block_length))
-        fields |= {"max_new_tokens": length, "block_length": block and min(block, length)}
+        if isinstance(block, int) and isinstance(length, int):
+            block = min(block, length)
+        fields |= {"max_new_tokens": length, "block_length": block}
         return dataclasses.replace(self._decoding, **fields), [stops] if isinstance(stops, str) else list(stops)
 
     def _fit(self, contexts: list[list[int]], room: list[int]) -> list[list[int]]:

@@ -7,18 +7,26 @@ is written here unless `keep_dataset_cache` asks for it.
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas
 import pyarrow.parquet
-from datasets import Dataset, DatasetInfo, get_dataset_config_names, load_dataset, load_dataset_builder
+from datasets import (
+    BuilderConfig,
+    Dataset,
+    DatasetBuilder,
+    DatasetInfo,
+    get_dataset_config_names,
+    load_dataset,
+    load_dataset_builder,
+)
 
 from ..files import UserError, read_jsonl
 from ..reading import private, whole_cache
 
-JSON = (".json", ".jsonl")
-SUFFIXES = (*JSON, ".csv", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 KINDS = {str: "a text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -59,7 +67,8 @@ def load_config(
     folder, where = Path(source), f"config {config!r} of {source}"
     if folder.is_dir() and not (folder / "README.md").is_file():
         file = next(path for path in (folder / f"{name}{suffix}" for suffix in SUFFIXES) if path.is_file())
-        rows = table(_file_rows(file), where, DatasetInfo(dataset_name="json", config_name="default"), "train")
+        content = _file_rows(file) if file.stat().st_size else []
+        rows = table(content, where, DatasetInfo(dataset_name="json", config_name="default"), "train")
     elif keep_dataset_cache:
         with whole_cache(where):
             rows = _only_split(load_dataset(str(source), name), where)
@@ -134,7 +143,7 @@ def _file_rows(path: Path) -> list[Any]:
 
 
 def _uncached(source: str, name: str, where: str) -> Dataset:
-    """Rows as the card says, where nothing is left on disk: local JSON is read here, all else is streamed."""
+    """Rows as the card says, where nothing is left on disk: local files are read here, all else is streamed."""
     with tempfile.TemporaryDirectory(prefix="mdu_trainer_") as cache:
         with _readable(source):
             builder = load_dataset_builder(source, name, cache_dir=cache)
@@ -143,8 +152,8 @@ def _uncached(source: str, name: str, where: str) -> Dataset:
         if len(files) > 1:
             _refuse_splits(files, where)
         paths = [Path(file) for split in files.values() for file in split]
-        if paths and all(path.suffix in JSON and path.is_file() for path in paths) and not _field(builder):
-            return table([row for path in paths for row in read_jsonl(path)], where, info, next(iter(files)))
+        if paths and all(path.suffix in SUFFIXES and path.is_file() for path in paths) and not _has_options(builder):
+            return table([row for path in paths for row in _file_rows(path)], where, info, next(iter(files)))
         with _readable(source):
             stream = load_dataset(source, name, streaming=True, cache_dir=cache)
         rows = _only_split(stream, where)
@@ -153,8 +162,11 @@ def _uncached(source: str, name: str, where: str) -> Dataset:
         return table(content, where, info, str(rows.split))
 
 
-def _field(builder: Any) -> str | None:
-    return getattr(builder.config, "field", None)
+def _has_options(builder: DatasetBuilder) -> bool:
+    """Whether a card says how its files are to be read, such as by which separator."""
+    names = {field.name for field in fields(builder.config)} - set(BuilderConfig.__dataclass_fields__)
+    usual = type(builder.config)()
+    return any(getattr(builder.config, name) != getattr(usual, name) for name in names)
 
 
 def _only_split(splits: Mapping[str, Any], where: str) -> Any:
