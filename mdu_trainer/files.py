@@ -226,7 +226,9 @@ def read_record(path: Path, schemas: tuple[int, ...] = (SCHEMA,)) -> tuple[int, 
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path} cannot be read. Save the model with the trainer again.") from None
     if found not in schemas:
-        raise UserError(f"{path} has schema {found}, this version reads {schemas[-1]}: save the model again.")
+        raise UserError(
+            f"{path} has another schema than {schemas[-1]}, which this version reads: save the model again."
+        )
     return found, content
 
 
