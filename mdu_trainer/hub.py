@@ -35,6 +35,7 @@ from .model_card import (
     unlearned_model_card,
 )
 from .models import load_model
+from .models.loading import check_tensors
 from .provenance import FACTS_FILE, Facts
 from .upload import (
     ADAPTER_CONFIG,
@@ -267,6 +268,8 @@ def prepare_push(
     if tokenizer is not None:
         files = {name: s for name, s in files.items() if not is_tokenizer_file(name)} | saved_tokenizer(tokenizer)
     check_finite([s for name, s in files.items() if name.endswith(".safetensors")])
+    if "config.json" in files:
+        check_tensors(str(folder))
     given = given_records(source, results, recovery)
     results, recovery = load_results(source, results), load_recovery(source, recovery)
     picture = draw_picture(results, recovery)
