@@ -61,8 +61,11 @@ class Progress(TrainerCallback):
         processes().print(f"\n{self.name}: {state.max_steps} steps")
 
 
-def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
-    """Model and tokenizer, as the command line asks for them. A folder with an adapter loads with its base."""
+def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False, is_trainable: bool = False):
+    """Model and tokenizer, as the command line asks for them. A folder with an adapter loads with its base.
+
+    `is_trainable`: whether an adapter is going to be trained on; it is frozen otherwise.
+    """
     quantization = get_quantization_config(model_args)
     with task(f"loading {path}"):
         model, tokenizer = load_checkpoint(
@@ -72,6 +75,7 @@ def load(path: str, model_args: ModelConfig, trust_remote_code: bool = False):
             dtype=model_args.dtype,
             attn_implementation=model_args.attn_implementation,
             quantization_config=quantization,
+            is_trainable=is_trainable,
         )
         if quantization is None:
             model.to(processes().device)
@@ -125,7 +129,7 @@ def unlearn(config: MDUConfig, path: str, model_args: ModelConfig, forget: Datas
     """
     if is_trained(Path(config.output_dir)):
         return load(config.output_dir, model_args, config.trust_remote_code)
-    model, tokenizer = load(path, model_args, config.trust_remote_code)
+    model, tokenizer = load(path, model_args, config.trust_remote_code, is_trainable=True)
     chats = bool(tokenizer.chat_template)
     trainer = MDUTrainer(
         model,

@@ -175,7 +175,7 @@ def finetune(
         tokenizer = train_tokenizer(dataset_texts(vocabulary.select_columns(["question", "answer"])), args.vocab_size)
         model = tiny_mdlm(tokenizer, args.hidden_size, args.num_layers, HEADS, seed=config.seed)
     else:
-        model, tokenizer = load(name, model_args, config.trust_remote_code)
+        model, tokenizer = load(name, model_args, config.trust_remote_code, is_trainable=True)
     trainer = MDLMTrainer(
         model,
         finetune_config(folder, args, config, from_scratch=name is None),

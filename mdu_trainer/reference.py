@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, PeftType
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
@@ -19,8 +20,9 @@ from .models import row_figures, row_projection
 class Reference:
     """Predictions of the model as it was at the start, without gradient.
 
-    A PEFT model holds theta_0 already: its base weights with the adapters switched off or, if the adapters had been
-    trained before, with their first weights put back for the pass. Any other model is copied once and frozen.
+    A PEFT model holds theta_0 already: its base weights with the adapters switched off or, if the adapters change
+    something at the start (they had been trained before, or begin so), with their first weights put back for the pass.
+    Any other model is copied once and frozen.
 
     Where the model is going to be sharded, so is the copy, but for a head whose predictions are compared: that is kept
     in one piece by every process. Predictions are compared outside the copy's forward, where sharded weights are gone,
@@ -51,16 +53,18 @@ class Reference:
         self.device = torch.device(device) if device else self.accelerator.device
         self.frozen: nn.Module | None = None
         self.head: Projection | None = None  # the copy's, where predictions are compared
-        self.first_adapter: dict[str, Tensor] = {}
+        self.first_adapter: dict[str, Tensor] = {}  # what is trained of adapters that are part of theta_0
+        self.switches_off = False  # adapters, which change nothing at the start
         if isinstance(model, PeftModel):
             if precision != "full" or device is not None:
                 raise UserError(
                     "reference_precision and reference_device are of the copy of a model without adapters; a PEFT "
                     "model needs none. Leave them out."
                 )
-            if not _adapter_is_identity(model):
-                _check_unsharded(distributed)
+            self.switches_off = _adapter_is_identity(model)
+            if not self.switches_off:
                 self.first_adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+                _check_unsharded(distributed, self.first_adapter)
         elif keep_copy:
             self.frozen = self._copy(model, precision, device)
 
@@ -120,10 +124,10 @@ class Reference:
                 yield self.frozen
                 return
             unwrapped = self.accelerator.unwrap_model(model)
-            if self.first_adapter:
-                stack.enter_context(self._first_weights(unwrapped))
-            elif isinstance(unwrapped, PeftModel):
+            if self.switches_off:
                 stack.enter_context(_adapters_off(unwrapped))
+            elif self.first_adapter:
+                stack.enter_context(self._first_weights(unwrapped))
             stack.enter_context(frozen_pass(model))
             yield model
 
@@ -154,27 +158,25 @@ def frozen_pass(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _adapters_off(model: PeftModel) -> Iterator[None]:
-    """PEFT also marks adapters that are off as not trained, which FSDP would take over for the passes that follow.
-
-    On leaving it marks all as trained, also those that were frozen.
-    """
+    """PEFT also marks adapters that are off as not trained, which FSDP would take over for the passes that follow, and
+    afterwards those that are on as trained, though the user may have frozen some."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         with model.disable_adapter():
-            _mark(trained)
+            _restore(trained)
             yield
     finally:
-        _mark(trained)
+        _restore(trained)
 
 
-def _mark(trained: list[tuple[nn.Parameter, bool]]) -> None:
-    for p, is_trained in trained:
-        if p.requires_grad != is_trained:
-            p.requires_grad_(is_trained)
+def _restore(trained: list[tuple[nn.Parameter, bool]]) -> None:
+    for p, requires_grad in trained:
+        if p.requires_grad != requires_grad:
+            p.requires_grad_(requires_grad)
 
 
-def _check_unsharded(distributed: DistributedBackend) -> None:
-    if distributed.shards:
+def _check_unsharded(distributed: DistributedBackend, first_adapter: dict[str, Tensor]) -> None:
+    if distributed.shards and first_adapter:
         raise UserError(
             "The adapters were trained before, so theta_0 is their weights as they are now; under FSDP2 and ZeRO-3 "
             "these cannot be put back for a pass. Merge them into the model (merge_and_unload) and add new ones, or "
@@ -234,12 +236,18 @@ def _to_8bit(model: nn.Module) -> None:
 
 
 def _adapter_is_identity(model: PeftModel) -> bool:
-    """Whether the active adapters change nothing yet: LoRA layers, one factor of which is zero (A in embeddings)."""
-
-    def is_active(name: str) -> bool:  # frozen ones are part of theta_0 all the same
-        return "lora_" in name and any(f".{adapter}." in f"{name}." for adapter in model.active_adapters)
-
-    adapters = [(name, p) for name, p in model.named_parameters() if p.requires_grad or is_active(name)]
-    is_lora = all("lora_" in name or "modules_to_save" in name for name, _ in adapters)
-    zero_at_first = [p for name, p in adapters if "lora_B" in name or "lora_embedding_A" in name]
-    return is_lora and bool(zero_at_first) and not any(p.any() for p in zero_at_first)
+    """Whether the adapters, frozen ones among them, change nothing yet: LoRA layers, one factor of which is zero (A in
+    embeddings), and copies of modules that are still equal to them."""
+    named = list(model.named_parameters())
+    is_lora = all("lora_" in name or "modules_to_save" in name for name, p in named if p.requires_grad)
+    zero_at_first = [p for name, p in named if "lora_B" in name or "lora_embedding_A" in name]
+    kinds = {config.peft_type for config in model.peft_config.values()}
+    if kinds != {PeftType.LORA} or not is_lora or not zero_at_first or any(p.any() for p in zero_at_first):
+        return False
+    return all(
+        torch.equal(copied, original)
+        for wrapper in model.modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for module in wrapper.modules_to_save.values()
+        for copied, original in zip(module.parameters(), wrapper.original_module.parameters(), strict=True)
+    )

@@ -645,6 +645,15 @@ def test_weights_that_are_not_finite(hub, checkpoint):
     assert hub.requests == []
 
 
+def test_a_tensor_that_is_missing(hub, checkpoint):
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks tensors .*model\.norm\.weight"):
+        push_unlearned_model(checkpoint, REPO)
+    assert hub.requests == []
+
+
 def test_what_cannot_be_published(hub, checkpoint, results, tmp_path, make_model):
     with pytest.raises(FileNotFoundError, match="no folder"):
         push_unlearned_model(tmp_path / "nowhere", REPO)

@@ -13,17 +13,24 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
 
 from ..files import UserError
 from .dream import DreamConfig
 from .llada import LLaDAConfig
 from .llada_moe import LLaDAMoEConfig
-from .refusals import refuse_unsupported
+from .probe import attends_both_ways
+from .refusals import refuse_adapter, refuse_unsupported
 
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+LINEAR = (nn.Linear, Conv1D)  # what PEFT knows of both; GPT-2 has the latter
 LOAD_TOGETHER = "One belongs to another checkpoint: load both from the same place, or correct the wrong one."
+
+
+MASKED_LM = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())  # XLM's and FlauBERT's names do not say so
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Backbone:
     """What a checkpoint is, as its config and tokenizer say.
 
     Attributes:
-        name: "llada", "llada_moe", "dream", "masked_lm" (a *ForMaskedLM), "bidirectional" (a decoder whose config says
-            `is_causal=False`) or "remote" (code shipped with the checkpoint).
+        name: "llada", "llada_moe", "dream", "masked_lm" (a *ForMaskedLM), "bidirectional" (a decoder that attends in
+            both directions, as its config says by `is_causal=False`) or "remote" (code shipped with the checkpoint).
         mask_token_id: the token that stands for a token to predict.
         end_token_ids: tokens that end a response; the first is the one appended in training.
         pad_token_id: fills a batch; always hidden by the attention mask.
@@ -40,7 +47,7 @@ class Backbone:
         vocab_size: rows of the embedding; ids in a batch are smaller.
         context_length: the longest sequence the model was made for, None if neither config nor tokenizer says.
         lora_target_modules: for `peft.LoraConfig(target_modules=...)`: the linear layers of attention and MLP, never
-            the LM head.
+            the LM head. None if there are none that PEFT knows.
         layer_class: name of the decoder or encoder layer's class, for FSDP wrapping; None if unknown.
     """
 
@@ -51,7 +58,7 @@ class Backbone:
     logit_shift: bool
     vocab_size: int
     context_length: int | None
-    lora_target_modules: str | list[str]
+    lora_target_modules: str | list[str] | None
     layer_class: str | None
 
 
@@ -64,20 +71,25 @@ def resolve_backbone(
     known and harmless: a config that pads with eos beside a tokenizer with a pad token of its own (DiffuCoder), for
     padding is never attended to. A config may say `logit_shift: true` of a model that predicts as Dream does.
 
+    Whether a model attends in both directions is tried on a few tokens, once; of a config it is what the config says.
+
     Args:
         model_or_config: a transformers model, a PEFT model around one, or a config.
         tokenizer: the tokenizer that goes with it.
 
     Raises:
-        ValueError: the model is causal, of an unsupported kind, or contradicts its tokenizer; the message says what
-            disagrees and what to do.
+        ValueError: the model is causal, of an unsupported kind (or its adapter is), or contradicts its tokenizer; the
+            message says what disagrees and what to do.
     """
     model = model_or_config if isinstance(model_or_config, nn.Module) else None
     if model is not None and hasattr(model, "get_base_model"):
+        for adapter in model.peft_config.values():
+            refuse_adapter(adapter)
         model = model.get_base_model()
     config = model_or_config if model is None else model.config
-    name = backbone_name(config, type(model) if model is not None else None)
+    name = backbone_name(config, model)
     vocab_size = _vocab_size(config, model)
+    _check_vocabulary(tokenizer, vocab_size)
     end_token_ids = _end_token_ids(config, tokenizer, native=name in ("llada", "llada_moe", "dream"))
     lora_target_modules, layer_class = _anatomy(name, config, model)
     return Backbone(
@@ -93,33 +105,58 @@ def resolve_backbone(
     )
 
 
-def backbone_name(config: PreTrainedConfig, model_class: type | None = None) -> str:
-    """Which kind of masked diffusion model a config (and the class built from it) describes.
+def backbone_name(config: PreTrainedConfig, model: nn.Module | None = None) -> str:
+    """Which kind of masked diffusion model a config describes, and the model built from it, if there is one, is.
 
     Raises:
         ValueError: it is causal, or of a kind that is refused by name.
     """
+    architectures = [type(model).__name__] if model is not None else list(getattr(config, "architectures", None) or [])
+    refuse_unsupported(config.model_type, architectures)
+    name = _claimed_name(config, model, architectures)
+    both_ways = None if model is None else attends_both_ways(model)
+    described = f"{', '.join(architectures) or type(config).__name__} (model_type {config.model_type!r})"
+    if both_ways is False and name is not None:
+        raise UserError(
+            f"{described} is a causal language model, whatever its config says: when a later token was changed, no "
+            "earlier prediction was. Its code does not read is_causal. Load a masked diffusion model (LLaDA, Dream, a "
+            "*ForMaskedLM), or a decoder that attends in both directions."
+        )
+    if name is None and getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{described} is an encoder-decoder, whose decoder writes from left to right. Such models are not "
+            "supported: load a masked diffusion model (LLaDA, Dream, a *ForMaskedLM)."
+        )
+    if name is None and not both_ways:
+        raise UserError(
+            f"{described} is a causal language model: its config does not say is_causal=False, so a masked token "
+            "would not see the tokens after it. Load a masked diffusion model (LLaDA, Dream, a *ForMaskedLM), or, if "
+            "this checkpoint was adapted to attend in both directions, write "
+            '"is_causal": false into its config.json.'
+        )
+    name = name or "bidirectional"
+    if name == "bidirectional":
+        _refuse_recurrent(config)
+    return name
+
+
+def _claimed_name(config: PreTrainedConfig, model: nn.Module | None, architectures: list[str]) -> str | None:
+    """The kind by class and config alone; None if these speak of a causal model."""
     for config_class, name in ((LLaDAMoEConfig, "llada_moe"), (LLaDAConfig, "llada"), (DreamConfig, "dream")):
         if isinstance(config, config_class):
             return name
-    architectures = [model_class.__name__] if model_class else list(getattr(config, "architectures", None) or [])
-    refuse_unsupported(config.model_type, architectures)
-    if any(_is_remote(owner) for owner in (type(config), model_class)):
+    if any(_is_remote(owner) for owner in (type(config), type(model))):
         return "remote"
-    bidirectional_class = any(name.endswith("ForMaskedLM") for name in architectures) or (
-        not architectures and type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    )
-    if bidirectional_class and not getattr(config, "is_decoder", False):
+    if getattr(config, "is_encoder_decoder", False):
+        return None
+    masked = [name.endswith("ForMaskedLM") or name in MASKED_LM for name in architectures]
+    if (any(masked) or not masked and type(config) in MODEL_FOR_MASKED_LM_MAPPING) and not _is_decoder(config):
         return "masked_lm"
-    if getattr(config, "is_causal", True) is False:
-        _refuse_recurrent(config)
-        return "bidirectional"
-    raise UserError(
-        f"{', '.join(architectures) or type(config).__name__} (model_type {config.model_type!r}) is a causal language "
-        "model: its config does not say is_causal=False, so a masked token would not see the tokens after it. Load a "
-        "masked diffusion model (LLaDA, Dream, a *ForMaskedLM), or, if this checkpoint was adapted to attend in both "
-        'directions, write "is_causal": false into its config.json.'
-    )
+    return "bidirectional" if getattr(config, "is_causal", True) is False else None
+
+
+def _is_decoder(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))  # the latter is XLM's
 
 
 def _refuse_recurrent(config: PreTrainedConfig) -> None:
@@ -141,9 +178,23 @@ def _vocab_size(config: PreTrainedConfig, model: nn.Module | None) -> int:
     return getattr(embedding, "num_embeddings", None) or config.get_text_config().vocab_size
 
 
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id >= vocab_size:
+        return  # has a message of its own
+    if last >= vocab_size:
+        raise UserError(
+            f"The tokenizer has {last + 1} tokens, the embedding {vocab_size} rows: the last tokens have none. "
+            f"{LOAD_TOGETHER} After adding tokens, call model.resize_token_embeddings and train the new rows."
+        )
+
+
 def _mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     in_config = getattr(config, "mask_token_id", None)
     in_tokenizer = tokenizer.mask_token_id
+    field = getattr(type(config), "__dataclass_fields__", {}).get("mask_token_id")
+    if in_tokenizer is not None and field is not None and in_config == field.default:
+        in_config = None  # XLM's and FlauBERT's is transformers' own, not the model's
     if in_config is None and in_tokenizer is None:
         raise UserError(
             f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path!r}) has no mask token and the config "
@@ -200,8 +251,8 @@ def _pad_token_id(
 ) -> int:
     in_config = getattr(config, "pad_token_id", None)
     in_tokenizer = tokenizer.pad_token_id
-    if in_tokenizer is None:
-        return end_token_ids[-1] if in_config is None else in_config
+    if in_tokenizer is None:  # -1 stands for none in old configs
+        return in_config if in_config is not None and 0 <= in_config < vocab_size else end_token_ids[-1]
     if in_tokenizer >= vocab_size:
         raise UserError(
             f"The tokenizer's pad token id {in_tokenizer} ({tokenizer.pad_token!r}) is outside the embedding, which "
@@ -237,14 +288,46 @@ def _anatomy(name: str, config: PreTrainedConfig, model: nn.Module | None) -> tu
     mapping = MODEL_FOR_MASKED_LM_MAPPING if name == "masked_lm" else MODEL_FOR_CAUSAL_LM_MAPPING
     model_class = type(model) if model is not None else mapping[type(config)]
     # A skeleton without memory: the live model's linear layers may already be wrapped by adapters or quantization
-    with torch.device("meta"):
-        skeleton = model_class(copy.deepcopy(config))
-    path, layers = next(
-        (path, module)
-        for path, module in skeleton.named_modules()
-        if isinstance(module, nn.ModuleList) and any(isinstance(part, nn.Linear) for part in module.modules())
-    )
-    leaves = dict.fromkeys(
-        key.rpartition(".")[2] for key, part in layers.named_modules() if isinstance(part, nn.Linear)
-    )
-    return rf"{re.escape(path)}\.\d+\.(?:.*\.)?(?:{'|'.join(leaves)})", type(layers[0]).__name__
+    try:
+        with torch.device("meta"):
+            skeleton = model_class(copy.deepcopy(config))
+    except Exception as error:
+        raise UserError(
+            f"No {model_class.__name__} can be built from this config: {' '.join(str(error).split()) or error!r}. "
+            "Correct its config.json."
+        ) from None
+    lists = {
+        path: part
+        for path, part in skeleton.named_modules()
+        if isinstance(part, nn.ModuleList) and any(isinstance(layer, LINEAR) for layer in part.modules())
+    }
+    if not lists:
+        return None, None
+    first, parent = next(iter(lists.values())), next(iter(lists)).rpartition(".")[0]
+    # XLM keeps attention and MLP in two lists side by side
+    beside = {path: part for path, part in lists.items() if path.rpartition(".")[0] == parent}
+    patterns = [
+        rf"{re.escape(path)}\.\d+\.(?:.*\.)?(?:{'|'.join(_linear_leaves(part))})" for path, part in beside.items()
+    ]
+    layer = first[0]
+    while isinstance(layer, nn.ModuleList):  # Funnel's layers stand in blocks
+        layer = layer[0]
+    return "|".join(patterns), type(layer).__name__
+
+
+def _linear_leaves(layers: nn.Module) -> list[str]:
+    """The last parts of the names of the linear layers below."""
+    names = (name for name, part in layers.named_modules() if isinstance(part, LINEAR))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+
+
+def target_modules_of(backbone: Backbone, layers: int | list[int] | None = None) -> str | list[str] | None:
+    """`lora_target_modules` for some of the layers.
+
+    PEFT reads `layers_to_transform` beside a list of names only, and refuses to load it beside a pattern. So the
+    numbers go into the pattern, and have to leave the config.
+    """
+    if layers is None or not isinstance(backbone.lora_target_modules, str):
+        return backbone.lora_target_modules
+    numbers = "|".join(str(number) for number in ([layers] if isinstance(layers, int) else layers))
+    return backbone.lora_target_modules.replace(r"\.\d+\.", rf"\.(?:{numbers})\.")

@@ -1,8 +1,12 @@
-"""Models that look like masked diffusion models and are not, refused by name."""
+"""Models that look like masked diffusion models and are not, and adapters that do not suit them, refused by name."""
 
 import re
+from typing import TYPE_CHECKING
 
 from ..files import UserError
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 BLOCK_WISE = (
     "attends causally between blocks and in both directions within one. A plain bidirectional forward would compute "
@@ -28,3 +32,17 @@ def refuse_unsupported(model_type: str | None, architectures: list[str] | None) 
         for beginning, reason in REASONS.items():
             if plain.startswith(beginning):
                 raise UserError(f"{name} {reason}.")
+
+
+def refuse_adapter(config: "PeftConfig") -> None:
+    """Raise a ValueError that says why, if an adapter puts virtual tokens before the text (prompt tuning and its kin).
+
+    They shift every row, so predictions would be read at wrong positions, and the first prompt is random, so that the
+    model without it is not the model at the start.
+    """
+    if config.is_prompt_learning:
+        raise UserError(
+            f"{config.peft_type.value} puts virtual tokens before each row, which a masked diffusion model was not "
+            "trained with and which shift the positions that are predicted. It is not supported: use an adapter "
+            "inside the layers (LoRA, IA3, OFT, ...)."
+        )

@@ -1,0 +1,563 @@
+"""Checkpoints that lie: what is damaged, incomplete or of another kind is refused at load, by name."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    BOFTConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from published import write_llada
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    StableLmConfig,
+    StableLmForCausalLM,
+)
+
+from mdu_trainer import MDUConfig, MDUTrainer, resolve_backbone
+from mdu_trainer.data import question_answer_rows
+from mdu_trainer.distributed import DistributedBackend
+from mdu_trainer.files import UserError
+from mdu_trainer.leak_check import main as leak_check
+from mdu_trainer.models import load_checkpoint, load_model
+from mdu_trainer.models.__main__ import main as describe
+from mdu_trainer.models.loading import check_tensors
+from mdu_trainer.reference import Reference
+from mdu_trainer.testing import forget_retain_split
+
+WEIGHTS = "model.safetensors"
+ADAPTER = "adapter_model.safetensors"
+HERE = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+OFFLOADED = dict.fromkeys(HERE, "cpu") | {"model.layers.1": "disk"}
+
+
+@pytest.fixture
+def folder(make_model, tokenizer, tmp_path):
+    """A whole checkpoint, to be damaged."""
+    path = tmp_path / "model"
+    make_model().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def adapter(folder, tmp_path):
+    """An adapter that was trained, with its base."""
+    path = tmp_path / "adapter"
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    get_peft_model(load_model(str(folder)), config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sets(authors):
+    forget, retain = (question_answer_rows(rows, conversational=True) for rows in forget_retain_split(authors))
+    return forget.select(range(4)), retain.select(range(4))
+
+
+@pytest.fixture
+def make_trainer(tokenizer, sets, tmp_path):
+    def make(model, peft_config=None, **kwargs):
+        quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "save_strategy": "no"}
+        args = MDUConfig(str(tmp_path / "out"), **quiet | {"tau": 0.5, "max_steps": 1} | kwargs)
+        return MDUTrainer(model, args, *sets, processing_class=tokenizer, peft_config=peft_config)
+
+    return make
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    changed = change(tensors)
+    save_file(changed if isinstance(changed, dict) else tensors, path, metadata={"format": "pt"})
+
+
+def edit_config(folder, name="config.json", **values):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+# --- weights ---
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_no_numbers(folder, value, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def damage(tensors):
+        tensors[name].view(-1)[7] = value
+        return {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+    rewrite(folder / WEIGHTS, damage)
+    for load in (load_model, load_checkpoint):
+        with pytest.raises(UserError, match=f"NaN or infinite: {name}"):
+            load(str(folder))
+
+
+def test_every_command_refuses_them(folder, authors, make_trainer, tmp_path, capsys, monkeypatch):
+    rewrite(folder / WEIGHTS, lambda tensors: tensors["lm_head.weight"].fill_(float("nan")))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"question": authors["question"][0], "answer": authors["answer"][0]}))
+    with pytest.raises(SystemExit) as stopped:
+        leak_check(["--model", str(folder), "--forget", str(rows), "--max-leak", "0.5"])
+    assert stopped.value.code == 2 and "NaN or infinite: lm_head.weight" in capsys.readouterr().err
+    with pytest.raises(UserError, match="NaN or infinite: lm_head.weight"):
+        make_trainer(str(folder))
+    # the scripts load through one function; the push has a test of its own
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "examples"))
+    import common
+    from trl import ModelConfig
+
+    with pytest.raises(UserError, match="NaN or infinite: lm_head.weight"):
+        common.load(str(folder), ModelConfig())
+
+
+def test_a_live_model_with_such_weights_is_not_trained(make_model, make_trainer):
+    model = make_model()
+    model.lm_head.weight.data[3, 3] = float("nan")
+    with pytest.raises(UserError, match="NaN or infinite: lm_head.weight"):
+        make_trainer(model)
+
+
+@pytest.mark.parametrize("how", [{"load_in_8bit": True}, {"load_in_4bit": True}, {"device_map": OFFLOADED}])
+def test_quantised_and_offloaded_weights_are_looked_at_too(how, folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    how = how | {"offload_folder": str(tmp_path / "offloaded")}
+    load_checkpoint(str(folder), **how)
+    name = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder / WEIGHTS, lambda tensors: tensors[name].view(-1)[7].fill_(float("nan")))
+    with pytest.raises(UserError, match=f"NaN or infinite: {name}"):
+        load_checkpoint(str(folder), **how)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks tensors.*model.norm.weight"),
+        (lambda t: t.pop("lm_head.weight"), "lacks tensors.*lm_head.weight"),
+        (
+            lambda t: {k: v for k, v in t.items() if ".1." not in k},
+            r"lacks tensors.*model.layers.1.input_layernorm.weight, .* and \d more.*more layers",
+        ),
+        (
+            lambda t: t | {k.replace(".1.", ".2."): v.clone() for k, v in t.items() if ".1." in k},
+            "does not have: model.layers.2.*fewer layers",
+        ),
+        (lambda t: t | {"lm_head.bias": torch.zeros(1)}, "does not have: lm_head.bias"),
+        (
+            lambda t: t | {"model.norm.weight": torch.ones(7)},
+            r"of other shapes .*: model.norm.weight \(7,\) instead of \(32,\)",
+        ),
+    ],
+)
+def test_tensors_missing_or_left_over(folder, change, message):
+    check_tensors(str(folder))
+    rewrite(folder / WEIGHTS, change)
+    for load in (load_model, check_tensors):
+        with pytest.raises(UserError, match=message):
+            load(str(folder))
+
+
+def test_heads_and_poolers_of_other_tasks_are_no_fault(tmp_path):
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    model = BertForPreTraining(config)
+    model.save_pretrained(tmp_path / "pretraining")
+    edit_config(tmp_path / "pretraining", architectures=["BertForMaskedLM"])
+    loaded = load_model(str(tmp_path / "pretraining"))
+    assert type(loaded) is BertForMaskedLM
+    torch.testing.assert_close(
+        loaded.cls.predictions.transform.dense.weight, model.cls.predictions.transform.dense.weight
+    )
+    # without a head it would be drawn at random
+    BertModel(config).save_pretrained(tmp_path / "headless")
+    edit_config(tmp_path / "headless", architectures=["BertForMaskedLM"])
+    with pytest.raises(UserError, match="lacks tensors of its BertForMaskedLM.*cls.predictions"):
+        load_model(str(tmp_path / "headless"))
+
+
+def test_a_file_of_weights_that_is_cut_short(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="weights of .* cannot be read"):
+        load_model(str(folder))
+
+
+# --- files that lie elsewhere ---
+
+
+@pytest.mark.parametrize(
+    "entry", ["/etc/hostname", "../outside.safetensors", "forget_hashes.json", "training_args.bin", 7]
+)
+def test_an_index_names_shards_in_the_folder_only(entry, tmp_path):
+    write_llada(tmp_path / "model", shards=2)
+    shutil.copy(tmp_path / "model" / "model-00001-of-00002.safetensors", tmp_path / "outside.safetensors")
+    index = tmp_path / "model" / f"{WEIGHTS}.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.transformer.ln_f.weight"] = entry
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="not an index" if entry == 7 else f"names '{entry}'"):
+        load_model(str(tmp_path / "model"))
+
+
+def test_a_shard_that_is_not_there(tmp_path):
+    write_llada(tmp_path, shards=2)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="names 'model-00002-of-00002.safetensors', which is not there"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "tokenizer.json", "notes.txt"])
+def test_symlinks_out_of_the_folder(folder, name, tmp_path):
+    outside = tmp_path / "elsewhere"
+    if (folder / name).exists():
+        (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    with pytest.raises(UserError, match=f"{name} is a symlink that leads out"):
+        load_model(str(folder))
+
+
+def test_symlinks_in_the_cache_of_the_hub(folder, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "123", tmp_path / "models--a--b" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in folder.iterdir():
+        path.rename(blobs / path.name)
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    load_checkpoint(str(snapshot))
+
+
+# --- model and tokenizer ---
+
+
+def test_a_tokenizer_that_does_not_fit(folder, make_model, tokenizer):
+    smaller = make_model(vocab_size=len(tokenizer) - 3)
+    smaller.save_pretrained(folder)
+    with pytest.raises(UserError, match=f"has {len(tokenizer)} tokens, the embedding {len(tokenizer) - 3} rows"):
+        load_checkpoint(str(folder))
+
+
+def test_a_tokenizer_without_a_mask_token(folder):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("mask_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    edit_config(folder, mask_token_id=None)
+    with pytest.raises(UserError, match="no mask token"):
+        load_checkpoint(str(folder))
+
+
+# --- direction ---
+
+
+def test_a_decoder_that_does_not_read_is_causal(tmp_path, tokenizer):
+    config = StableLmConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=32, is_causal=False,
+    )  # fmt: skip
+    model = StableLmForCausalLM(config)
+    with pytest.raises(UserError, match="StableLmForCausalLM .*causal language model, whatever its config says"):
+        resolve_backbone(model, tokenizer)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="'stablelm'.*does not read is_causal"):
+        load_model(str(tmp_path))
+
+
+def test_a_live_decoder_that_attends_both_ways_needs_no_word_in_its_config(make_model, tokenizer):
+    from transformers import BertLMHeadModel
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+    assert resolve_backbone(BertLMHeadModel(config).eval(), tokenizer).name == "bidirectional"
+    causal = make_model(is_causal=True)
+    with pytest.raises(UserError, match="causal"):
+        resolve_backbone(causal, tokenizer)
+    causal.config.is_causal = False  # what was found to be causal is tried again
+    assert resolve_backbone(causal, tokenizer).name == "bidirectional"
+
+
+def test_probing_leaves_modes_and_random_numbers_alone(make_model, tokenizer):
+    model = make_model(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes, state = [m.training for m in model.modules()], torch.get_rng_state()
+    resolve_backbone(model, tokenizer)
+    assert [m.training for m in model.modules()] == modes and torch.equal(torch.get_rng_state(), state)
+    with torch.device("meta"):  # no weights to try: the config is believed
+        assert resolve_backbone(make_model().to("meta"), tokenizer).name == "bidirectional"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_probing_in_half_precision(folder, dtype):
+    assert load_checkpoint(str(folder), dtype=dtype)[0].dtype == dtype
+
+
+# --- adapters ---
+
+
+def test_an_adapter_is_trainable_when_asked(adapter):
+    frozen, _ = load_checkpoint(str(adapter))
+    model, _ = load_checkpoint(str(adapter), is_trainable=True)
+    assert not any(p.requires_grad for p in frozen.parameters())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_adapter_that_is_unlearned_again_is_its_own_theta_0(adapter, make_trainer, by_name):
+    given = str(adapter) if by_name else load_checkpoint(str(adapter), is_trainable=True)[0]
+    trainer = make_trainer(given, learning_rate=1e-2)
+    ids = torch.arange(20, 30)[None]
+    trainer.model.eval()
+    start = trainer.model(input_ids=ids).logits.detach()
+    before = {n: p.requires_grad for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert {n: p.requires_grad for n, p in trainer.model.named_parameters()} == before
+    trainer.model.eval()
+    assert not torch.allclose(trainer.model(input_ids=ids).logits, start)
+    with trainer.reference._weights(trainer.model) as theta_0:
+        torch.testing.assert_close(theta_0(input_ids=ids).logits, start)
+
+
+def test_a_frozen_adapter_is_part_of_theta_0_and_stays_frozen(adapter, make_model):
+    from accelerate import Accelerator
+
+    frozen, _ = load_checkpoint(str(adapter))
+    with_fresh, _ = load_checkpoint(str(adapter))
+    with_fresh.add_adapter("second", LoraConfig(r=2, target_modules=["k_proj"]))
+    with_fresh.base_model.set_adapter(["default", "second"])
+    for name, p in with_fresh.named_parameters():
+        p.requires_grad_("second" in name)
+    ids = torch.arange(20, 30)[None]
+    for model in (frozen, with_fresh):
+        expected = model.eval()(input_ids=ids).logits.detach()
+        flags = [p.requires_grad for p in model.parameters()]
+        reference = Reference(model, DistributedBackend(Accelerator(cpu=True)))
+        for name, p in model.named_parameters():
+            if "second" in name:
+                p.data.add_(0.1)
+        with reference._weights(model) as theta_0:
+            torch.testing.assert_close(theta_0(input_ids=ids).logits, expected)
+        assert [p.requires_grad for p in model.parameters()] == flags
+
+
+def test_frozen_tensors_stay_frozen_when_adapters_are_switched_off(make_model):
+    from accelerate import Accelerator
+
+    model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, p in model.named_parameters():
+        if "layers.0" in name:
+            p.requires_grad_(False)
+    flags = [p.requires_grad for p in model.parameters()]
+    reference = Reference(model, DistributedBackend(Accelerator(cpu=True)))
+    assert reference.switches_off
+    with reference._weights(model):
+        assert [p.requires_grad for p in model.parameters()] == flags
+    assert [p.requires_grad for p in model.parameters()] == flags
+
+
+KINDS = {
+    "lora": LoraConfig(r=2),
+    "dora": LoraConfig(r=2, use_dora=True),
+    "pissa": LoraConfig(r=2, init_lora_weights="pissa"),
+    "olora": LoraConfig(r=2, init_lora_weights="olora"),
+    "random": LoraConfig(r=2, init_lora_weights=False),
+    "saved": LoraConfig(r=2, modules_to_save=["lm_head"]),
+    "adalora": AdaLoraConfig(init_r=2, target_r=1, total_step=10),
+    "loha": LoHaConfig(r=2),
+    "lokr": LoKrConfig(r=2),
+    "vera": VeraConfig(r=2),
+    "oft": OFTConfig(oft_block_size=4, r=0),
+    "boft": BOFTConfig(boft_block_size=4),
+    "ia3": IA3Config(feedforward_modules=["down_proj"]),
+    "norms": LNTuningConfig(target_modules=["input_layernorm"]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_theta_0_of_every_kind_of_adapter(kind, make_model, make_trainer):
+    ids = torch.arange(20, 30)[None]
+    trainer = make_trainer(make_model(), peft_config=KINDS[kind])
+    model = trainer.model.eval()
+    expected = model(input_ids=ids).logits.detach()  # of the model at the start
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(0.05)
+    assert not torch.allclose(model(input_ids=ids).logits, expected, atol=1e-4)
+    with trainer.reference._weights(model) as theta_0:
+        torch.testing.assert_close(theta_0(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+VIRTUAL = {
+    "PROMPT_TUNING": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    "P_TUNING": PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, encoder_hidden_size=8),
+    "PREFIX_TUNING": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+}
+
+
+@pytest.mark.parametrize("kind", VIRTUAL)
+def test_virtual_tokens_are_refused(kind, make_model, make_trainer, folder, tokenizer, tmp_path):
+    message = f"{kind} puts virtual tokens before each row"
+    with pytest.raises(UserError, match=message):
+        make_trainer(make_model(), peft_config=VIRTUAL[kind])
+    model = get_peft_model(load_model(str(folder)), VIRTUAL[kind])
+    with pytest.raises(UserError, match=message):
+        make_trainer(model)
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: t.pop(min(t)), "lacks tensors that its config asks for"),
+    (lambda t: t | {min(t).replace(".0.", ".7."): torch.ones(2, 32)}, "tensors too many"),
+    (lambda t: t[min(t)].fill_(float("nan")), "NaN or infinite"),
+])  # fmt: skip
+def test_damaged_adapters(adapter, change, message):
+    rewrite(adapter / ADAPTER, change)
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(str(adapter))
+
+
+def test_an_adapter_without_weights(adapter):
+    (adapter / ADAPTER).unlink()
+    with pytest.raises(UserError, match="has no adapter_model.safetensors"):
+        load_checkpoint(str(adapter))
+
+
+# --- layers ---
+
+
+def adapted_layers(model):
+    names = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    return {int(part) for name in names for part in name.split(".") if part.isdecimal()}, len(names)
+
+
+@pytest.mark.parametrize("options, layers, count", [
+    ({"layers_to_transform": [1]}, {1}, 7),
+    ({"layers_to_transform": 0}, {0}, 7),
+    ({"layers_to_transform": [0, 2], "layers_pattern": "layers"}, {0, 2}, 14),
+    ({"exclude_modules": ["up_proj"]}, {0, 1, 2}, 18),
+    ({"rank_pattern": {"q_proj": 4}}, {0, 1, 2}, 21),
+])  # fmt: skip
+def test_layers_to_transform_with_the_default_targets(
+    options, layers, count, make_model, make_trainer, folder, tmp_path
+):
+    base = make_model(num_layers=3)
+    base.save_pretrained(folder)
+    trainer = make_trainer(load_model(str(folder)), peft_config=LoraConfig(r=2, **options))
+    assert adapted_layers(trainer.model) == (layers, count)
+    ranks = {m.r["default"] for n, m in trainer.model.named_modules() if hasattr(m, "lora_A") and "q_proj" in n}
+    assert ranks == {4 if "rank_pattern" in options else 2}
+    trainer.model.save_pretrained(tmp_path / "adapter")
+    assert adapted_layers(load_checkpoint(str(tmp_path / "adapter"))[0]) == (layers, count)
+
+
+def test_lora_on_layers_that_are_no_linear(tokenizer):
+    from transformers import GPT2Config, GPT2LMHeadModel, XLMConfig, XLMWithLMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, is_causal=False))
+    backbone = resolve_backbone(model, tokenizer)
+    assert backbone.layer_class == "GPT2Block"
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=backbone.lora_target_modules))
+    assert adapted_layers(adapted) == ({0, 1}, 8)
+    xlm = XLMWithLMHeadModel(
+        XLMConfig(vocab_size=len(tokenizer), emb_dim=16, n_layers=2, n_heads=2, pad_index=0, pad_token_id=0)
+    )
+    backbone = resolve_backbone(xlm, tokenizer)
+    assert backbone.name == "masked_lm"
+    adapted = get_peft_model(xlm, LoraConfig(r=2, target_modules=backbone.lora_target_modules))
+    assert adapted_layers(adapted) == ({0, 1}, 2 * (4 + 2))  # attention and MLP
+
+
+# --- precision ---
+
+
+def test_all_weights_of_a_half_precision_checkpoint_train_in_float32(folder, make_model, make_trainer, monkeypatch):
+    make_model().to(torch.bfloat16).save_pretrained(folder)
+    said = []
+    monkeypatch.setattr("mdu_trainer.mdlm.logger.warning", said.append)
+    assert make_trainer(str(folder)).model.dtype == torch.float32 and not said
+    assert make_trainer(str(folder), peft_config=LoraConfig(r=2)).model.dtype == torch.bfloat16 and not said
+    insisting = make_trainer(str(folder), model_init_kwargs={"dtype": "bfloat16"})
+    assert insisting.model.dtype == torch.bfloat16 and "88 % in float32" in said.pop()
+    make_trainer(load_model(str(folder)))
+    assert "All weights are trained in bfloat16" in said.pop()
+
+
+# --- python -m mdu_trainer.models ---
+
+
+def test_an_adapter_is_described_with_its_base(adapter, folder, capsys):
+    assert describe([str(adapter)]) == 0
+    printed = capsys.readouterr().out
+    assert f"LORA, on {folder}" in printed and "LlamaDecoderLayer" in printed
+
+
+MALFORMED = {
+    "{": "not a valid JSON",
+    "[]": "cannot be read",
+    "null": "cannot be read",
+    "{}": "model_type",
+    '{"model_type": 5}': "model_type is of the wrong type",
+    '{"model_type": ["llama"]}': "model_type is of the wrong type",
+    '{"model_type": "llama", "architectures": "LlamaForCausalLM"}': "architectures is of the wrong type",
+    '{"model_type": "llama", "architectures": [3]}': "architectures is of the wrong type",
+    '{"model_type": "llama", "auto_map": []}': "auto_map is of the wrong type",
+    '{"model_type": "llama", "is_causal": false, "hidden_size": -32}': "hidden_size",
+    '{"model_type": "llama", "is_causal": false, "hidden_size": "wide"}': "hidden_size",
+    '{"model_type": "llama", "is_causal": false, "num_hidden_layers": 0}': "num_hidden_layers=0",
+    '{"model_type": "llama", "is_causal": false, "num_attention_heads": 0}': "num_attention_heads",
+    '{"model_type": "llama", "is_causal": false, "vocab_size": 1.5}': "vocab_size",
+    '{"model_type": "llama", "is_causal": false, "mask_token_id": "[MASK]"}': "mask_token_id='\\[MASK\\]'",
+    '{"model_type": "llama", "is_causal": false, "mask_token_id": -1}': "mask_token_id|mask token id",
+    '{"model_type": "gpt2", "is_causal": false, "n_layer": -1}': "num_hidden_layers=-1",
+    '{"model_type": "bert", "hidden_size": 30, "num_attention_heads": 4}': "multiple of|built from this config",
+    '{"model_type": "llada", "n_heads": "many"}': "config.json",
+    '{"model_type": "llada", "mlp_ratio": "big"}': "config.json",
+}
+
+
+@pytest.mark.parametrize("config", MALFORMED)
+def test_malformed_configs_end_in_one_line(config, folder, capsys):
+    (folder / "config.json").write_text(config)
+    assert describe([str(folder)]) == 1
+    name, line = capsys.readouterr().out.strip().splitlines()
+    assert name == str(folder) and "no: " in line
+    assert re.search(MALFORMED[config], line), line
+
+
+def test_what_is_no_checkpoint_ends_in_one_line(adapter, folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "tokenizer.json").write_text('{"model": 3}')
+    edited = {"json": "{", "kind": '{"peft_type": "NOVEL"}', "base": '{"peft_type": "LORA"}'}
+    places = [tmp_path / "empty", tmp_path / "nowhere", folder / "config.json", broken]
+    for name, content in edited.items():
+        places.append(tmp_path / name)
+        shutil.copytree(adapter, places[-1])
+        (places[-1] / "adapter_config.json").write_text(content)
+    for place in places:
+        assert describe([str(place)]) == 1
+        assert len(capsys.readouterr().out.strip().splitlines()) == 2, place
