@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 from .files import UserError
 from .models.backbone import backbone_name
-from .models.loading import load_config
+from .models.loading import check_tensors, load_config
 
 logger = logging.get_logger(__name__)
 
@@ -70,15 +70,10 @@ def check_complete(folder: Path) -> None:
     if not _built_here(folder):
         logger.warning(f"{folder}: whether tensors are missing is not checked, for no code here builds the model.")
         return
-    config = load_config(str(folder))
-    auto_class = AutoModelForCausalLM if backbone_name(config) == "bidirectional" else AutoModelForMaskedLM
     try:
-        _, info = auto_class.from_pretrained(
-            str(folder), config=config, device_map="meta", output_loading_info=True, local_files_only=True
-        )
-    except RuntimeError:
-        raise UserError(f"{folder}: weights have other shapes than config.json asks for. {ADVICE}") from None
-    _refuse(folder, info["missing_keys"], info["unexpected_keys"])
+        check_tensors(str(folder))
+    except UserError as error:
+        raise UserError(f"{error} Nothing was sent.") from None
 
 
 def _built_here(folder: Path) -> bool:
