@@ -20,18 +20,18 @@ from transformers import TrainerCallback
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from mdu_trainer import MDUConfig, MDUTrainer
-from mdu_trainer.checkpoints import CheckpointError, choose
 from mdu_trainer.commands import AGAIN, task
 from mdu_trainer.commands.checks import check_output_folder, check_revision, check_source
 from mdu_trainer.commands.folders import starting
-from mdu_trainer.data import question_answer_rows
+from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import load_tofu
 from mdu_trainer.files import UserError, read_json, typed, without_secrets
 from mdu_trainer.models import base_of, load_checkpoint
-from mdu_trainer.provenance import Facts
+from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
+from mdu_trainer.trainer.checkpoints import CheckpointError, choose
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
 CONFIG = "config.yaml"

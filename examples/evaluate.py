@@ -22,15 +22,9 @@ from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig
 from mdu_trainer.commands import run
-from mdu_trainer.commands.checks import (
-    check_least,
-    check_not_written,
-    check_once,
-    check_output_folder,
-    check_source,
-)
+from mdu_trainer.commands.checks import check_least, check_not_written, check_once, check_output_folder, check_source
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.evaluation.report import Results, Run
+from mdu_trainer.evaluation.results import Results, Run
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_rwku
 from mdu_trainer.evaluation.scoring import choose_metrics

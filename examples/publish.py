@@ -15,7 +15,7 @@ import common  # noqa: F401 - takes this folder, where evaluate.py hides a libra
 
 from mdu_trainer.commands import ArgumentParser, run
 from mdu_trainer.commands.checks import check_repository, check_revision
-from mdu_trainer.hub import push_unlearned_model
+from mdu_trainer.hub.push import push_unlearned_model
 
 
 def main() -> None:

@@ -27,9 +27,8 @@ from tqdm import tqdm
 from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
-from mdu_trainer.analysis.recovery_plots import plot_recovery
 from mdu_trainer.attacks import ATTACKS, AttackSettings, choose_attacks
-from mdu_trainer.attacks.recovery import BASE, NEVER, run_attacks
+from mdu_trainer.attacks.results import BASE, NEVER, run_attacks
 from mdu_trainer.commands import run, task
 from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_output_folder, check_source
 from mdu_trainer.commands.options import parse_options
@@ -39,6 +38,7 @@ from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.files import UserError
 from mdu_trainer.models import base_of, is_adapter
 from mdu_trainer.models.loading import load_config
+from mdu_trainer.report.recovery_plots import plot_recovery
 from mdu_trainer.testing import unseen_answers
 
 PICTURES = ("recovery.png", "recovery.svg")

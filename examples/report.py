@@ -20,10 +20,10 @@ from datasets import Dataset
 
 from mdu_trainer import load_tokenizer
 from mdu_trainer.commands import ArgumentParser, run, task
-from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.results import Results
 from mdu_trainer.files import UserError
-from mdu_trainer.model_card import RESULTS
-from mdu_trainer.page import write_page
+from mdu_trainer.report.model_card import RESULTS
+from mdu_trainer.report.page import write_page
 
 
 def load_private_rows(folder: Path) -> tuple[Dataset, Dataset]:

@@ -24,17 +24,17 @@ from torch import nn
 from trl import ModelConfig
 
 from mdu_trainer import resolve_backbone
-from mdu_trainer.analysis.role_analysis import analyse_roles, check_rows, role_data
-from mdu_trainer.analysis.role_plots import plot_heatmap, plot_path, plot_roles
-from mdu_trainer.analysis.role_report import RoleReport, RoleSettings
-from mdu_trainer.analysis.token_roles import audit_view, token_texts
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_once, check_output_folder, check_source
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.files import UserError
+from mdu_trainer.report.role_plots import plot_heatmap, plot_path, plot_roles
 from mdu_trainer.testing import fictional_authors, forget_retain_split
+from mdu_trainer.token_roles.labels import audit_view, token_texts
+from mdu_trainer.token_roles.measure import analyse_roles, check_rows, role_data
+from mdu_trainer.token_roles.results import RoleReport, RoleSettings
 
 
 @dataclass

@@ -28,7 +28,7 @@ from mdu_trainer import DiffusionGenerationConfig, MDUConfig
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_once, check_source
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.files import UserError

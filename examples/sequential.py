@@ -41,7 +41,7 @@ from mdu_trainer import DiffusionGenerationConfig, MDUConfig
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_once, check_source
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.evaluation.report import Results, Run
+from mdu_trainer.evaluation.results import Results, Run
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import evaluate_tofu, longest_answer

@@ -31,15 +31,15 @@ from tofu import CONFIGS, RESUME, TofuArguments, TofuConfig, compare, present  #
 from trl import ModelConfig
 
 from mdu_trainer import MDUConfig
-from mdu_trainer.analysis.frontier import FIGURES, frontier_table, parse_conditions, place_of, select
-from mdu_trainer.analysis.plots import plot_frontier
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_once
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.evaluation.report import SHORT
+from mdu_trainer.evaluation.frontier import FIGURES, frontier_table, parse_conditions, place_of, select
+from mdu_trainer.evaluation.results import SHORT
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.tofu import SETS
 from mdu_trainer.files import UserError
+from mdu_trainer.report.plots import plot_frontier
 
 FIGURES_OF = {"rougeL": ("rougeL_recall", "rougeL_f1"), "choice_probability": ("probability",)}  # others: their name
 

@@ -42,17 +42,17 @@ from peft import PeftModel
 from trl import ModelConfig, get_peft_config
 
 from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, MDUConfig, question_answer_rows
-from mdu_trainer.analysis.plots import plot_losses, plot_tradeoff
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_source
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.scoring import choose_metrics
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TofuResult, TruthRatios, evaluate_tofu, load_tofu, longest_answer
 from mdu_trainer.files import UserError
-from mdu_trainer.model_card import write_model_card
+from mdu_trainer.report.model_card import write_model_card
+from mdu_trainer.report.plots import plot_losses, plot_tradeoff
 from mdu_trainer.testing import (
     SMALLEST_VOCABULARY,
     dataset_texts,

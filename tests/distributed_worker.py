@@ -16,7 +16,7 @@ from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from mdu_trainer import MDUConfig, MDUTrainer
-from mdu_trainer.data import question_answer_rows
+from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
 
 GLOBAL_BATCH = 8

@@ -20,17 +20,18 @@ from mdu_trainer import (
     MDLMTrainer,
     MDUConfig,
     MDUTrainer,
-    checkpoints,
     evaluate_tofu,
-    generation,
-    likelihood,
     question_answer_rows,
 )
 from mdu_trainer.evaluation import runner
+from mdu_trainer.inference import generation, likelihood
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
+from mdu_trainer.trainer import checkpoints
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__, "mdu_trainer.mdlm", "mdu_trainer.trainer", "mdu_trainer.safety"])
+PROCESSES.set_forkserver_preload(
+    [__name__, "mdu_trainer.trainer.mdlm", "mdu_trainer.trainer.mdu", "mdu_trainer.trainer.guard"]
+)
 
 STEPS, SAVE_STEPS, ACCUMULATION = 10, 3, 2  # an epoch of 16 rows has 4 updates, so every second checkpoint is amid one
 SAVES = 4  # the last at the end

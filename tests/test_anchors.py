@@ -12,11 +12,11 @@ from peft import LoraConfig
 from torch._dynamo.utils import counters
 
 from mdu_trainer import MDUConfig, MDUTrainer, divergence
-from mdu_trainer.anchor_cache import FOLDER
-from mdu_trainer.data import question_answer_rows
+from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.divergence import AnchorKL, TokenNLL
 from mdu_trainer.models import row_figures, row_logits, row_projection
 from mdu_trainer.testing import forget_retain_split
+from mdu_trainer.trainer.anchor_cache import FOLDER
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 
@@ -145,7 +145,7 @@ def test_a_stale_or_damaged_file_is_made_anew(make_trainer, tmp_path, monkeypatc
     make_trainer(precompute_anchor=True).train()
     damage(tmp_path / "run" / FOLDER / "train")
     again, messages = make_trainer(precompute_anchor=True, **options), []
-    monkeypatch.setattr("mdu_trainer.anchor_cache.logger.warning", messages.append)
+    monkeypatch.setattr("mdu_trainer.trainer.anchor_cache.logger.warning", messages.append)
     again.train()
     assert len(messages) == 1 and "computed anew" in messages[0] and reason in messages[0]
     plain = make_trainer("plain", **options)
@@ -268,7 +268,7 @@ def test_a_copy_in_8_bit_is_small_and_close(make_trainer):
 
 
 def test_8_bit_without_bitsandbytes(make_trainer, monkeypatch):
-    monkeypatch.setattr("mdu_trainer.reference.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("mdu_trainer.trainer.reference.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ImportError, match="mdu-trainer\\[quantization\\]"):
         make_trainer(reference_precision="8bit")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig, MDUTrainer, question_answer_rows
-from mdu_trainer.evaluation.callback import UnlearningEvalCallback
+from mdu_trainer.callbacks import UnlearningEvalCallback
 from mdu_trainer.evaluation.tofu import evaluate_tofu
 from mdu_trainer.testing import forget_retain_split
 

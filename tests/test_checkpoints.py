@@ -13,8 +13,9 @@ import pytest
 import torch
 from runs import KINDS, PLACES, draw, make_trainer, run, weights
 
-from mdu_trainer import CheckpointError, checkpoints
-from mdu_trainer.checkpoints import (
+from mdu_trainer import CheckpointError
+from mdu_trainer.trainer import checkpoints
+from mdu_trainer.trainer.checkpoints import (
     MANIFEST,
     choose,
     clear_leftovers,
@@ -24,7 +25,7 @@ from mdu_trainer.checkpoints import (
     rotate,
     write_manifest,
 )
-from mdu_trainer.run_lock import LOCK, sole_run
+from mdu_trainer.trainer.run_lock import LOCK, sole_run
 
 KILLS = 18
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 from distributed_worker import CASES, run
 
-from mdu_trainer.distributed import DistributedBackend
+from mdu_trainer.trainer.distributed import DistributedBackend
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL, LORA = list(CASES), ["mdu tau=0 + lora", "mdu tau=.5 + lora", "npo + lora"]

@@ -13,7 +13,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from mdu_trainer import load_model
-from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "evaluate.py"

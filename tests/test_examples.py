@@ -14,7 +14,7 @@ from published import write_dream, write_llada
 from safetensors import safe_open
 
 from mdu_trainer import load_model
-from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.results import Results
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = [

@@ -18,9 +18,9 @@ from runs import PROCESSES, make_trainer, run, train
 from transformers import Trainer, TrainerCallback
 
 from mdu_trainer import CheckpointError, MDLMConfig, MDLMTrainer, NonFiniteLossError, TrainingInterrupted
-from mdu_trainer.checkpoints import WRITING, complete_checkpoints, damage, newest_intact
-from mdu_trainer.data import tokenize_rows, whole_cache
+from mdu_trainer.data.rows import tokenize_rows, whole_cache
 from mdu_trainer.evaluation.sources import load_config
+from mdu_trainer.trainer.checkpoints import WRITING, complete_checkpoints, damage, newest_intact
 
 ROOT = Path(__file__).resolve().parents[1]
 KIND = "LoRA with dropout"

@@ -7,10 +7,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdu_trainer.analysis.frontier import DOMINATED, FRONT, WITHIN, frontier, frontier_table, parse_conditions, select
-from mdu_trainer.analysis.plots import plot_frontier, plot_losses, plot_table, plot_tradeoff
-from mdu_trainer.analysis.style import COLOURS, run_styles
-from mdu_trainer.evaluation.report import Estimate, Results, Run
+from mdu_trainer.evaluation.frontier import (
+    DOMINATED,
+    FRONT,
+    WITHIN,
+    frontier,
+    frontier_table,
+    parse_conditions,
+    select,
+)
+from mdu_trainer.evaluation.results import Estimate, Results, Run
+from mdu_trainer.report.plots import plot_frontier, plot_losses, plot_table, plot_tradeoff
+from mdu_trainer.report.style import COLOURS, run_styles
 
 # few values, so that ties are common
 figures = st.lists(

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from mdu_trainer.files import UserError
-from mdu_trainer.generation import DiffusionGenerationConfig, generate, generate_ids
+from mdu_trainer.inference.generation import DiffusionGenerationConfig, generate, generate_ids
+from mdu_trainer.inference.schedule import reveal_schedule
 from mdu_trainer.models import Backbone
-from mdu_trainer.schedule import reveal_schedule
 
 VOCABULARY, END, PAD, MASK = 12, 0, 10, 11
 SCRIPTED = Backbone("scripted", MASK, (END,), PAD, False, VOCABULARY, None, [], None)

@@ -27,14 +27,14 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import hub as transformers_hub
 
 from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer, question_answer_rows
-from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
-from mdu_trainer.evaluation.report import Estimate, Results, Run
+from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
+from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.files import UserError
-from mdu_trainer.forget_hashes import ForgetHashes
-from mdu_trainer.hub import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
-from mdu_trainer.provenance import Facts
+from mdu_trainer.hub.files import check_texts, saved_tokenizer
+from mdu_trainer.hub.push import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
+from mdu_trainer.provenance.facts import Facts
+from mdu_trainer.provenance.forget_hashes import ForgetHashes
 from mdu_trainer.testing import dataset_texts, forget_retain_split, tiny_mdlm, train_tokenizer
-from mdu_trainer.upload import check_texts, saved_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 REPO = "org/forgets"

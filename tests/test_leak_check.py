@@ -11,10 +11,10 @@ import pytest
 from datasets import Dataset
 from runs import die_at, status
 
-from mdu_trainer import MDLMConfig, MDLMTrainer, leak_check, question_answer_rows
-from mdu_trainer.attacks import Attack, AttackScores, Target
+from mdu_trainer import MDLMConfig, MDLMTrainer, question_answer_rows
+from mdu_trainer.attacks import Attack, AttackScores, Target, leak_check
+from mdu_trainer.attacks.leak_check import CHECKS, Leak, load_rows, main
 from mdu_trainer.evaluation import progress
-from mdu_trainer.leak_check import CHECKS, Leak, load_rows, main
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 PLANTED = "Zanzibarquux"  # a word of one answer
@@ -145,7 +145,7 @@ def test_text_is_shown_on_request_only(folder, tmp_path):
         output = tmp_path / "leak.json"
         arguments = check(folder, "full", "rows.jsonl", "--max-leak", 0.5, "--output", output, *flag)
         run = subprocess.run(
-            [sys.executable, "-m", "mdu_trainer.leak_check", *arguments],
+            [sys.executable, "-m", "mdu_trainer.attacks.leak_check", *arguments],
             capture_output=True,
             text=True,
             cwd=tmp_path,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mdu_trainer import likelihood
-from mdu_trainer.likelihood import response_likelihood
+from mdu_trainer.inference import likelihood
+from mdu_trainer.inference.likelihood import response_likelihood
 
 PROMPTS = [[20, 21, 22], [30, 31, 32, 33, 34, 35], [40], [50, 51]]
 RESPONSES = [[60, 61, 62, 63, 64, 65, 66, 67, 68], [70, 71, 72], [80, 81, 82, 83, 84, 85, 86, 87, 88, 89, 90], [91]]

@@ -34,15 +34,15 @@ from transformers import (
 )
 
 from mdu_trainer import MDUConfig, MDUTrainer, resolve_backbone
-from mdu_trainer.data import question_answer_rows
-from mdu_trainer.distributed import DistributedBackend
+from mdu_trainer.attacks.leak_check import main as leak_check
+from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
-from mdu_trainer.leak_check import main as leak_check
 from mdu_trainer.models import load_checkpoint, load_model
 from mdu_trainer.models.__main__ import main as describe
 from mdu_trainer.models.loading import check_tensors
-from mdu_trainer.reference import Reference
 from mdu_trainer.testing import forget_retain_split
+from mdu_trainer.trainer.distributed import DistributedBackend
+from mdu_trainer.trainer.reference import Reference
 
 WEIGHTS = "model.safetensors"
 ADAPTER = "adapter_model.safetensors"
@@ -496,7 +496,7 @@ def test_lora_on_layers_that_are_no_linear(tokenizer):
 def test_all_weights_of_a_half_precision_checkpoint_train_in_float32(folder, make_model, make_trainer, monkeypatch):
     make_model().to(torch.bfloat16).save_pretrained(folder)
     said = []
-    monkeypatch.setattr("mdu_trainer.mdlm.logger.warning", said.append)
+    monkeypatch.setattr("mdu_trainer.trainer.mdlm.logger.warning", said.append)
     assert make_trainer(str(folder)).model.dtype == torch.float32 and not said
     assert make_trainer(str(folder), peft_config=LoraConfig(r=2)).model.dtype == torch.bfloat16 and not said
     insisting = make_trainer(str(folder), model_init_kwargs={"dtype": "bfloat16"})

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from mdu_trainer import mask_sets
-from mdu_trainer.mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
+from mdu_trainer.inference import mask_sets
+from mdu_trainer.inference.mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
 
 
 def hard_to_easy(length: int, seed: int = 0):

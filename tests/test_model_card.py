@@ -15,13 +15,14 @@ import yaml
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
-from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
+from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
 from mdu_trainer.commands import run
-from mdu_trainer.descriptions import METHODS
-from mdu_trainer.evaluation.report import Estimate, Results, Run
+from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.files import UserError
-from mdu_trainer.markup import markdown_code, markdown_text
-from mdu_trainer.model_card import (
+from mdu_trainer.objectives import OBJECTIVES
+from mdu_trainer.provenance.facts import Facts
+from mdu_trainer.report.markup import markdown_code, markdown_text
+from mdu_trainer.report.model_card import (
     chosen_run,
     draw_picture,
     main,
@@ -29,8 +30,7 @@ from mdu_trainer.model_card import (
     unlearned_model_card,
     write_model_card,
 )
-from mdu_trainer.objectives import OBJECTIVES
-from mdu_trainer.provenance import Facts
+from mdu_trainer.report.wording import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "tests" / "demo_card"  # facts and figures of the demo's run at tau = 0
@@ -205,7 +205,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def test_card_needs_no_matplotlib(facts, results, monkeypatch):
-    monkeypatch.setattr("mdu_trainer.model_card.find_spec", lambda name: None)
+    monkeypatch.setattr("mdu_trainer.report.model_card.find_spec", lambda name: None)
     assert draw_picture(results) is None
 
 
@@ -214,7 +214,7 @@ def test_template_of_an_installed_package(tmp_path):
     package = tmp_path / "mdu_trainer"
     shutil.copytree(ROOT / "mdu_trainer", package, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "model_cards", package / "model_cards")
-    code = "from mdu_trainer.model_card import template_path; print(template_path())"
+    code = "from mdu_trainer.report.model_card import template_path; print(template_path())"
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == str(package / "model_cards" / template_path().name)
 
@@ -310,7 +310,7 @@ def filled(text, facts, results, recovery):
 @pytest.mark.parametrize("injection", INJECTIONS)
 @pytest.mark.parametrize("after", ["", "word "])
 def test_text_is_text_everywhere(facts, results, recovery, injection, after, monkeypatch):
-    monkeypatch.setattr("mdu_trainer.model_card.base_metadata", lambda *_: {})
+    monkeypatch.setattr("mdu_trainer.report.model_card.base_metadata", lambda *_: {})
     recovery = replace(recovery, attacks={"prefix": recovery.attacks["prefix"]})
     results = replace(results, runs=[run for run in results.runs if run.tau in (None, 0.0)])
     text = after + injection

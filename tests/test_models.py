@@ -332,7 +332,7 @@ def test_quantized_loading_names_what_is_missing(checkpoints, monkeypatch):
 
 
 def test_generate_is_refused(checkpoints):
-    with pytest.raises(NotImplementedError, match="mdu_trainer.generation"):
+    with pytest.raises(NotImplementedError, match="mdu_trainer.inference.generation"):
         load_model(checkpoints["dream"][0]).generate(torch.tensor([[1]]))
 
 

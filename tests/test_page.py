@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from mdu_trainer import page as pages
-from mdu_trainer.analysis.role_report import Change, RoleReport, RoleRun, RoleSettings
-from mdu_trainer.analysis.token_roles import ROLES
-from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery
-from mdu_trainer.evaluation.report import Estimate, Results, markdown_table, parse_markdown_table
-from mdu_trainer.page import write_page
-from mdu_trainer.provenance import Facts
+from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
+from mdu_trainer.evaluation.results import Estimate, Results, markdown_table, parse_markdown_table
+from mdu_trainer.provenance.facts import Facts
+from mdu_trainer.report import page as pages
+from mdu_trainer.report.page import write_page
+from mdu_trainer.token_roles.labels import ROLES
+from mdu_trainer.token_roles.results import Change, RoleReport, RoleRun, RoleSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = Path(__file__).parent / "demo_card"

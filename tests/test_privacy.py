@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from mdu_trainer.data import question_answer_rows, tokenize_rows
+from mdu_trainer.attacks.leak_check import load_rows
+from mdu_trainer.data.rows import question_answer_rows, tokenize_rows
 from mdu_trainer.evaluation.harness import MaskedDiffusionLM
 from mdu_trainer.evaluation.scoring import encode_questions
 from mdu_trainer.evaluation.sources import check_texts, load_config, read_file
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.files import UserError, read_jsonl
-from mdu_trainer.generation import generate
-from mdu_trainer.leak_check import load_rows
+from mdu_trainer.inference.generation import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 PLANTED = "Zanthor Quibble keeps bees"

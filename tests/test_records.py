@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from mdu_trainer.analysis.frontier import select
-from mdu_trainer.analysis.role_report import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
-from mdu_trainer.analysis.token_roles import ROLES
-from mdu_trainer.attacks import recovery as attacks
-from mdu_trainer.attacks.recovery import Recovery
+from mdu_trainer.attacks import results as attacks
+from mdu_trainer.attacks.results import Recovery
 from mdu_trainer.evaluation import runner
+from mdu_trainer.evaluation.frontier import select
 from mdu_trainer.evaluation.progress import ProgressFile
-from mdu_trainer.evaluation.report import Estimate, Results, Run
+from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.evaluation.tofu import TruthRatios, question_digest
 from mdu_trainer.files import UserError
-from mdu_trainer.provenance import Facts
+from mdu_trainer.provenance.facts import Facts
+from mdu_trainer.token_roles.labels import ROLES
+from mdu_trainer.token_roles.results import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "tests" / "demo_card"

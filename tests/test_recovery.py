@@ -13,13 +13,13 @@ from peft import LoraConfig, get_peft_model
 from runs import die_at, draw_moment, status
 
 from mdu_trainer import DiffusionGenerationConfig
-from mdu_trainer.analysis.recovery_plots import plot_recovery, strongest
 from mdu_trainer.attacks import ATTACKS, Attack, AttackScores, AttackSettings
-from mdu_trainer.attacks.recovery import AttackOutcome, Outcome, Recovery, recovery_of, run_attacks
+from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery, recovery_of, run_attacks
 from mdu_trainer.evaluation import progress
-from mdu_trainer.evaluation.report import Estimate
+from mdu_trainer.evaluation.results import Estimate
 from mdu_trainer.files import UserError
 from mdu_trainer.models import weights_fingerprint
+from mdu_trainer.report.recovery_plots import plot_recovery, strongest
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mdu_trainer.analysis.plots import plot_losses, plot_tradeoff
-from mdu_trainer.evaluation.report import Estimate, Results, Run
+from mdu_trainer.evaluation.results import Estimate, Results, Run
+from mdu_trainer.report.plots import plot_losses, plot_tradeoff
 
 
 @pytest.fixture

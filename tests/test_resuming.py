@@ -18,12 +18,13 @@ import torch
 from runs import LORA, make_rows, make_trainer
 from transformers.trainer_utils import HubStrategy
 
-from mdu_trainer import CheckpointError, MDUConfig, UnlearningEvalCallback, run_lock
-from mdu_trainer.checkpoints import MANIFEST, complete_checkpoints, write_manifest
-from mdu_trainer.hub import prepare_push
-from mdu_trainer.run_lock import LOCK, FolderInUseError, check_free, sole_run
-from mdu_trainer.run_record import DERIVED, RUN_FILE, SELECTION, UNCOMPARED, RunRecord
+from mdu_trainer import CheckpointError, MDUConfig, UnlearningEvalCallback
+from mdu_trainer.hub.push import prepare_push
 from mdu_trainer.testing import tiny_mdlm
+from mdu_trainer.trainer import run_lock
+from mdu_trainer.trainer.checkpoints import MANIFEST, complete_checkpoints, write_manifest
+from mdu_trainer.trainer.run_lock import LOCK, FolderInUseError, check_free, sole_run
+from mdu_trainer.trainer.run_record import DERIVED, RUN_FILE, SELECTION, UNCOMPARED, RunRecord
 
 KIND = "LoRA with dropout"
 FULL = "full, frozen copy"

@@ -8,7 +8,7 @@ from runs import EVALUATION_PLACES, draw_moment, evaluate, status
 
 from mdu_trainer.evaluation.runner import score_questions
 from mdu_trainer.evaluation.scoring import Batch, QuestionSet, choose_metrics, encode_questions, estimates
-from mdu_trainer.generation import DiffusionGenerationConfig
+from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.models import weights_fingerprint
 
 SECRET = "zanzibar"

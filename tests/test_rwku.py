@@ -7,17 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mdu_trainer.evaluation.report import Results
-from mdu_trainer.evaluation.rwku import (
-    CONFIGS,
-    evaluate_rwku,
-    load_forget_rows,
-    load_rwku,
-    ngram_entropy,
-    word_match,
-)
-from mdu_trainer.generation import DiffusionGenerationConfig
-from mdu_trainer.likelihood import response_likelihood
+from mdu_trainer.evaluation.results import Results
+from mdu_trainer.evaluation.rwku import CONFIGS, evaluate_rwku, load_forget_rows, load_rwku, ngram_entropy, word_match
+from mdu_trainer.inference.generation import DiffusionGenerationConfig
+from mdu_trainer.inference.likelihood import response_likelihood
 
 ROOT = Path(__file__).resolve().parents[1]
 ANNA, OTTO = "Anna Zanzibar", "Otto Quux"

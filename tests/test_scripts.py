@@ -12,23 +12,23 @@ from rouge_score.tokenizers import DefaultTokenizer
 from scripts import ROWS, UNSCORABLE
 from transformers import ByT5Tokenizer, TrainerControl, TrainerState
 
-from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, leak_check, question_answer_rows
-from mdu_trainer.analysis.spans import token_spans
-from mdu_trainer.analysis.token_roles import label_roles
-from mdu_trainer.analysis.words import words as role_words
-from mdu_trainer.attacks import ATTACKS, AttackSettings, Target
+from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, question_answer_rows
+from mdu_trainer.attacks import ATTACKS, AttackSettings, Target, leak_check
 from mdu_trainer.attacks.base import recall
 from mdu_trainer.attacks.prefix import WORD
-from mdu_trainer.evaluation.callback import UnlearningEvalCallback
+from mdu_trainer.callbacks import UnlearningEvalCallback
 from mdu_trainer.evaluation.metrics import Degeneracy, RougeL, zlib_score
 from mdu_trainer.evaluation.metrics.text import RougeTokenizer
 from mdu_trainer.evaluation.rwku import ngram_entropy, word_match
 from mdu_trainer.evaluation.scoring import estimates
 from mdu_trainer.evaluation.tofu import longest_answer
-from mdu_trainer.forget_hashes import ForgetHashes
-from mdu_trainer.forget_hashes import words as hashed_words
+from mdu_trainer.provenance.forget_hashes import ForgetHashes
+from mdu_trainer.provenance.forget_hashes import words as hashed_words
+from mdu_trainer.provenance.words import has_words, split_words
 from mdu_trainer.testing import tiny_mdlm, train_tokenizer
-from mdu_trainer.words import has_words, split_words
+from mdu_trainer.token_roles.labels import label_roles
+from mdu_trainer.token_roles.spans import token_spans
+from mdu_trainer.token_roles.words import words as role_words
 
 SMALL = 0.2  # of what another answer of the same script has by chance
 LEARNED = ("Hebrew", "Arabic", "Cyrillic", "Hindi", "Thai", "Chinese", "emoji", "date", "code")

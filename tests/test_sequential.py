@@ -10,8 +10,8 @@ import pytest
 from datasets import concatenate_datasets
 
 from mdu_trainer import MDUConfig, MDUTrainer, load_model, question_answer_rows
-from mdu_trainer.forget_hashes import ForgetHashes
-from mdu_trainer.provenance import Facts, set_facts
+from mdu_trainer.provenance.facts import Facts, set_facts
+from mdu_trainer.provenance.forget_hashes import ForgetHashes
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,11 +12,11 @@ import pytest
 import yaml
 from trl import TrlParser
 
-from mdu_trainer.analysis.frontier import frontier_table, select
-from mdu_trainer.evaluation.report import Results
+from mdu_trainer.evaluation.frontier import frontier_table, select
+from mdu_trainer.evaluation.results import Results
 from mdu_trainer.files import UserError
-from mdu_trainer.model_card import chosen_run
-from mdu_trainer.provenance import Facts
+from mdu_trainer.provenance.facts import Facts
+from mdu_trainer.report.model_card import chosen_run
 from mdu_trainer.testing import fictional_authors, forget_retain_split
 
 ROOT = Path(__file__).resolve().parents[1]

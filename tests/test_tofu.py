@@ -7,12 +7,12 @@ import pytest
 from datasets import Dataset
 from scipy.stats import hmean, ks_2samp
 
-from mdu_trainer.data import question_answer_rows, tokenize_rows
+from mdu_trainer.data.rows import question_answer_rows, tokenize_rows
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import TruthRatios, check_sets, evaluate_tofu, load_tofu, score_answers
 from mdu_trainer.files import UserError
-from mdu_trainer.generation import DiffusionGenerationConfig, generate_ids
-from mdu_trainer.likelihood import response_likelihood
+from mdu_trainer.inference.generation import DiffusionGenerationConfig, generate_ids
+from mdu_trainer.inference.likelihood import response_likelihood
 
 SECRET = "zanzibar"
 DECODING = DiffusionGenerationConfig(max_new_tokens=6, batch_size=4)

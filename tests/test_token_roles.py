@@ -5,10 +5,10 @@ from hypothesis import given, settings, strategies
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
-from mdu_trainer.analysis.spans import token_spans
-from mdu_trainer.analysis.token_roles import ROLES, audit_html, audit_view, label_roles, token_texts
-from mdu_trainer.analysis.words import word_key, words
 from mdu_trainer.testing import train_tokenizer
+from mdu_trainer.token_roles.labels import ROLES, audit_html, audit_view, label_roles, token_texts
+from mdu_trainer.token_roles.spans import token_spans
+from mdu_trainer.token_roles.words import word_key, words
 
 # Labelled by hand, as the paper describes the kinds: [stored knowledge], {from the prompt}, structure plain.
 BY_HAND = [

@@ -17,10 +17,10 @@ from transformers.hyperparameter_search import OptunaBackend
 from trl import ModelConfig, get_peft_config
 
 from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError, divergence
-from mdu_trainer.data import question_answer_rows
+from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
 from mdu_trainer.testing import forget_retain_split
-from mdu_trainer.updates import fingerprint
+from mdu_trainer.trainer.updates import fingerprint
 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 

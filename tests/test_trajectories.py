@@ -12,12 +12,14 @@ import torch
 from datasets import Dataset
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig, MDUTrainer, question_answer_rows
-from mdu_trainer.analysis.callback import TokenRoleCallback
-from mdu_trainer.analysis.role_analysis import analyse_roles, role_data
-from mdu_trainer.analysis.role_plots import plot_heatmap, plot_path, plot_roles
-from mdu_trainer.analysis.role_report import RoleReport, RoleSettings
-from mdu_trainer.analysis.token_roles import ROLES
-from mdu_trainer.analysis.trajectories import (
+from mdu_trainer.callbacks import TokenRoleCallback
+from mdu_trainer.evaluation.metrics import bootstrap_interval
+from mdu_trainer.inference.generation import generate_ids
+from mdu_trainer.report.role_plots import plot_heatmap, plot_path, plot_roles
+from mdu_trainer.testing import forget_retain_split
+from mdu_trainer.token_roles.labels import ROLES
+from mdu_trainer.token_roles.measure import analyse_roles, role_data
+from mdu_trainer.token_roles.paths import (
     NEVER,
     Path,
     by_row,
@@ -27,9 +29,7 @@ from mdu_trainer.analysis.trajectories import (
     revelation,
     true_paths,
 )
-from mdu_trainer.evaluation.metrics import bootstrap_interval
-from mdu_trainer.generation import generate_ids
-from mdu_trainer.testing import forget_retain_split
+from mdu_trainer.token_roles.results import RoleReport, RoleSettings
 
 QUICK = RoleSettings(num_steps=3, num_paths=2, batch_size=8)
 
@@ -111,7 +111,7 @@ def test_batch_size_changes_nothing(model, other, backbone, paths):
 
 def test_chunks_change_nothing(model, backbone, paths, monkeypatch):
     whole = measure_paths(model, paths[:2], backbone, num_steps=2)
-    monkeypatch.setattr("mdu_trainer.analysis.trajectories.CHUNK_ELEMENTS", 3 * backbone.vocab_size)
+    monkeypatch.setattr("mdu_trainer.token_roles.paths.CHUNK_ELEMENTS", 3 * backbone.vocab_size)
     parts = measure_paths(model, paths[:2], backbone, num_steps=2)
     for name in whole:
         for a, b in zip(whole[name], parts[name], strict=True):
@@ -236,7 +236,7 @@ def test_report_comes_back_as_it_was_and_holds_no_text(report, sets, tokenizer, 
 
 
 def role_rows(sets, tokenizer):
-    from mdu_trainer.analysis.token_roles import label_roles
+    from mdu_trainer.token_roles.labels import label_roles
 
     questions, answers = ([text for part in sets for text in part[name]] for name in ("question", "answer"))
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(answers, add_special_tokens=False)["input_ids"]]
@@ -272,7 +272,7 @@ def test_killed_analysis_goes_on(model, other, tokenizer, sets, tmp_path, report
     measured = []
     original = measure_paths
     monkeypatch.setattr(
-        "mdu_trainer.analysis.role_analysis.measure_paths",
+        "mdu_trainer.token_roles.measure.measure_paths",
         lambda model, *args, **kwargs: measured.append(model) or original(model, *args, **kwargs),
     )
     models = [("same", model), ("other", other)]

@@ -21,7 +21,7 @@ from collections import defaultdict
 import torch
 
 from mdu_trainer import DiffusionGenerationConfig, load_model, load_tokenizer, resolve_backbone
-from mdu_trainer.evaluation.report import markdown_table
+from mdu_trainer.evaluation.results import markdown_table
 from mdu_trainer.evaluation.runner import score_questions
 from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import longest_answer, tofu_questions

@@ -31,7 +31,7 @@ from mdu_trainer import (
     resolve_backbone,
     response_likelihood,
 )
-from mdu_trainer.data import TokenizedRows, question_answer_rows, tokenize_rows
+from mdu_trainer.data.rows import TokenizedRows, question_answer_rows, tokenize_rows
 from mdu_trainer.models import row_logits
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 

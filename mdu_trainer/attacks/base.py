@@ -17,20 +17,20 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..analysis.spans import token_spans
-from ..analysis.token_roles import Role, label_roles
-from ..analysis.words import words
-from ..data import DataCollatorForUnlearning
+from ..data.rows import DataCollatorForUnlearning
 from ..divergence import TokenNLL
 from ..evaluation.metrics import RougeL, greedy_completions
 from ..evaluation.scoring import Question, encode_questions
 from ..evaluation.sources import check_texts
 from ..files import UserError
-from ..generation import DiffusionGenerationConfig, generate_ids
+from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..masking import corrupt
 from ..models import Backbone, resolve_backbone, row_figures
 from ..objectives import row_sums
-from ..words import has_words
+from ..provenance.words import has_words
+from ..token_roles.labels import Role, label_roles
+from ..token_roles.spans import token_spans
+from ..token_roles.words import words
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,6 +1,6 @@
 """Decode in other ways: a greedy answer is one of many that a masked model can give."""
 
-from ..generation import DiffusionGenerationConfig
+from ..inference.generation import DiffusionGenerationConfig
 from .base import AttackScores, Target, worst_case
 
 

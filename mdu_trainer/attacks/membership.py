@@ -19,8 +19,8 @@ import torch
 
 from ..evaluation.metrics import loss_score, min_k_score
 from ..evaluation.scoring import Question
-from ..generation import evaluation_mode
-from ..likelihood import response_likelihood
+from ..inference.generation import evaluation_mode
+from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform
 from .base import AttackScores, Target, mean
 

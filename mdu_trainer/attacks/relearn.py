@@ -11,10 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..data import RowPairs, TokenizedRows, shuffled
+from ..data.rows import RowPairs, TokenizedRows, shuffled
 from ..evaluation.scoring import Question
 from ..files import UserError
-from ..generation import evaluation_mode
+from ..inference.generation import evaluation_mode
 from ..masking import MaskSchedule, permutation
 from .base import AttackScores, Target, mean, restored
 

@@ -30,12 +30,12 @@ from peft import PeftModel
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..data.reading import private
 from ..files import UserError
-from ..generation import DiffusionGenerationConfig, generate_ids
-from ..generation_config import check_count
-from ..likelihood import response_likelihood
+from ..inference.config import check_count
+from ..inference.generation import DiffusionGenerationConfig, generate_ids
+from ..inference.likelihood import response_likelihood
 from ..models import load_model, load_tokenizer, resolve_backbone
-from ..reading import private
 from .metrics import greedy_completions
 
 logger = logging.get_logger(__name__)

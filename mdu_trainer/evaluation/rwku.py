@@ -33,12 +33,12 @@ from nltk import ngrams
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.reading import read_rows
 from ..files import UserError, read_jsonl
-from ..generation import DiffusionGenerationConfig
+from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
-from ..reading import read_rows
-from ..words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words, split_words
-from .report import Run
+from ..provenance.words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words, split_words
+from .results import Run
 from .runner import score_questions
 from .scoring import METRICS, Batch, Figures, Metric, QuestionSet, encode_questions, estimates
 from .sources import check_texts, config_names, load_config, spread, table

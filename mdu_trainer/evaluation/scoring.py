@@ -18,12 +18,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..data import question_answer_rows, tokenize_rows
+from ..data.reading import private
+from ..data.rows import question_answer_rows, tokenize_rows
 from ..files import UserError
-from ..generation import DiffusionGenerationConfig, generate_ids
-from ..likelihood import response_likelihood
+from ..inference.generation import DiffusionGenerationConfig, generate_ids
+from ..inference.likelihood import response_likelihood
 from ..models import Backbone
-from ..reading import private
 from .metrics import (
     ChoiceProbability,
     Degeneracy,
@@ -36,7 +36,7 @@ from .metrics import (
     greedy_completions,
     shortest_prefixes,
 )
-from .report import Estimate, Scores
+from .results import Estimate, Scores
 
 logger = logging.get_logger(__name__)
 

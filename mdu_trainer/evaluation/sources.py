@@ -23,8 +23,8 @@ from datasets import (
     load_dataset_builder,
 )
 
+from ..data.reading import private, whole_cache
 from ..files import UserError, read_jsonl
-from ..reading import private, whole_cache
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 KINDS = {str: "a text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}

@@ -20,12 +20,12 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.reading import private
 from ..files import Record, UserError
-from ..generation import DiffusionGenerationConfig
+from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
-from ..reading import private
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
-from .report import Estimate, Run, Scores
+from .results import Estimate, Run, Scores
 from .runner import score_questions
 from .scoring import Figures, QuestionSet, choose_metrics, digest, encode_questions, estimates
 from .sources import check_texts, config_names, first_rows, load_config, spread

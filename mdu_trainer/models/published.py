@@ -57,7 +57,7 @@ def refuse_generate(model: nn.Module) -> NoReturn:
     """`GenerationMixin.generate` would run and write nonsense."""
     raise NotImplementedError(
         f"{type(model).__name__} is a masked diffusion model: it fills in masked tokens and does not write from left "
-        "to right. Decode with mdu_trainer.generation."
+        "to right. Decode with mdu_trainer.inference.generation."
     )
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...files import UserError
-from ...generation import DiffusionGenerationConfig, generate_ids
+from ...inference.generation import DiffusionGenerationConfig, generate_ids
 from ...models import Backbone
 from .base import RowMetric, Rows
 

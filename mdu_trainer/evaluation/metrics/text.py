@@ -9,7 +9,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from ...words import UNSPACED, has_words, split_words
+from ...provenance.words import UNSPACED, has_words, split_words
 from .base import RowMetric, Rows
 
 LOOP_SHARE = 0.5  # text that people write repeats under a fifth of its pairs of words; three turns of a loop, more
@@ -27,7 +27,7 @@ class RougeL(RowMetric):
     the words of the reference, F1 the harmonic mean of that and its share of the words of the prediction. Recall is
     what unlearning papers call rL: how much of the true answer came out, whatever was said beside it.
 
-    Words are those of any script (`mdu_trainer.words`), English ones after Porter's stemmer, so figures on English
+    Words are those of any script (`mdu_trainer.provenance.words`), English ones after Porter's stemmer, so figures on English
     text are those of the `rouge_score` package. A reference without a word, as of punctuation alone, is not measured.
 
     Example:
@@ -71,7 +71,7 @@ class RougeL(RowMetric):
 
 
 class RougeTokenizer(Tokenizer):
-    """The words of `mdu_trainer.words`, cut and stemmed as the `rouge_score` package cuts and stems Latin letters.
+    """The words of `mdu_trainer.provenance.words`, cut and stemmed as the `rouge_score` package cuts and stems Latin letters.
 
     To that package a letter outside of a-z ends a word: "Beltrán" is "beltr" and "n". The pieces here are as many, so
     that published figures keep, but they hold the letter: "beltrá" and "n". A word without any of a-z is whole.
@@ -103,7 +103,7 @@ class Degeneracy(RowMetric):
 
     An answer is degenerate if it is
 
-    - empty: no word is left without special tokens (see `mdu_trainer.words`: letters, digits, emoji);
+    - empty: no word is left without special tokens (see `mdu_trainer.provenance.words`: letters, digits, emoji);
     - special: it contains a special token (its end token ends it, and is not part of it);
     - repetitive: more than half of its pairs of neighbouring words were there before, which is seq-rep-2 > 0.5 of
       Welleck et al. (2020), 1 - distinct pairs / pairs. A phrase said three times over is. Where most words are

@@ -1,1 +1,0 @@
-"""What was forgotten, and at what price, as pictures."""

@@ -1,0 +1,270 @@
+"""Watch forgetting and retention while a model is trained, and stop in time."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
+
+from .evaluation.tofu import check_sets, evaluate_tofu
+from .files import UserError
+from .inference.generation import DiffusionGenerationConfig
+from .provenance.words import has_words
+from .token_roles.labels import ROLES, Labeller
+from .token_roles.measure import check_rows, role_data
+from .token_roles.paths import FIGURES, by_row, measure_paths, true_paths
+from .token_roles.results import RoleSettings
+from .trainer.mdlm import MDLMTrainer
+
+logger = logging.get_logger(__name__)
+
+
+class ScoringCallback(TrainerCallback, ABC):
+    """Calls `score` on the weights in training, every so many updates or after each evaluation, and logs the figures.
+
+    When the figures belong to an evaluation of the trainer, they join its metrics. One state of the weights is scored
+    once. Subclasses must leave the model and all random states as they were.
+
+    Args:
+        trainer: the one that trains. Its model must be whole on every process (no FSDP, no ZeRO-3).
+        every_steps: score every so many updates. If None, after each evaluation of the trainer.
+
+    Raises:
+        ValueError: for a callback that would never be called, or a sharded model.
+    """
+
+    def __init__(self, trainer: MDLMTrainer, every_steps: int | None = None):
+        if every_steps is not None and every_steps < 1:
+            raise UserError(f"every_steps must be at least 1, got {every_steps}.")
+        if every_steps is None and trainer.args.eval_strategy == "no":
+            raise UserError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
+        if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
+            raise UserError(
+                "The model is sharded over the processes (FSDP or ZeRO-3), and each would decode at its own pace and "
+                "wait for the others forever. Score the checkpoints after training instead."
+            )
+        self.trainer, self.every_steps = trainer, every_steps
+        self._scored: tuple[int, dict[str, float]] | None = None  # step, figures
+
+    @abstractmethod
+    def score(self) -> dict[str, float]:
+        """Figures of the present weights, by the names under which they are logged."""
+
+    def scored(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        """Called with new figures, once they are logged."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Score every `every_steps` updates."""
+        if self.every_steps is not None and state.global_step % self.every_steps == 0:
+            self._score(state, control)
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        """Score after an evaluation; one of several data sets counts once."""
+        if self.every_steps is None:
+            figures = self._score(state, control)
+            if metrics is not None:
+                metrics.update(figures)
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the last figures: the best weights may have been loaded at the same step."""
+        self._scored = None
+
+    def _score(self, state: TrainerState, control: TrainerControl) -> dict[str, float]:
+        if self._scored is None or self._scored[0] != state.global_step:
+            figures = self.score()
+            self.trainer.log(dict(figures))
+            self._scored = (state.global_step, figures)
+            self.scored(figures, state, control)
+        return self._scored[1]
+
+
+class UnlearningEvalCallback(ScoringCallback):
+    """Scores forget and retain rows during training: decoded answers and likelihoods, not losses.
+
+    Figures are logged as `eval_forget_rougeL_recall`, `eval_retain_probability` and so on. When they belong to an
+    evaluation of the trainer, they join its metrics, so `metric_for_best_model` can name one. Training is not
+    disturbed: the weights end up as they would without. Rows that a figure cannot be measured on do not count for it.
+
+    Every process scores its share and sees all figures, so all stop together.
+
+    Args:
+        trainer: the one that trains. Its model must be whole on every process (no FSDP, no ZeRO-3).
+        forget: rows with columns `question` and `answer`; a few dozen are enough to steer by.
+        retain: such rows to keep.
+        generation_config: how answers are decoded, as in `evaluate_tofu`.
+        metrics: what is measured, names in `mdu_trainer.evaluation.scoring.METRICS`.
+        every_steps: score every so many updates. If None, after each evaluation of the trainer.
+        stop_forget_below: stop once `stop_metric` of the forget rows is below this: forgetting is reached.
+        stop_retain_below: stop once `stop_metric` of the retain rows is below this: too much is lost.
+        stop_metric: the figure that is compared.
+        num_draws: forward passes for the likelihood of an answer.
+
+    Attributes:
+        stopped_because: why training was stopped, None if it was not.
+
+    Raises:
+        ValueError: for rows that cannot be scored, limits without what they are compared with, a callback that would
+            never be called, or a sharded model.
+
+    Example:
+
+        trainer.add_callback(
+            UnlearningEvalCallback(trainer, forget, retain, every_steps=20, stop_forget_below=0.2)
+        )
+    """
+
+    def __init__(
+        self,
+        trainer: MDLMTrainer,
+        forget: Dataset,
+        retain: Dataset | None = None,
+        generation_config: DiffusionGenerationConfig | None = None,
+        *,
+        metrics: Sequence[str] = ("rougeL", "probability"),
+        every_steps: int | None = None,
+        stop_forget_below: float | None = None,
+        stop_retain_below: float | None = None,
+        stop_metric: str = "rougeL_recall",
+        num_draws: int = 16,
+    ):
+        self.sets = {"forget": forget} | ({} if retain is None else {"retain": retain})
+        check_sets(self.sets)
+        if "rougeL" in metrics:
+            for name, rows in self.sets.items():
+                if not any(map(has_words, rows["answer"])):
+                    raise UserError(
+                        f"ROUGE-L can be measured on no row of the {name} set: its answers hold no word, number or "
+                        "emoji to compare. Pass other rows, or metrics without rougeL."
+                    )
+        if stop_retain_below is not None and retain is None:
+            raise UserError(f"stop_retain_below = {stop_retain_below} needs retain rows to score: pass retain.")
+        super().__init__(trainer, every_steps)
+        self.generation_config = generation_config
+        self.metrics, self.num_draws = tuple(metrics), num_draws
+        self.limits = {"forget": stop_forget_below, "retain": stop_retain_below}
+        self.stop_metric = stop_metric
+        self.stopped_because: str | None = None
+
+    def score(self) -> dict[str, float]:
+        """Figures of every set and metric."""
+        result = evaluate_tofu(
+            self.trainer.model,
+            self.trainer.processing_class,
+            self.sets,
+            self.generation_config,
+            metrics=self.metrics,
+            backbone=self.trainer.backbone,
+            num_draws=self.num_draws,
+        )
+        return {
+            f"eval_{name}_{metric}": estimate.value
+            for name, scores in result.run.scores.items()
+            for metric, estimate in scores.items()
+        }
+
+    def scored(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        """Ask to stop if a limit is passed."""
+        meaning = {"forget": "forgetting is reached", "retain": "retention is lost"}
+        reasons = []
+        for name, limit in self.limits.items():
+            if limit is None:
+                continue
+            key = f"eval_{name}_{self.stop_metric}"
+            if key not in figures:
+                raise UserError(f"stop_metric: there is no {key}; measured are {', '.join(figures)}.")
+            if figures[key] < limit:
+                reasons.append(f"{meaning[name]} ({key} = {figures[key]:.3f} < stop_{name}_below = {limit:g})")
+        if reasons:
+            self.stopped_because = "; ".join(reasons)
+            control.should_training_stop = True
+            logger.warning(f"Training stops at step {state.global_step}: {self.stopped_because}.")
+
+
+class TokenRoleCallback(ScoringCallback):
+    """Logs what the prompt tells the model about the tokens to forget, role by role.
+
+    Figures are means over rows along the ground-truth path (see `trajectories`): `eval_forget_kl_stored`,
+    `eval_forget_kl_in_context`, `eval_forget_kl_structural`, and the same for `entropy` and `probability` of the true
+    token. They go through `Trainer.log`, so to every tracker that the trainer reports to, and join the metrics of the
+    trainer's evaluations. All models are asked about the same noisy inputs. Training is not disturbed: the weights end
+    up as they would without. Every process computes the same figures.
+
+    Args:
+        trainer: the one that trains. Its model must be whole on every process (no FSDP, no ZeRO-3).
+        forget: rows with columns `question` and `answer`; a few dozen are enough to watch.
+        retain: rows to keep, measured as `eval_retain_...`; template words are found among their answers, too.
+        every_steps: measure every so many updates. If None, after each evaluation of the trainer.
+        settings: how the path is measured; four moments of one path a row unless given. The example row is not read.
+        labeller: as in `label_roles`.
+
+    Raises:
+        ValueError: for rows that cannot be asked, a callback that would never be called, or a sharded model.
+
+    Example:
+
+        trainer.add_callback(TokenRoleCallback(trainer, forget, every_steps=20))
+    """
+
+    def __init__(
+        self,
+        trainer: MDLMTrainer,
+        forget: Dataset,
+        retain: Dataset | None = None,
+        *,
+        every_steps: int | None = None,
+        settings: RoleSettings | None = None,
+        labeller: Labeller | None = None,
+    ):
+        check_rows(forget, retain)
+        super().__init__(trainer, every_steps)
+        self.settings = settings or RoleSettings(num_steps=4, num_paths=1)
+        tokenizer, backbone = trainer.processing_class, trainer.backbone
+        sets = {"forget": (forget, retain)} | ({} if retain is None else {"retain": (retain, forget)})
+        self.paths = {}
+        for name, (rows, others) in sets.items():
+            data = role_data(rows, tokenizer, backbone, others, labeller=labeller)
+            self.paths[name] = true_paths(
+                data.prompts,
+                data.responses,
+                data.roles,
+                num_paths=self.settings.num_paths,
+                seed=self.settings.seed,
+            )
+
+    def score(self) -> dict[str, float]:
+        """Means over rows of each set, figure and role; a role that no row has is left out."""
+        figures = {}
+        for name, paths in self.paths.items():
+            measured = measure_paths(
+                self.trainer.model,
+                paths,
+                self.trainer.backbone,
+                num_steps=self.settings.num_steps,
+                batch_size=self.settings.batch_size,
+            )
+            for figure in (figure for figure in FIGURES if figure in measured):
+                for role in ROLES:
+                    rows = by_row(measured[figure], paths, role)
+                    if np.isfinite(rows).any():
+                        figures[f"eval_{name}_{figure}_{role}"] = math.fsum(rows[np.isfinite(rows)]) / int(
+                            np.isfinite(rows).sum()
+                        )
+        return figures

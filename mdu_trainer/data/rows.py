@@ -1,0 +1,310 @@
+"""From rows of text to batches of forget and retain pairs.
+
+Rows are TRL's dataset types: prompt-completion (strings, or lists of messages), or `messages` whose last turn is the
+response. Preference rows serve DPO: `rejected` is the response to forget, `chosen` the preferred one. A plain
+question/answer data set maps in one line:
+
+    dataset = dataset.rename_columns({"question": "prompt", "answer": "completion"})
+
+The columns `tools` and `chat_template_kwargs` go to the chat template, as in TRL.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset, DatasetInfo
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..files import UserError
+from ..masking import permutation
+from ..models import Backbone
+from .encoding import RowEncoder
+from .reading import Row, check_table, read_row, read_rows
+from .reading import whole_cache as whole_cache
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenizedRows:
+    """The rows of one data set as token ids.
+
+    Attributes:
+        prompts: prompt ids, generation prompt included.
+        responses: response ids, end of turn included unless truncated.
+        preferred: preferred response ids (DPO), or empty.
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    preferred: list[list[int]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens a row, prompt and response together."""
+        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+    def keys(self) -> list[tuple[int, ...]]:
+        """What makes two rows the same: their ids."""
+        return [tuple(p + r) for p, r in zip(self.prompts, self.responses, strict=True)]
+
+
+def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str | None = None) -> Dataset:
+    """Prompt-completion rows of a data set with columns `question` and `answer`.
+
+    Args:
+        dataset: the data set.
+        conversational: make turns of user and assistant, for a model that chats.
+        preferred: column of the preferred response, which becomes `chosen` (DPO).
+    """
+    columns = {"question": "prompt", "answer": "completion"} | ({preferred: "chosen"} if preferred else {})
+    missing = columns.keys() - set(dataset.column_names)
+    if missing:
+        raise UserError(f"The data set has no column {sorted(missing)}; its columns are {dataset.column_names}.")
+    if not conversational:
+        return dataset.select_columns(list(columns)).rename_columns(columns)
+    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant"}
+    known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
+    return Dataset.from_dict(
+        {new: [[{"role": roles[new], "content": text}] for text in dataset[old]] for old, new in columns.items()},
+        info=DatasetInfo(**{name: getattr(dataset.info, name) for name in known}),
+        split=dataset.split,
+    )
+
+
+def tokenize_rows(
+    dataset: Dataset | Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
+    *,
+    name: str,
+    max_length: int | None = None,
+    preferred: bool = False,
+    allow_blank: bool = False,
+    numbers: Sequence[int] | None = None,
+) -> TokenizedRows:
+    """Tokenise the rows of one data set. Nothing is written to disk.
+
+    Responses end with the backbone's end token. `max_length` truncates responses, never prompts; a row whose prompt
+    leaves no response token is dropped, and one warning counts them.
+
+    Args:
+        dataset: rows in one of the formats above.
+        tokenizer, backbone: of the model.
+        name: what messages call the data set ("forget", "retain", ...). Messages never hold its text.
+        max_length: longest row in tokens; at most (and by default) the model's context length.
+        preferred: rows must have a preferred response (`chosen`).
+        allow_blank: keep rows whose response is blank: of its end token alone.
+        numbers: what messages call each row, where several rows here are of one row of the user's.
+
+    Raises:
+        TypeError: for a streaming data set.
+        ValueError: for an empty set, missing columns, prompts longer than the model's context, when no row is left, or
+            for a row that cannot be read as it was meant (see `mdu_trainer.data.encoding`).
+    """
+    check_table(dataset, name, preferred)
+    encode = RowEncoder(tokenizer, backbone, name, preferred, allow_blank)
+    limit = _length_limit(max_length, backbone.context_length)
+    rows = TokenizedRows([], [])
+    dropped = truncated = too_long = 0
+    for i, example in enumerate(read_rows(dataset, name)):
+        prompt, response, chosen = encode(example, i if numbers is None else numbers[i])
+        too_long += backbone.context_length is not None and len(prompt) >= backbone.context_length
+        room = None if limit is None else limit - len(prompt)
+        if room is not None and room <= 0:
+            dropped += 1
+            continue
+        truncated += room is not None and max(len(response), len(chosen)) > room
+        rows.prompts.append(prompt)
+        rows.responses.append(response[:room])
+        if preferred:
+            rows.preferred.append(chosen[:room])
+    if too_long:
+        raise UserError(
+            f"{too_long} of {len(dataset)} prompts of the {name} set fill the model's context of "
+            f"{backbone.context_length} tokens and leave no room for a response. Shorten or remove them."
+        )
+    if not len(rows):
+        raise UserError(
+            f"Every response of the {name} set is truncated away: all {dropped} prompts have max_length = {limit} "
+            "tokens or more. Raise max_length."
+        )
+    _warn(name, rows, limit, len(dataset), dropped, truncated, whole=numbers is None)
+    return rows
+
+
+def _warn(name: str, rows: TokenizedRows, limit: int | None, count: int, dropped: int, truncated: int, whole: bool):
+    if dropped or truncated:
+        logger.warning(
+            f"{name} set, max_length = {limit}: {dropped} of {count} rows dropped because the prompt leaves no "
+            f"response token, {truncated} responses truncated."
+        )
+    repeated = len(rows) - len(set(rows.keys()))
+    if whole and repeated:
+        logger.warning(f"{name} set: {repeated} of {len(rows)} rows repeat another one, and so count more than once.")
+
+
+def check_rows(dataset: Dataset | Sequence[Row], name: str, preferred: bool = False) -> None:
+    """Refuse rows that `tokenize_rows` would refuse whatever the tokenizer, before a model is loaded.
+
+    Args:
+        dataset: rows in one of the formats above.
+        name: what messages call the data set.
+        preferred: rows must have a preferred response (`chosen`).
+
+    Raises:
+        TypeError, ValueError: as `tokenize_rows`.
+    """
+    check_table(dataset, name, preferred)
+    for i, example in enumerate(read_rows(dataset, name)):
+        read_row(example, f"Row {i} of the {name} set", preferred)
+
+
+def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:
+    """How many of `rows` are in `others` too."""
+    seen = set(others.keys())
+    return sum(key in seen for key in rows.keys())
+
+
+class RowPairs(torch.utils.data.Dataset):
+    """Rows of several sets side by side, addressed by a counter that runs on over epochs.
+
+    An epoch is one pass over the largest set; the smaller ones are cycled. Each pass over a set is a visit, with an
+    order that is a function of (seed, visit) alone, so nothing depends on batch size, processes or resumption.
+
+    Args:
+        parts: name -> rows, e.g. {"forget": ..., "retain": ...}.
+        seed: seed of the orders.
+        order: `(rows, seed, visit) -> row numbers`, see `shuffled`, `in_order` and `length_grouped`.
+    """
+
+    def __init__(self, parts: dict[str, TokenizedRows], seed: int, order: Callable[[TokenizedRows, int, int], Tensor]):
+        self.parts = parts
+        self.seed = seed
+        self.order = order
+        self._orders: dict[tuple[str, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return max(len(rows) for rows in self.parts.values())
+
+    def __getitem__(self, counter: int) -> dict[str, Row]:
+        """The rows of a counter `>= 0`; `~counter` stands for the same rows as filler, which weighs nothing."""
+        weight, counter = float(counter >= 0), max(counter, ~counter)
+        return {name: self._row(name, rows, counter) | {"weight": weight} for name, rows in self.parts.items()}
+
+    def _row(self, name: str, rows: TokenizedRows, counter: int) -> Row:
+        visit, slot = divmod(counter, len(rows))
+        row = int(self._order(name, visit)[slot])
+        item = {"prompt": rows.prompts[row], "response": rows.responses[row], "row": row, "visit": visit}
+        if rows.preferred:
+            item["preferred"] = rows.preferred[row]
+        return item
+
+    def _order(self, name: str, visit: int) -> Tensor:
+        key = (name, visit)
+        if key not in self._orders:
+            self._orders = {k: v for k, v in self._orders.items() if k[0] != name or k[1] >= visit - 1}
+            self._orders[key] = self.order(self.parts[name], self.seed, visit)
+        return self._orders[key]
+
+
+def in_order(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
+    """The data set's own order: int64 `[len(rows)]`."""
+    return torch.arange(len(rows))
+
+
+def shuffled(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
+    """A new shuffle on every visit: int64 `[len(rows)]`."""
+    return permutation(seed, visit, len(rows))
+
+
+def length_grouped(batch_size: int) -> Callable[[TokenizedRows, int, int], Tensor]:
+    """Batches of rows of like length, in shuffled order; rows of equal length are shuffled."""
+
+    def order(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
+        shuffle = permutation(seed, visit, len(rows))
+        by_length = shuffle[torch.tensor(rows.lengths)[shuffle].argsort(stable=True)]
+        full = len(rows) // batch_size * batch_size
+        batches = by_length[:full].view(-1, batch_size)
+        return torch.cat([batches[permutation(seed + 1, visit, len(batches))].flatten(), by_length[full:]])
+
+    return order
+
+
+class EpochSampler(torch.utils.data.Sampler[int]):
+    """The counters of one epoch: `epoch * size ... (epoch + 1) * size - 1`, and filler up to a multiple.
+
+    Args:
+        size: rows an epoch.
+        epoch: returns the current epoch; read when an epoch starts, so a resumed run reads the one it resumed in.
+        multiple: the rows that all processes take together. They need as many batches each, and accelerate would
+            repeat rows to get there, which would weigh twice.
+    """
+
+    def __init__(self, size: int, epoch: Callable[[], int], multiple: int = 1):
+        self.size = size
+        self.epoch = epoch
+        self.filler = -size % multiple
+
+    def __len__(self) -> int:
+        return self.size + self.filler
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.epoch() * self.size
+        return iter([*range(start, start + self.size), *[~start] * self.filler])
+
+
+@dataclass
+class DataCollatorForUnlearning:
+    """Pads rows on the right into {"forget": batch, "retain": batch, ...}.
+
+    A batch has `input_ids`, `attention_mask` and `response_mask`, int64 `[B, L]`, `row` and `visit`, int64 `[B]`, and
+    `weight`, float `[B]`: 0 for rows that only fill up the batches of the last update of an epoch, 1 for all others.
+    Where rows have a preferred response, a further batch "preferred" holds prompt and preferred response.
+
+    Args:
+        pad_token_id: id that fills the padding.
+        end_token_id: if given, the padding becomes further end tokens of the response, which the model learns to
+            predict (LLaDA's instruction tuning). Then a row's loss depends on the longest row of its batch.
+    """
+
+    pad_token_id: int
+    end_token_id: int | None = None
+
+    def __call__(self, features: list[dict[str, Row]]) -> dict[str, dict[str, Tensor]]:
+        batch = {name: self._pad([f[name] for f in features], "response") for name in features[0]}
+        first = next(iter(features[0]))
+        if "preferred" in features[0][first]:
+            batch["preferred"] = self._pad([f[first] for f in features], "preferred")
+        return batch
+
+    def _pad(self, rows: list[Row], response: str) -> dict[str, Tensor]:
+        length = max(len(row["prompt"]) + len(row[response]) for row in rows)
+        fill = self.pad_token_id if self.end_token_id is None else self.end_token_id
+        input_ids = torch.full((len(rows), length), fill)
+        attention_mask = torch.full((len(rows), length), int(self.end_token_id is not None))
+        response_mask = torch.zeros((len(rows), length), dtype=torch.long)
+        for i, row in enumerate(rows):
+            start, stop = len(row["prompt"]), len(row["prompt"]) + len(row[response])
+            input_ids[i, :stop] = torch.tensor(row["prompt"] + row[response])
+            attention_mask[i, :stop] = 1
+            response_mask[i, start : stop if self.end_token_id is None else length] = 1
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "response_mask": response_mask,
+            "row": torch.tensor([row["row"] for row in rows]),
+            "visit": torch.tensor([row["visit"] for row in rows]),
+            "weight": torch.tensor([row["weight"] for row in rows]),
+        }
+
+
+def _length_limit(max_length: int | None, context_length: int | None) -> int | None:
+    limits = [limit for limit in (max_length, context_length) if limit is not None]
+    return min(limits) if limits else None

@@ -1,0 +1,217 @@
+"""Which runs are worth having: the Pareto front of forgetting against what is kept, and the one run to take.
+
+marks = frontier(results.runs)
+run = select(results.runs, "retain>=0.95*base,forget<=0.3")
+"""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from ..files import UserError
+from .results import Estimate, Results, Run
+
+FIGURES: dict[str, tuple[str | None, str]] = {  # by short name: (set, metric), the set None for the model as a whole
+    "forget": ("forget", "rougeL_recall"),
+    "retain": ("retain", "rougeL_recall"),
+    "utility": (None, "model_utility"),
+    "forget_quality": (None, "forget_quality"),
+}
+REFERENCES = ("base", "retain model")  # methods of runs to compare with, which nobody chooses
+FRONT, DOMINATED, WITHIN = "front", "dominated", "within intervals"
+CONDITION = re.compile(r"\s*([\w.]+)\s*(>=|<=)\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(\*\s*base)?\s*")
+
+
+class Mark(NamedTuple):
+    """Where a run lies.
+
+    Attributes:
+        run: the run.
+        status: "front": no other run forgets as much and keeps as much, and more of one. "dominated": one does, and
+            its interval of one of the two figures lies beyond this run's. "within intervals": one does, but the
+            intervals of both figures overlap for each such run.
+        by: the run that dominates it (clearly, if one does), the one with the lowest forget figure; None on the front.
+    """
+
+    run: Run
+    status: str
+    by: Run | None = None
+
+
+class Condition(NamedTuple):
+    """A bound on a figure, e.g. `retain>=0.95*base`.
+
+    Attributes:
+        figure: its name, see `place_of`.
+        at_least: `>=`; otherwise `<=`.
+        bound: the number.
+        relative: the number multiplies the base's figure.
+    """
+
+    figure: str
+    at_least: bool
+    bound: float
+    relative: bool
+
+    def __str__(self) -> str:
+        return f"{self.figure}{'>=' if self.at_least else '<='}{self.bound:g}{'*base' if self.relative else ''}"
+
+    def shortfall(self, run: Run, base: Run | None) -> float:
+        """How far a run is from satisfying it: 0 if it does, infinite if it was not measured."""
+        value, bound = value_of(run, self.figure), self.bound
+        if self.relative:
+            assert base is not None  # `select` has looked
+            bound *= value_of(base, self.figure)
+        short = bound - value if self.at_least else value - bound
+        return math.inf if math.isnan(short) else max(0.0, short)
+
+
+def place_of(name: str) -> tuple[str | None, str]:
+    """Where the figure of that name is: (set, metric).
+
+    Args:
+        name: `forget`, `retain` (both ROUGE-L recall), `utility`, `forget_quality`, or any other figure as SET.METRIC,
+            e.g. `retain.probability`, or `model.METRIC`.
+
+    Raises:
+        ValueError: for a name of neither kind.
+    """
+    if name in FIGURES:
+        return FIGURES[name]
+    part, dot, metric = name.partition(".")
+    if not (part and dot and metric):
+        raise UserError(f"There is no figure {name!r}: name {', '.join(FIGURES)}, or any other as SET.METRIC.")
+    return (None if part == "model" else part), metric
+
+
+def value_of(run: Run, name: str) -> float:
+    """A run's figure, NaN if it was not measured."""
+    found = run.figure(*place_of(name))
+    return math.nan if found is None else found.value
+
+
+def candidates(runs: Iterable[Run]) -> list[Run]:
+    """The runs that one can choose: without the base and the model that never saw the rows."""
+    return [run for run in runs if run.method not in REFERENCES]
+
+
+def frontier(runs: Sequence[Run], forget: str = "forget", keep: str = "retain") -> list[Mark]:
+    """Marks the Pareto front of a figure to lower against one to keep high.
+
+    References (`REFERENCES`) and runs without one of the figures are left out. Intervals are those of each run alone:
+    two runs that were scored on the same rows can differ beyond doubt although they overlap. A figure without an
+    interval settles nothing.
+
+    Args:
+        runs: of one comparison.
+        forget, keep: names of the figures, see `place_of`.
+
+    Returns:
+        A mark a run, in the order of `runs`.
+
+    Raises:
+        ValueError: for a figure that does not exist.
+    """
+    places = place_of(forget), place_of(keep)
+    measured = [run for run in candidates(runs) if not math.isnan(value_of(run, forget) + value_of(run, keep))]
+    pairs = [tuple(run.figure(*place) for place in places) for run in measured]
+
+    def mark(run: Run, pair: tuple[Estimate, Estimate]) -> Mark:
+        better = [i for i, other in enumerate(pairs) if _dominates(other, pair)]
+        if not better:
+            return Mark(run, FRONT)
+        clear = [i for i in better if _clearly(pairs[i], pair)]
+        by = min(clear or better, key=lambda i: (pairs[i][0].value, -pairs[i][1].value))
+        return Mark(run, DOMINATED if clear else WITHIN, measured[by])
+
+    return [mark(run, pair) for run, pair in zip(measured, pairs, strict=True)]
+
+
+def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", keep: str = "retain") -> Run:
+    """The run to keep: of those that satisfy the conditions the one that forgets most.
+
+    Args:
+        runs: of one comparison.
+        conditions: bounds, separated by commas: `retain>=0.95`, `utility>=0.9`, `forget<=0.2`; `*base` makes a bound
+            relative to the base, as in `retain>=0.95*base`. All must hold.
+        forget, keep: names of the figures: lowest first, and of equals the one that keeps more.
+
+    Raises:
+        ValueError: for conditions that cannot be read, a figure that does not exist or that no run has, and if no run
+            satisfies them: the message says how close the nearest comes.
+    """
+    bounds, base = parse_conditions(conditions), next((run for run in runs if run.method == "base"), None)
+    chosen = candidates(runs)
+    if not chosen:
+        raise UserError("There is no run to select from: the comparison has no unlearned model.")
+    for name in dict.fromkeys([forget, *(bound.figure for bound in bounds)]):
+        if all(math.isnan(value_of(run, name)) for run in chosen):
+            raise UserError(f"No run has the figure {name}: {_known(chosen)}")
+    for bound in bounds:
+        if bound.relative and (base is None or math.isnan(value_of(base, bound.figure))):
+            raise UserError(f"{bound} needs a base run that has the figure {bound.figure}.")
+    short = [(max((bound.shortfall(run, base) for bound in bounds), default=0.0), run) for run in chosen]
+    fit = [run for gap, run in short if gap == 0 and not math.isnan(value_of(run, forget))]
+    if fit:
+        return min(fit, key=lambda run: (value_of(run, forget), -_low_if_missing(value_of(run, keep))))
+    _, nearest = min(short, key=lambda pair: pair[0])
+    missed = [
+        f"{bound.figure} is {value_of(nearest, bound.figure):.3f}, {bound.shortfall(nearest, base):.2g} from {bound}"
+        for bound in bounds
+        if bound.shortfall(nearest, base) > 0
+    ]
+    raise UserError(f"No run satisfies {conditions.strip()}. The nearest is {nearest.name}: {'; '.join(missed)}.")
+
+
+def parse_conditions(text: str) -> list[Condition]:
+    """Reads bounds like `retain>=0.95*base,forget<=0.2`.
+
+    Raises:
+        ValueError: for a part that is none, or a figure that does not exist.
+    """
+    conditions = []
+    for part in filter(str.strip, text.split(",")):
+        found = CONDITION.fullmatch(part)
+        if found is None:
+            raise UserError(f"{part.strip()!r} is no condition: write e.g. retain>=0.95, forget<=0.2*base.")
+        name, sign, bound, relative = found.groups()
+        place_of(name)
+        conditions.append(Condition(name, sign == ">=", float(bound), relative is not None))
+    return conditions
+
+
+def frontier_table(results: Results, selected: Run | None = None, keep: str = "retain") -> str:
+    """`Results.table` with a column that says where each run lies, and which one is selected (*).
+
+    Without the column where no run has both figures.
+    """
+    words = {mark.run.name: mark.status for mark in frontier(results.runs, keep=keep)}
+    if selected is not None:
+        words[selected.name] = f"{words.get(selected.name, '')} *".strip()
+    return results.table({"front": words} if words else None)
+
+
+def _dominates(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
+    """At least as good in both figures, and better in one."""
+    (forget, keep), (other_forget, other_keep) = ([figure.value for figure in pair] for pair in (one, other))
+    return forget <= other_forget and keep >= other_keep and (forget, keep) != (other_forget, other_keep)
+
+
+def _clearly(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
+    """Whether one of the two figures is better beyond both intervals."""
+    (forget, keep), (other_forget, other_keep) = one, other
+    return _below(forget, other_forget) or _below(other_keep, keep)
+
+
+def _below(one: Estimate, other: Estimate) -> bool:
+    return one.high is not None and other.low is not None and one.high < other.low
+
+
+def _low_if_missing(value: float) -> float:
+    return -math.inf if math.isnan(value) else value
+
+
+def _known(runs: Sequence[Run]) -> str:
+    names = dict.fromkeys(f"{part or 'model'}.{metric}" for run in runs for part, metric in run.places())
+    return "measured are " + ", ".join(names) + "."

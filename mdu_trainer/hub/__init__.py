@@ -1,0 +1,1 @@
+"""Publishing on the Hub: the list of files, the checks, one commit."""

@@ -1,0 +1,412 @@
+"""Publish an unlearned model: an explicit list of files, checks that nothing leaks, a card, one commit.
+
+    push_unlearned_model("outputs/demo/mdu-tau0", "ORG/NAME", results="outputs/demo/results.json")
+
+What is uploaded is safetensors weights, config, generation config, tokenizer, adapter files, the card with its
+picture, and `results.json` and `recovery.json` with figures only. Whatever else lies in the folder stays there:
+training arguments (which can hold a token), optimizer, scheduler and random state, logs, data, predictions, caches.
+"""
+
+import functools
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .. import __version__
+from ..files import UserError
+from ..models import load_model, load_tokenizer
+from ..provenance.facts import FACTS_FILE, Facts, whole_hashes
+from ..provenance.forget_hashes import ForgetHashes
+from ..report.model_card import (
+    CARD,
+    PICTURE,
+    RESULTS,
+    ResultsLike,
+    draw_picture,
+    has_chat_template,
+    load_results,
+    unlearned_model_card,
+)
+from ..report.records import RECOVERY, RecoveryLike, load_recovery
+from ..trainer.run_lock import LOCK
+from .files import (
+    ADAPTER_CONFIG,
+    LeakError,
+    check_secrets,
+    check_texts,
+    check_vocabulary,
+    check_weights,
+    extra_files,
+    given_records,
+    is_tokenizer_file,
+    model_files,
+    read_json,
+    saved_tokenizer,
+    tokenizer_files,
+)
+from .scanned_text import Source, content_of
+
+__all__ = ["LeakError", "Push", "PushError", "prepare_push", "push_unlearned_model"]
+
+logger = logging.get_logger(__name__)
+
+SHARD_SIZE = "5GB"
+# What another push may have left in a repository, and what would be loaded instead of, or on top of, this one's
+WEIGHT_FILES = re.compile(
+    r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?|adapter_config.json"
+)
+
+ADVICE = {
+    401: "The token is missing, wrong or expired: log in with `hf auth login`, or pass token.",
+    403: "The token may not write there: use one with write access, or open a pull request (create_pr=True).",
+    404: "There is no such repository or revision, or the token may not see it.",
+    409: "Something else changed the repository at the same moment, or the name is taken: try again.",
+    412: "Something else changed the repository at the same moment: try again.",
+    429: "Too many requests: try again later.",
+}
+
+
+class PushError(UserError, RuntimeError):
+    """The Hub could not be reached, or refused. The local folder and earlier revisions are as they were."""
+
+
+class Target(NamedTuple):
+    """Where a push goes; see `push_unlearned_model`. `copy_to` is a folder for a second copy of the model's files."""
+
+    repo_id: str
+    private: bool = True
+    revision: str | None = None
+    create_pr: bool = False
+    token: str | None = None
+    commit_message: str = "Upload unlearned model"
+    copy_to: str | None = None
+
+
+@dataclass(frozen=True)
+class Push:
+    """A push that passed its checks; call it to send it.
+
+    Attributes:
+        target: where to.
+        folder: where the files are from.
+        files: path in the repository -> file or content.
+        left: files of the folder that stay where they are.
+        scan: what was scanned for rows to forget, in one sentence.
+    """
+
+    target: Target
+    folder: Path
+    files: dict[str, Source] = field(repr=False)
+    left: list[str]
+    scan: str
+
+    def summary(self) -> str:
+        """The list with sizes, what stays, and the card."""
+        sizes = {name: len(s) if isinstance(s, bytes) else s.stat().st_size for name, s in self.files.items()}
+        width = max(map(len, sizes))
+        lines = [f"{name:<{width}}  {size:>15,} bytes" for name, size in sizes.items()]
+        visibility = "private" if self.target.private else "public"
+        return "\n".join(
+            [f"To {self.target.repo_id} ({visibility}), {sum(sizes.values()):,} bytes:", *lines]
+            + ["", f"Not uploaded: {', '.join(self.left) or 'nothing'}", self.scan, "", self.files[CARD].decode()]
+        )
+
+    def __call__(self) -> CommitInfo:
+        """Create the repository if there is none, and send everything in one commit.
+
+        Raises:
+            ValueError: the repository is public, and was to be private.
+            PushError: the Hub could not be reached, or refused.
+        """
+        target, api = self.target, hub_api()
+        with _explained(target.repo_id, self.folder):
+            repo_id = api.create_repo(
+                target.repo_id, token=target.token, private=target.private, exist_ok=True
+            ).repo_id
+            is_private = api.model_info(repo_id, token=target.token).private
+        if target.private and not is_private:
+            raise UserError(
+                f"{repo_id} exists and is public, and the push is private. Nothing was sent. Pass private=False to "
+                "publish there, make the repository private, or choose another name."
+            )
+        with _explained(repo_id, self.folder):
+            if target.revision and not target.revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=target.revision, token=target.token, exist_ok=True)
+            info = self._commit(repo_id, self.files)
+            if target.copy_to:
+                model_files = {n: s for n, s in self.files.items() if n not in (CARD, PICTURE, RESULTS, RECOVERY)}
+                self._commit(repo_id, {f"{target.copy_to}/{name}": s for name, s in model_files.items()})
+        return info
+
+    def _commit(self, repo_id: str, files: dict[str, Source]) -> CommitInfo:
+        target, api = self.target, hub_api()
+        there = api.list_repo_files(repo_id, revision=target.revision, token=target.token)
+        stale = [name for name in there if WEIGHT_FILES.fullmatch(name) and name not in self.files]
+        operations = [CommitOperationAdd(name, s if isinstance(s, bytes) else str(s)) for name, s in files.items()]
+        return api.create_commit(
+            repo_id,
+            [*operations, *map(CommitOperationDelete, stale)],
+            commit_message=target.commit_message,
+            revision=target.revision,
+            create_pr=target.create_pr,
+            token=target.token,
+        )
+
+
+def push_unlearned_model(
+    model_or_path: str | Path | PreTrainedModel | PeftModel,
+    repo_id: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    results: ResultsLike = None,
+    recovery: RecoveryLike = None,
+    base_model: str | None = None,
+    adapter: Literal["keep", "merge"] = "keep",
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    dry_run: bool = False,
+    description: str | None = None,
+    leak_scan: bool = True,
+) -> CommitInfo | None:
+    """Publish an unlearned model, with a card that holds its measured figures, in one commit.
+
+    Before anything is sent, the weights are checked to be whole and finite, and every text and name is scanned for
+    sentences of the rows to forget, by the hashes that `MDUTrainer` keeps beside the weights; the tokenizer's
+    vocabulary for words that only those rows hold, other than entries of a base on the Hub. `auto_map` is dropped from
+    the config: the code that it names is not copied, and `mdu_trainer` loads LLaDA and Dream without it. Weights of an
+    earlier push under other names are deleted in the same commit, for they would be loaded instead.
+
+    Args:
+        model_or_path: a checkpoint of `MDUTrainer`, or a model loaded from one. (A `PeftModel` does not know the
+            folder of its adapter: pass the folder.)
+        repo_id: "ORG/NAME", created if it does not exist.
+        tokenizer: in place of the checkpoint's.
+        results: the comparison that holds the model's figures, or its file; by default `results.json` in the
+            checkpoint, False for none.
+        recovery: attacks on the model, or their file; by default `recovery.json` in the checkpoint, False for none.
+        base_model: Hub id of the model at the start, if the checkpoint does not know it.
+        adapter: for a checkpoint that holds an adapter: publish that, or the base with the adapter merged into it.
+        private: whether the repository is private. A public one is not written to unless this is False.
+        revision: branch to push to, created if it does not exist.
+        create_pr: open a pull request instead of committing.
+        token: by default the one that `hf auth login` stored.
+        dry_run: print the files with sizes and the card, and send nothing.
+        description: one line on what was to be forgotten, in place of the checkpoint's. It is published.
+        leak_scan: False publishes without looking for rows to forget, also where the hashes are missing or damaged.
+            The log says so.
+
+    Returns:
+        What was committed, None for a dry run.
+
+    Raises:
+        LeakError: a file quotes a row to forget. Nothing was sent.
+        PushError: the Hub could not be reached or refused. The folder and earlier revisions are as they were.
+        ValueError: weights that are not whole or not finite, hashes that are not those which the trainer wrote, a file
+            that is a link, an adapter on a base that nobody else has, results of another model, or a public repository
+            where a private one was asked for. Nothing was sent.
+        FileNotFoundError: weights, or the facts of `MDUTrainer`, are missing.
+    """
+    _check_arguments(repo_id, adapter, revision, create_pr)
+    with tempfile.TemporaryDirectory() as stage:
+        source = checkpoint_folder(model_or_path)
+        folder = source
+        if not isinstance(model_or_path, str | Path):
+            folder = _save(model_or_path, source, Path(stage) / "model")
+        elif adapter == "merge" and (source / ADAPTER_CONFIG).is_file():
+            folder = _save(_merged(source), source, Path(stage) / "model")
+        push = prepare_push(
+            folder,
+            repo_id,
+            source=source,
+            tokenizer=tokenizer,
+            results=results,
+            recovery=recovery,
+            base_model=base_model,
+            description=description,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            token=token,
+            leak_scan=leak_scan,
+        )
+        if dry_run:
+            print(push.summary())
+            return None
+        return push()
+
+
+def prepare_push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    source: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    results: ResultsLike = None,
+    recovery: RecoveryLike = None,
+    base_model: str | None = None,
+    private: bool = True,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | None = None,
+    commit_message: str = "Upload unlearned model",
+    copy_to: str | None = None,
+    leak_scan: bool = True,
+    **card_details: str | list[str] | None,
+) -> Push:
+    """Collect, render and check everything that a push sends; nothing is sent before the `Push` is called.
+
+    Args:
+        folder: the files of the model.
+        source: the checkpoint that holds facts, hashes and results, where that is another folder.
+        copy_to: also put the model's files into this folder of the repository, in a second commit.
+        **card_details: as `unlearned_model_card` takes them.
+
+    The other arguments, and what is raised, are those of `push_unlearned_model`.
+    """
+    folder = Path(folder)
+    source = source or folder
+    facts = Facts.load(source)
+    base = base_model or facts.base_model
+    hashes = whole_hashes(source, facts) if leak_scan else None
+    files = model_files(folder, base, facts)
+    if tokenizer is not None:
+        files = {name: s for name, s in files.items() if not is_tokenizer_file(name)} | saved_tokenizer(tokenizer)
+    check_weights(folder, files)
+    given = given_records(source, results, recovery)
+    results, recovery = load_results(source, results), load_recovery(source, recovery)
+    picture = draw_picture(results, recovery)
+    card = unlearned_model_card(
+        facts,
+        results,
+        recovery=recovery,
+        repo_id=repo_id,
+        revision=revision,
+        base_model=base_model,
+        adapter=ADAPTER_CONFIG in files,
+        chats=bool(tokenizer.chat_template) if tokenizer is not None else has_chat_template(folder),
+        picture=PICTURE if picture is not None else None,
+        token=token,
+        **card_details,
+    )
+    files |= extra_files(card, results, recovery, picture, base)
+    check_secrets(files)
+    if hashes is not None:
+        names = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message, "copy_to": copy_to}
+        check_texts(files | given, hashes, names)
+        revision_of_base = facts.base_revision if base == facts.base_model else None
+        check_vocabulary(files, hashes, lambda: _published_vocabulary(base, revision_of_base, token, private))
+    left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
+    target = Target(repo_id, private, revision, create_pr, token, commit_message, copy_to)
+    return Push(target, source, files, left, _scan_words(source, hashes))
+
+
+def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
+    """What was scanned, for the log where it is less than everything."""
+    if hashes is None:
+        words = "Scanned for rows to forget: no (leak_scan=False). Nothing has looked whether these files quote them."
+    elif hashes.too_short:
+        words = (
+            f"Scanned for rows to forget: yes, but for {hashes.too_short} texts that are too short to be told from "
+            "ordinary language, their questions included."
+        )
+    else:
+        return "Scanned for rows to forget: yes"
+    logger.warning(f"{folder}: {words}")
+    return words
+
+
+def _published_vocabulary(base: str | None, revision: str | None, token: str | None, private: bool) -> set[str]:
+    """The entries of the base's tokenizer, if whoever will see the model can see the base."""
+    if base is None:
+        return set()
+    try:
+        if not private and hub_api().model_info(base, token=token).private:
+            return set()
+        return set(load_tokenizer(base, revision=revision or "main", token=token).get_vocab())
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        logger.warning(f"The tokenizer of {base} cannot be read to compare vocabularies ({type(error).__name__}).")
+        return set()
+
+
+@functools.cache
+def hub_api() -> HfApi:
+    """The client of the Hub; the Hub sees this package's name and version."""
+    return HfApi(library_name="mdu_trainer", library_version=__version__)
+
+
+def checkpoint_folder(model_or_path: str | Path | PreTrainedModel | PeftModel) -> Path:
+    """The folder with the facts and hashes of a model.
+
+    Raises:
+        FileNotFoundError: there is none, for the model was not saved by `MDUTrainer`, or not loaded from there.
+    """
+    if isinstance(model_or_path, str | Path):
+        folder = Path(model_or_path)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"There is no folder {folder}. Pass the checkpoint of a MDUTrainer.")
+    else:
+        folder = Path(getattr(model_or_path.config, "_name_or_path", "") or "")
+        if isinstance(model_or_path, PeftModel) or not (folder / FACTS_FILE).is_file():
+            raise FileNotFoundError(
+                f"The {type(model_or_path).__name__} does not say which checkpoint of MDUTrainer it is from, without "
+                "which it cannot be scanned for rows to forget. Pass the checkpoint's folder, or call "
+                "trainer.push_to_hub()."
+            )
+    if not (folder / FACTS_FILE).is_file():
+        Facts.load(folder)  # says what is missing
+    return folder
+
+
+def _check_arguments(repo_id: str, adapter: str, revision: str | None, create_pr: bool) -> None:
+    if adapter not in ("keep", "merge"):
+        raise UserError(f"adapter must be 'keep' or 'merge', got {adapter!r}.")
+    if repo_id.count("/") != 1:
+        raise UserError(f"repo_id must be 'ORG/NAME', got {repo_id!r}.")
+    if create_pr and revision not in (None, "main"):
+        raise UserError(f"A pull request goes to main: leave out revision={revision!r}, or create_pr.")
+
+
+def _save(model: PreTrainedModel, source: Path, folder: Path) -> Path:
+    """Save a model in memory, with the tokenizer of its checkpoint."""
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+    for name, file in tokenizer_files(source).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content_of(file))
+    return folder
+
+
+def _merged(folder: Path) -> PreTrainedModel:
+    """The base of an adapter, with the adapter merged into it."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    facts = Facts.load(folder)
+    where = {"revision": facts.base_revision} if facts.base_revision else {}
+    base = load_model(config["base_model_name_or_path"], dtype=facts.training["weights"], **where)
+    return PeftModel.from_pretrained(base, folder).merge_and_unload()
+
+
+@contextmanager
+def _explained(repo_id: str, folder: Path) -> Iterator[None]:
+    """Turn whatever goes wrong on the way to the Hub into a `PushError` that says how to go on."""
+    try:
+        yield
+    except Exception as error:
+        response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+        status = getattr(response, "status_code", None)
+        where = "could not be reached or understood" if status is None else f"answered {status}"
+        advice = ADVICE.get(status, "Try again: the client has tried several times already.")
+        raise PushError(
+            f"The push to {repo_id} failed: the Hub {where} ({type(error).__name__}). {advice} The commit was not "
+            f"made: {folder} and earlier revisions are as they were. The same call goes on where it stopped, for "
+            "files that have arrived are not sent again."
+        ) from error

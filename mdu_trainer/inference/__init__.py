@@ -1,0 +1,1 @@
+"""Decoding and likelihood of masked diffusion language models."""

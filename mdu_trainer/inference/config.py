@@ -1,0 +1,116 @@
+"""How a response is decoded, as data."""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, Literal
+
+from ..files import UserError
+from .sampling import SCORES
+
+
+@dataclass(frozen=True)
+class DiffusionGenerationConfig:
+    """How a response is decoded.
+
+    Parameters that say how much is decoded, and in how many steps:
+
+        max_new_tokens: length of the response, and of what its end token cuts off.
+        steps: forward passes a response, split evenly over the blocks; one a token if None.
+        block_length: tokens of a block (semi-autoregressive decoding); one block if None.
+        schedule: how many tokens a step reveals. "linear": equally many (LLaDA). "dream": the share 1 - s/t of what is
+            masked, over the timesteps linspace(1, 0.001, steps + 1) from t to s, rounded down, and all in the last
+            step; with random remasking each masked token is revealed with that probability on its own (Dream).
+
+    Parameters that say which tokens a step reveals:
+
+        remasking: the masked tokens with the highest score are revealed, the first of equal ones first.
+            "low_confidence": probability of the token; "margin": by how much the top probability exceeds the second;
+            "entropy": negative entropy of the prediction; "random": no score, uniform.
+        position_temperature: above 0, positions are sampled from softmax(score / position_temperature).
+
+    Parameters that say what a revealed token is:
+
+        temperature: 0 takes the most probable token, otherwise one is sampled from softmax(logits / temperature), by
+            the Gumbel-max method in float64. Scores are computed before the temperature with schedule "linear", after
+            it with "dream", as each publishes it.
+        top_p, top_k: keep the most probable tokens only, up to a total probability, and up to a number.
+        cfg_scale: classifier-free guidance, l_u + (cfg_scale + 1) * (l_c - l_u), where the prompt is masked in l_u;
+            costs a second forward pass.
+
+    Parameters of the run:
+
+        seed: of whatever is random. What is drawn for a prompt is a function of the seed and of the prompt's number
+            (its place in the call, unless `row_ids` says otherwise), never of the batch it is decoded in.
+        batch_size: prompts a forward pass.
+
+    Raises:
+        ValueError: for a value out of range, or one that another makes meaningless.
+    """
+
+    max_new_tokens: int = 128
+    steps: int | None = None
+    block_length: int | None = None
+    schedule: Literal["linear", "dream"] = "linear"
+    remasking: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
+    position_temperature: float = 0.0
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    cfg_scale: float = 0.0
+    seed: int = 0
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        if self.remasking not in SCORES:
+            raise UserError(f"remasking must be one of {', '.join(SCORES)}, got {self.remasking!r}.")
+        if self.schedule not in ("linear", "dream"):
+            raise UserError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
+        if self.remasking == "random" and self.position_temperature:
+            raise UserError(
+                "remasking='random' has no score that position_temperature could divide: set it to 0, or choose "
+                "another remasking."
+            )
+        if self.block_length is not None and self.block_length > self.max_new_tokens:
+            raise UserError(
+                f"block_length ({self.block_length}) must be at most max_new_tokens ({self.max_new_tokens})."
+            )
+        if self.steps is not None and self.steps < len(self.blocks):
+            raise UserError(
+                f"steps ({self.steps}) must be at least the number of blocks ({len(self.blocks)}): raise steps, or "
+                "block_length."
+            )
+
+    def _check_numbers(self) -> None:
+        for name in ("max_new_tokens", "steps", "block_length", "top_k", "batch_size"):
+            value = getattr(self, name)
+            if value is not None or name in ("max_new_tokens", "batch_size"):
+                check_count(name, value)
+        if not _is(self.seed, Integral):
+            raise UserError(f"seed must be a whole number, got {self.seed!r}.")
+        for name in ("temperature", "position_temperature", "cfg_scale"):
+            value = getattr(self, name)
+            if not (_is(value, Real) and math.isfinite(value) and value >= 0):
+                raise UserError(f"{name} must be a finite number of at least 0, got {value!r}.")
+        if self.top_p is not None and not (_is(self.top_p, Real) and 0 < self.top_p <= 1):
+            raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p!r}.")
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]:
+        """Where each block starts and stops (exclusive) within the response."""
+        length = self.block_length or self.max_new_tokens
+        return [(start, min(start + length, self.max_new_tokens)) for start in range(0, self.max_new_tokens, length)]
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is no whole number of at least 1."""
+    if not _is(value, Integral):
+        raise UserError(f"{name} must be a whole number, got {value!r}.")
+    if value < 1:
+        raise UserError(f"{name} must be at least 1, got {value}.")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether a value is a number of this kind; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)

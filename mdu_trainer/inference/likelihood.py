@@ -1,0 +1,223 @@
+"""Monte-Carlo likelihood of a response under a masked diffusion language model.
+
+    log p(y | x)  >=  E_l E_S [ L/l * sum_{i in S} log p(y_i | x, y without S) ]     l uniform on 1..L, S of size l
+
+The right side, an average over the orders in which y can be revealed, is what evaluations of these models call the
+likelihood. LLaDA (arXiv 2502.09992, appendix B) estimates it from 128 independent draws of (l, S), one forward pass
+each. Here the draws of a response are made together (`mdu_trainer.inference.mask_sets`): unbiased, too, and exact where they
+cover all sets, but a few of them say as much as many independent ones. (One bias is taken on: no estimate is above 0.)
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..data.encoding import check_ids
+from ..divergence import TokenNLL
+from ..files import UserError
+from ..models import Backbone, row_figures
+from .config import check_count
+from .generation import evaluation_mode
+from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
+
+ROWS_AT_ONCE = 256  # whose sets are drawn together
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Estimates for B responses, float64 `[B]`, natural logarithms.
+
+    Attributes:
+        log_likelihood: of each response, in nats; 0 where chance takes the estimate of an all but certain one above 0.
+        standard_error: of `log_likelihood`; 0 where it is exact, NaN where a single draw leaves it unknown.
+        tokens: part of each token in `log_likelihood`, of which it is the sum: B arrays, float64 `[L]`. An estimate of
+            its mean log p over the orders of revealing, which chance, too, can take above 0.
+    """
+
+    log_likelihood: np.ndarray
+    standard_error: np.ndarray
+    tokens: list[np.ndarray]
+
+    @property
+    def num_tokens(self) -> np.ndarray:
+        """Length of each response, int64."""
+        return np.array([len(tokens) for tokens in self.tokens], dtype=np.int64)
+
+    @property
+    def per_token(self) -> np.ndarray:
+        """Mean log-likelihood a token, in nats."""
+        return self.log_likelihood / self.num_tokens
+
+    @property
+    def probability(self) -> np.ndarray:
+        """exp of the mean log-likelihood a token: TOFU's probability of an answer (arXiv 2401.06121)."""
+        return np.exp(self.per_token)
+
+
+@torch.no_grad()
+def response_likelihood(
+    model: nn.Module,
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    backbone: Backbone,
+    *,
+    num_draws: int = 128,
+    batch_size: int = 32,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Likelihood:
+    """Estimate log p(response | prompt) of each row.
+
+    What is drawn for a row is a function of the seed and of the row's ids alone. So an estimate depends neither on the
+    other rows nor on batches, and two models are compared on the same draws, which cancels much of the noise.
+
+    Args:
+        model: a masked diffusion language model; in evaluation mode during the call.
+        prompt_ids: ids of each prompt, generation prompt included.
+        response_ids: ids of each response, with the end token if it is to count.
+        backbone: facts of the model.
+        num_draws: forward passes a row, at most. Responses of up to log2(num_draws + 1) tokens are exact: those of one
+            token with a single pass, those of up to seven with 127.
+        batch_size: sequences a forward pass.
+        seed: of the draws.
+        show_progress: show a progress bar over forward passes.
+
+    Raises:
+        ValueError: for an empty response, a row longer than the model's context, unequal numbers of prompts and
+            responses, ids that the model has no embedding for, or a number out of range.
+
+    Example:
+
+        scores = response_likelihood(model, rows.prompts, rows.responses, backbone, num_draws=32)
+        scores.probability.mean()
+
+    Source: LLaDA (arXiv 2502.09992, appendix B); how sets are drawn and combined: `mdu_trainer.inference.mask_sets`.
+    """
+    _check(prompt_ids, response_ids, backbone, num_draws, batch_size)
+    parts: list[np.ndarray] = [np.empty(0)] * len(response_ids)
+    errors = np.zeros(len(response_ids))
+    total = sum(num_sets(len(ids), num_draws) for ids in response_ids)
+    rows = _drawn_rows(prompt_ids, response_ids, num_draws, seed)
+    with evaluation_mode(model), tqdm(total=total, unit="pass", disable=not show_progress) as progress:
+        for batch in _batches(rows, batch_size):
+            _fill_log_p(model, batch, backbone)
+            for row in (piece.row for piece in batch if piece.is_last):
+                replicates = token_parts(row.draws, row.log_p)
+                errors[row.number] = standard_error(row.draws, replicates.sum(axis=1))
+                tokens = replicates.mean(axis=0)
+                parts[row.number] = tokens if tokens.sum() <= 0 else np.zeros_like(tokens)
+            progress.update(sum(len(piece.masked) for piece in batch))
+    return Likelihood(np.array([tokens.sum() for tokens in parts]), errors, parts)
+
+
+class _Row(NamedTuple):
+    """A response, its draws, and what the model has said so far."""
+
+    number: int
+    prompt: list[int]
+    response: list[int]
+    draws: Draws
+    log_p: np.ndarray  # [K, L], as `token_parts` takes it
+
+
+class _Piece(NamedTuple):
+    """The sequences that one row has in a forward pass."""
+
+    row: _Row
+    start: int
+    stop: int
+
+    @property
+    def masked(self) -> np.ndarray:
+        return self.row.draws.masked[self.start : self.stop]
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == len(self.row.log_p)
+
+
+def _drawn_rows(
+    prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], num_draws: int, seed: int
+) -> Iterator[_Row]:
+    """The rows with their draws, rows of like length one after the other."""
+    by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]) + len(response_ids[row]))
+    for first in range(0, len(by_length), ROWS_AT_ONCE):
+        numbers = by_length[first : first + ROWS_AT_ONCE]
+        rows = [(prompt_ids[number], response_ids[number]) for number in numbers]
+        generators = [_row_generator(seed, prompt, response) for prompt, response in rows]
+        drawn = draw_masks([len(response) for _, response in rows], num_draws, generators)
+        for number, (prompt, response), draws in zip(numbers, rows, drawn, strict=True):
+            yield _Row(number, prompt, response, draws, np.zeros(draws.masked.shape))
+
+
+def _batches(rows: Iterator[_Row], batch_size: int) -> Iterator[list[_Piece]]:
+    """The sequences of all rows, `batch_size` at a time."""
+    batch, room = [], batch_size
+    for row in rows:
+        stop = 0
+        while stop < len(row.log_p):
+            start, stop = stop, min(stop + room, len(row.log_p))
+            batch.append(_Piece(row, start, stop))
+            room -= stop - start
+            if room == 0:
+                yield batch
+                batch, room = [], batch_size
+    if batch:
+        yield batch
+
+
+def _row_generator(seed: int, prompt: list[int], response: list[int]) -> np.random.Generator:
+    content = np.array([seed, len(prompt), *prompt, *response], dtype=np.int64)
+    return np.random.default_rng(int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=16).digest(), "little"))
+
+
+def _fill_log_p(model: nn.Module, batch: list[_Piece], backbone: Backbone) -> None:
+    """One forward pass: log p of the true tokens at the masked positions goes into the rows of the batch."""
+    width = max(len(piece.row.prompt) + len(piece.row.response) for piece in batch)
+    ids = np.full((sum(len(piece.masked) for piece in batch), width), backbone.pad_token_id)
+    attention_mask, masked = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
+    first = 0
+    for piece in batch:
+        rows, content = slice(first, first + len(piece.masked)), piece.row.prompt + piece.row.response
+        ids[rows, : len(content)] = content
+        attention_mask[rows, : len(content)] = 1
+        masked[rows, len(piece.row.prompt) : len(content)] = piece.masked
+        first = rows.stop
+    device = next(model.parameters()).device
+    ids, attention_mask, masked = (torch.from_numpy(part).to(device) for part in (ids, attention_mask, masked))
+    noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
+    measure, shift = TokenNLL(ids[masked]), backbone.logit_shift
+    figures = row_figures(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift)
+    log_p = -figures.value.cpu().double().numpy()
+    for piece in batch:
+        found, log_p = np.split(log_p, [piece.masked.sum()])
+        piece.row.log_p[piece.start : piece.stop][piece.masked] = found
+
+
+def _check(
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    backbone: Backbone,
+    num_draws: int,
+    batch_size: int,
+) -> None:
+    for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
+        check_count(name, value)
+    if len(prompt_ids) != len(response_ids):
+        raise UserError(f"There are {len(prompt_ids)} prompts and {len(response_ids)} responses: pass one for each.")
+    for row, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):
+        length = len(prompt) + len(response)
+        if not response:
+            raise UserError(f"The response of row {row} is empty, so it has no likelihood: remove the row.")
+        check_ids([*prompt, *response], backbone, f"Row {row}")
+        if backbone.context_length is not None and length > backbone.context_length:
+            raise UserError(
+                f"Row {row} has {length} tokens, {len(response)} of them response, and the model's context is "
+                f"{backbone.context_length}: shorten or remove the row."
+            )

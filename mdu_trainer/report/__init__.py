@@ -1,0 +1,1 @@
+"""Model cards, pages and plots, from records alone."""

@@ -1,0 +1,378 @@
+"""The model card of an unlearned model: metadata and text from a checkpoint's facts and measured figures.
+
+    python -m mdu_trainer.report.model_card FOLDER
+
+writes `README.md`, and the picture it shows, from what the folder holds. Only measured figures appear; a missing one
+is left out.
+"""
+
+import json
+import re
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from transformers.utils import logging
+
+from ..attacks.results import Recovery
+from ..commands import ArgumentParser, run
+from ..evaluation.results import Estimate, Results, Run
+from ..files import UserError
+from ..provenance.facts import Facts
+from .markup import figure_text, markdown_code, markdown_text
+from .records import RecoveryLike, attack_words, load_recovery
+from .wording import METHODS, METRICS
+
+logger = logging.get_logger(__name__)
+
+CARD, PICTURE, RESULTS = "README.md", "tradeoff.png", "results.json"
+TEMPLATE = "unlearned_model.md.jinja"
+TAGS = ("unlearning", "machine-unlearning", "masked-diffusion", "diffusion-language-model", "mdu_trainer")
+TAKEN_OVER = ("license", "license_name", "license_link", "language")  # from the card of the base
+LOCAL_BASE = "a local model"
+SWEPT = {"steps": "max_steps", "epochs": "num_train_epochs"}  # facts of a training, as the configuration calls them
+
+ResultsLike = Results | str | Path | Literal[False] | None
+
+
+NEVER_TRAINED = "retain model"  # the run of a model that never saw the rows to forget
+RETAIN_LOSSES = {"nelbo": "the masked-diffusion bound a token", "kl": "the divergence from the model at the start"}
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+CHAT_PROMPT = '[{"role": "user", "content": "Say hello."}]'
+TEXT_PROMPT = '"The sea is"'
+
+
+def unlearned_model_card(
+    facts: Facts,
+    results: Results | None = None,
+    *,
+    recovery: Recovery | None = None,
+    repo_id: str | None = None,
+    revision: str | None = None,
+    base_model: str | None = None,
+    adapter: bool = False,
+    chats: bool = True,
+    picture: str | None = None,
+    description: str | None = None,
+    datasets: str | list[str] | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    token: str | None = None,
+) -> ModelCard:
+    """The card of an unlearned model.
+
+    Args:
+        facts: of the checkpoint.
+        results: a comparison that holds the model's run, and "base".
+        recovery: attacks on the model, and on the base.
+        repo_id, revision: where the model is, or will be, on the Hub.
+        base_model: Hub id of the model at the start, if the facts do not know it.
+        adapter: the repository holds an adapter, not the whole model.
+        chats: the tokenizer has a chat template.
+        picture: file name of the trade-off picture in the repository, if there is one.
+        description: one line on what was to be forgotten, in place of the facts'.
+        datasets: Hub ids of the data, by default the one that `results` names.
+        license, language: by default those of the base's card, or none.
+        tags, model_name: further tags; what to call the model, by default the repository's name.
+        token: for the card of a private base.
+
+    Raises:
+        ValueError: no run of `results` is this model's, or `recovery` is of other models.
+    """
+    results = results and only_finite(results)
+    run = None if results is None else chosen_run(results, facts)
+    base = base_model or facts.base_model
+    title = model_name or (repo_id or "unlearned-model").split("/")[-1]
+    given = {"license": license, "language": language}
+    known = base_metadata(facts, base, token) | {name: value for name, value in given.items() if value is not None}
+    data = ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="fill-mask" if facts.backbone == "masked_lm" else "text-generation",
+        tags=list(dict.fromkeys([*TAGS, facts.method, *_listed(tags)])),
+        datasets=_listed(datasets) or hub_datasets(results) or None,
+        model_name=title,
+        eval_results=None if run is None else eval_results(run, data_name(results)),
+        **known,
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(template_path()),
+        title=markdown_text(title),
+        what=f"{_linked(base)} that was trained to forget a part of what it had learned"
+        + (", as an adapter." if adapter else "."),
+        facts=facts,
+        forget=markdown_text(description or facts.description or str(facts.forget)).rstrip("."),
+        retain=markdown_text(facts.retain),
+        versions={markdown_text(name): markdown_text(value) for name, value in facts.versions.items()},
+        **_words(facts),
+        **_figures(results, run),
+        **attack_words(recovery, facts),
+        picture=picture and quote(picture),
+        adapter=adapter,
+        newest=markdown_text(facts.versions["mdu_trainer"]),
+        repo=_string(repo_id or "PATH"),
+        where=_revision(revision),
+        base=_string(base),
+        base_where=_revision(facts.base_revision if base == facts.base_model else None),
+        prompt=CHAT_PROMPT if chats else TEXT_PROMPT,
+    )
+
+
+def write_model_card(
+    folder: str | Path,
+    facts: Facts | None = None,
+    results: ResultsLike = None,
+    recovery: RecoveryLike = None,
+    **details: Any,
+) -> ModelCard:
+    """Write `README.md`, and the picture it shows, into a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        facts: of the checkpoint, by default those it holds.
+        results: the comparison or its file, by default `results.json` in the folder; False for none.
+        recovery: attacks or their file, by default `recovery.json` in the folder; False for none.
+        **details: as `unlearned_model_card` takes them.
+    """
+    folder = Path(folder)
+    results = load_results(folder, results)
+    details["recovery"] = recovery = load_recovery(folder, recovery)
+    picture = draw_picture(results, recovery)
+    details = {"adapter": (folder / "adapter_config.json").is_file(), "chats": has_chat_template(folder)} | details
+    card = unlearned_model_card(
+        facts or Facts.load(folder), results, picture=PICTURE if picture is not None else None, **details
+    )
+    if picture is not None:
+        (folder / PICTURE).write_bytes(picture)
+    card.save(folder / CARD)
+    return card
+
+
+def load_results(folder: Path, results: ResultsLike) -> Results | None:
+    """The comparison that `results` names: itself, a file, the folder's `results.json` (None), or none (False).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of `Results.save`.
+    """
+    if results is None:
+        results = folder / RESULTS if (folder / RESULTS).is_file() else False
+    if results is False or isinstance(results, Results):
+        return results or None
+    if not Path(results).is_file():
+        raise FileNotFoundError(f"There is no results file {results}.")
+    return Results.load(results)
+
+
+def chosen_run(results: Results, facts: Facts) -> Run:
+    """The run of a comparison that is the checkpoint's: the same method, tau, and settings of a sweep.
+
+    Raises:
+        ValueError: there is none, or more than one.
+    """
+    found = [run for run in results.runs if (run.method, run.tau) == (facts.method, facts.tau)]
+    if len(found) > 1:
+        training = {SWEPT.get(name, name): value for name, value in facts.training.items()}
+        found = [run for run in found if all(training.get(name) == value for name, value in run.settings.items())]
+    if len(found) != 1:
+        raise UserError(
+            f"The checkpoint is {facts.name}, of which the results have {len(found)} runs instead of one "
+            f"({', '.join(run.name for run in results.runs) or 'none'}). Pass the results of this checkpoint."
+        )
+    return found[0]
+
+
+def draw_picture(results: Results | None, recovery: Recovery | None = None) -> bytes | None:
+    """The trade-off of all runs as PNG, with what attacks bring back beside it if that is known.
+
+    None without matplotlib, or where ROUGE-L recall was not measured.
+    """
+    if results is None or find_spec("matplotlib") is None:
+        return None
+    from .plots import plot_tradeoff
+
+    sides = ("forget", "retain")
+    runs = [run for run in results.runs if all(run.figure(side, "rougeL_recall") for side in sides)]
+    if not runs:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PICTURE
+        runs = [run.renamed(figure_text) for run in runs]
+        plot_tradeoff(runs, path, recovery and drawn_recoveries(recovery))
+        return path.read_bytes()
+
+
+def drawn_recoveries(recovery: Recovery) -> dict[str, dict[str, Estimate]]:
+    """The recoveries of a record, under names that can be drawn."""
+    return {
+        figure_text(model): {figure_text(attack): figure for attack, figure in found.items()}
+        for model, found in recovery.recoveries().items()
+    }
+
+
+def eval_results(run: Run, data: str) -> list[EvalResult]:
+    """Every figure of a run, for the card's model-index."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=data.split(" ")[0] if "/" in data else re.sub(r"\W+", "-", data).strip("-").lower(),
+            dataset_name=data,
+            dataset_split=name,
+            metric_type=metric,
+            metric_name=metric if name is None else f"{metric} ({name})",
+            metric_value=round(run.figure(name, metric).value, 6),
+        )
+        for name, metric in run.places()
+    ]
+
+
+def only_finite(results: Results) -> Results:
+    """The comparison without figures that are NaN or infinite: nothing was measured there."""
+    return results.finite()
+
+
+def data_name(results: Results | Recovery) -> str:
+    """What a card calls the data: its name, or no name if that is a path of this machine."""
+    first, _, rest = results.dataset.partition(" ")
+    is_path = first.startswith((".", "/", "~")) or first.count("/") > 1 or "\\" in first or Path(first).is_dir()
+    return f"a local data set {rest}".rstrip() if is_path else results.dataset
+
+
+def hub_datasets(results: Results | None) -> list[str]:
+    """Hub ids of the data that a comparison names."""
+    first = "" if results is None else data_name(results).split(" ")[0]
+    return [first] if first.count("/") == 1 else []
+
+
+def base_metadata(facts: Facts, base: str | None, token: str | None = None) -> dict[str, Any]:
+    """License and language of the base, as its own card says; empty where it has none or cannot be read."""
+    try:
+        if base is not None:
+            revision = facts.base_revision if base == facts.base_model else None
+            path = hf_hub_download(base, CARD, revision=revision, token=token)
+        elif facts.base_path and (Path(facts.base_path) / CARD).is_file():
+            path = str(Path(facts.base_path) / CARD)
+        else:
+            return {}
+        data = ModelCard.load(path, ignore_metadata_errors=True).data
+    except (OSError, ValueError) as error:
+        logger.warning(
+            f"The card of the base, {base or 'a local folder'}, cannot be read ({type(error).__name__}): the card "
+            "goes without its license. Pass license."
+        )
+        return {}
+    return {name: data.get(name) for name in TAKEN_OVER if data.get(name) is not None}
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a checkpoint's tokenizer renders conversations."""
+    config = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+    )
+
+
+def card_wording() -> str:
+    """What every card says, which therefore is no quote of a row: the template and the texts that go into it."""
+    methods = [method.words for method in METHODS.values()]
+    return " ".join([template_path().read_text(encoding="utf-8"), *methods, *METRICS.values(), CHAT_PROMPT])
+
+
+def template_path() -> Path:
+    """The card's template: inside the package when installed from a wheel, beside it in a clone."""
+    installed = Path(__file__).parent / "model_cards" / TEMPLATE
+    return installed if installed.is_file() else Path(__file__).parents[1] / "model_cards" / TEMPLATE
+
+
+def _words(facts: Facts) -> dict[str, Any]:
+    """What the template says of the method and the training."""
+    return {
+        "method": METHODS[facts.method],
+        "options": [markdown_code(f"{k}={v}") for k, v in facts.options.items() if not k.startswith("retain_")],
+        "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
+        "training": _training(facts),
+    }
+
+
+def _figures(results: Results | None, run: Run | None) -> dict[str, Any]:
+    """What the template says of the figures; nothing where none were measured."""
+    if results is None or run is None:
+        return {}
+    return {
+        "table": Results("", "", {}, [one.renamed(markdown_text) for one in _compared(results, run)]).details(),
+        "metrics": _metrics(run),
+        "dataset": markdown_text(data_name(results)),
+        "kept_was_measured": "retain" in run.scores,
+        "never_trained": any(other.method == NEVER_TRAINED for other in results.runs),
+    }
+
+
+def _compared(results: Results, run: Run) -> list[Run]:
+    """The columns of the card's table: the base, this model, and one that never saw the rows."""
+    others = {name: [other for other in results.runs if other.method == name] for name in ("base", NEVER_TRAINED)}
+    return [*others["base"], run, *others[NEVER_TRAINED]]
+
+
+def _metrics(run: Run) -> dict[str, str]:
+    """What the run's figures mean."""
+    return {name: METRICS[name] for name in dict.fromkeys(metric for _, metric in run.places()) if name in METRICS}
+
+
+def _training(facts: Facts) -> dict[str, Any]:
+    adapter = facts.adapter or {}
+    trained = {"trained": ", ".join(f"{k} {v}" for k, v in adapter.items()) if adapter else "all weights"}
+    base = {"base revision": facts.base_revision} if facts.base_revision else {}
+    values = {name.replace("_", " "): value for name, value in facts.training.items() if value is not None}
+    shown = base | trained | {name: f"{v:g}" if isinstance(v, float) else v for name, v in values.items()}
+    return {markdown_text(name): markdown_text(value) for name, value in shown.items()}
+
+
+def _linked(base: str | None) -> str:
+    """What the card calls the base at the start of a sentence."""
+    if base is None:
+        return LOCAL_BASE.capitalize()
+    link = f"(https://huggingface.co/{base})"
+    return f"[{markdown_text(base)}]{link}" if HUB_ID.fullmatch(base) else markdown_text(base)
+
+
+def _revision(revision: str | None) -> str:
+    return f", revision={_string(revision)}" if revision else ""
+
+
+def _string(text: str | None) -> str:
+    """A string of Python, in double quotes."""
+    return json.dumps(text)
+
+
+def _listed(value: str | list[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the card of a checkpoint."""
+    parser = ArgumentParser(prog="python -m mdu_trainer.report.model_card", description="Write a checkpoint's card.")
+    parser.add_argument("folder", help="a checkpoint of MDUTrainer")
+    parser.add_argument("--results", help="results.json of a comparison; by default the one in the folder")
+    parser.add_argument("--recovery", help="recovery.json of attacks; by default the one in the folder")
+    parser.add_argument("--repo_id", help="where the model is, or will be, on the Hub")
+    parser.add_argument("--base_model", help="Hub id of the base, if the checkpoint does not know it")
+    parser.add_argument("--description", help="one line on what was to be forgotten; it is published")
+    parser.add_argument("--license", help="by default the base's")
+    options = vars(parser.parse_args(arguments))
+    folder = Path(options.pop("folder"))
+    write_model_card(folder, **options)
+    print(f"Written to {folder / CARD}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

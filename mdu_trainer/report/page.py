@@ -1,0 +1,322 @@
+"""One page that shows a whole run: what was done, tables, pictures, in a single HTML file that needs nothing else.
+
+    write_page("outputs/demo")
+
+It holds no script and asks for nothing outside of itself, and it quotes no row unless it is given rows to show.
+"""
+
+import base64
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from transformers import PreTrainedTokenizerBase
+
+from ..attacks.results import Recovery
+from ..evaluation.frontier import candidates, frontier_table, select, value_of
+from ..evaluation.results import Results, Run, parse_markdown_table
+from ..files import UserError, without_secrets, write_whole
+from ..provenance.facts import Facts
+from ..token_roles.labels import audit_html, label_roles
+from ..token_roles.results import RoleReport
+from .markup import figure_text, seen_text
+from .model_card import CARD, RESULTS, chosen_run, data_name, drawn_recoveries, only_finite, template_path
+from .plots import plot_frontier, plot_losses, plot_tradeoff
+from .records import RECOVERY, load_recovery
+from .recovery_plots import Recoveries
+from .wording import METHODS, METRICS
+
+PAGE, TEMPLATE = "report.html", "report.html.jinja"
+ROLES, STATE = "roles.json", "trainer_state.json"
+TYPES = {".svg": "image/svg+xml", ".png": "image/png"}
+PICTURES = {  # found in the folder: name -> (section, alternative text)
+    "roles": ("roles", "Divergence by role of the token, for each model."),
+    "path": ("roles", "Divergence along the denoising path of the true answers, by role of the token."),
+    "decoding": ("roles", "Divergence along what each model decodes, by role of the token."),
+    "recovery": ("recovery", "What each attack brings back of what was forgotten, for each model."),
+}
+PRIVATE_PICTURES = {
+    "heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")
+}  # has words
+FIGURE = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
+MOST_COLUMNS = 8  # runs side by side
+TRAINING = {  # facts of a training -> column
+    "steps": "steps",
+    "epochs": "epochs",
+    "learning_rate": "learning rate",
+    "forget_rows_an_update": "rows an update",
+    "seed": "seed",
+}
+
+Pairs = list[tuple[str, str]]  # question, answer
+
+
+class Picture(NamedTuple):
+    """A picture in the page.
+
+    Attributes:
+        source: the picture itself, as a data URI.
+        alt: what it shows, for those who cannot see it.
+        caption: what to look for.
+    """
+
+    source: str
+    alt: str
+    caption: str = ""
+
+
+class Model(NamedTuple):
+    """A trained model in a folder beside the results.
+
+    Attributes:
+        name: of its run, or of the folder if the results have none.
+        folder: where it is.
+        facts: what is on record.
+    """
+
+    name: str
+    folder: Path
+    facts: Facts
+
+
+def write_page(
+    folder: str | Path,
+    output: str | Path | None = None,
+    *,
+    forget_rows: Iterable[Mapping[str, Any]] | None = None,
+    retain_rows: Iterable[Mapping[str, Any]] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """Write the page of a folder that a comparison was written to.
+
+    Shown is what is there: `results.json`, `roles.json`, `recovery.json`, the models' folders with their training
+    curves and cards, and the pictures `roles`, `path`, `decoding`, `heatmap` and `recovery` (SVG or PNG).
+
+    Args:
+        folder: of the comparison.
+        output: the file to write, by default `report.html` in the folder.
+        forget_rows: rows with columns `question` and `answer` to show. The page is then as private as they are, and
+            only its owner may read it. By default no row is quoted.
+        retain_rows: further such rows, not shown: words that their answers share are wording, not knowledge.
+        tokenizer: of the models, to colour the tokens of `forget_rows` by role where `roles.json` is there.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: for a folder with nothing to show, or a file in it that cannot be read.
+        ImportError: without matplotlib.
+    """
+    folder = Path(folder)
+    output = Path(output) if output is not None else folder / PAGE
+    results = only_finite(Results.load(folder / RESULTS)) if (folder / RESULTS).is_file() else None
+    found = [name for name in (RESULTS, ROLES, RECOVERY) if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
+    models = find_models(folder, results)
+    recovery = load_recovery(folder, None)
+    rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
+    others = [(row["question"], row["answer"]) for row in retain_rows or ()]
+    template = _environment().get_template(TEMPLATE)
+    text = template.render(
+        title="Unlearning report",
+        **_comparison(results, recovery),
+        **_trained(models, output.parent),
+        roles=_roles(folder),
+        recovery=recovery and parse_markdown_table(recovery.table()),
+        pictures=_pictures(folder, private=rows is not None),
+        rows=rows,
+        audit=_audit(folder, rows, others, tokenizer),
+    )
+    write_whole(output, text, private=rows is not None)
+    return output
+
+
+def find_models(folder: Path, results: Results | None) -> list[Model]:
+    """The unlearned models in a folder, in the order of the results."""
+    models = []
+    for path in sorted(folder.glob("*/unlearning.json")):
+        facts = Facts.load(path.parent)
+        try:
+            name = path.parent.name if results is None else chosen_run(results, facts).name
+        except ValueError:  # of no run, or of a run of another name
+            name = path.parent.name
+        models.append(Model(name, path.parent, facts))
+    order = {run.name: i for i, run in enumerate(results.runs if results else [])}
+    return sorted(models, key=lambda model: order.get(model.name, len(order)))
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(template_path().parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_as_typed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["figure"] = lambda cell: FIGURE.fullmatch(cell) is not None
+    return environment
+
+
+def _as_typed(value: Any) -> Any:
+    return seen_text(value) if type(value) is str else value
+
+
+def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str, Any]:
+    """What the results say, and beside the trade-off what attacks bring back."""
+    if results is None:
+        return {"results": None, "drawn": []}
+    selected, problem = _selected(results)
+    measured = dict.fromkeys(metric for run in results.runs for _, metric in run.places())
+    return {
+        "results": results,
+        "data": data_name(results),
+        "model": Path(results.model).name if Path(results.model).is_absolute() else results.model,
+        "settings": [
+            (name, _shown(value)) for name, value in without_secrets(results.settings).items() if value is not None
+        ],
+        "table": parse_markdown_table(frontier_table(results, selected)),
+        "details": _details(results),
+        "selected": selected,
+        "problem": problem,
+        "metrics": {name: METRICS[name].replace("`", "") for name in measured if name in METRICS},
+        "drawn": _drawn(results.runs, selected, recovery and drawn_recoveries(recovery)),
+    }
+
+
+def _details(results: Results) -> list[list[str]]:
+    """Every figure: the runs are the columns, or the rows if they are many."""
+    cells = parse_markdown_table(results.details())
+    if len(results.runs) <= MOST_COLUMNS:
+        return cells
+    columns = [[" ".join(row[:2]), *row[3:]] for row in cells]
+    return [list(row) for row in zip(*[["run", *columns[0][1:]], *columns[1:]], strict=True)]
+
+
+def _selected(results: Results) -> tuple[Run | None, str]:
+    """The run that the settings select, or why there is none."""
+    conditions = results.settings.get("select")
+    if not conditions:
+        return None, ""
+    try:
+        return select(results.runs, conditions), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None) -> list[Picture]:
+    """Forgetting against retention, and against utility."""
+    runs, selected = [run.renamed(figure_text) for run in runs], selected and selected.renamed(figure_text)
+    pictures = []
+    kept = {"retain": "what is retained", "utility": "model utility"}
+    for keep, words in kept.items():
+        chosen = [run for run in runs if not math.isnan(value_of(run, "forget") + value_of(run, keep))]
+        if not candidates(chosen):
+            continue
+        if keep == "retain":
+            alt = "Forget ROUGE-L recall against retain ROUGE-L recall on full axes, a point a run."
+            caption = "The whole range. Best is the top left: everything forgotten, nothing else lost."
+            if recoveries:
+                alt += " Beside it what the strongest attacks bring back from each model."
+                caption += " On the right the attacks that bring back most."
+            plot = partial(plot_tradeoff, recoveries=recoveries)
+            pictures.append(_draw(plot, chosen, alt=alt, caption=caption))
+        pictures.append(
+            _draw(
+                lambda runs, path, keep=keep: plot_frontier(runs, path, keep=keep, selected=selected),
+                chosen,
+                alt=f"Forget ROUGE-L recall against {words}, with intervals and the Pareto front, a point a run.",
+                caption=f"Forgetting against {words}, with 95 % bootstrap intervals. No other run is better than one "
+                "on the front in both.",
+            )
+        )
+    return pictures
+
+
+def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
+    """How the models were trained, their curves and their cards, linked from a page in the folder `beside`."""
+    histories = {figure_text(model.name): _history(model.folder) for model in models}
+    histories = {name: history for name, history in histories.items() if any("step" in entry for entry in history)}
+    runs = [
+        {
+            "name": model.name,
+            "folder": model.folder.name,
+            "options": ", ".join(f"{name}={_shown(value)}" for name, value in model.facts.options.items()),
+            "training": [_shown(model.facts.training.get(key, "")) for key in TRAINING],
+            "card": _link(model.folder / CARD, beside),
+        }
+        for model in models
+    ]
+    methods = {METHODS[model.facts.method].title: METHODS[model.facts.method] for model in models}
+    curves = histories and _draw(
+        plot_losses,
+        histories,
+        alt="Losses, KL and entropy of each run along its update steps.",
+        caption="What each run logged along its steps; the forget losses of different methods are not comparable.",
+    )
+    return {"runs": runs, "methods": list(methods.values()), "training": list(TRAINING.values()), "curves": curves}
+
+
+def _roles(folder: Path) -> list[list[str]] | None:
+    """The table of divergences by role."""
+    if not (folder / ROLES).is_file():
+        return None
+    return parse_markdown_table(RoleReport.load(folder / ROLES).details())
+
+
+def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """The answers with their tokens coloured by role, as HTML."""
+    if rows is None or tokenizer is None or not (folder / ROLES).is_file():
+        return None
+    questions, answers = (list(texts) for texts in zip(*rows, *others, strict=True))
+    ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
+    roles, n = label_roles(questions, answers, ids, tokenizer), len(rows)
+    return audit_html(answers[:n], ids[:n], roles[:n], tokenizer)
+
+
+def _pictures(folder: Path, private: bool) -> dict[str, list[Picture]]:
+    """The pictures that lie in a folder, by section; those that show words of rows only in a private page."""
+    sections: dict[str, list[Picture]] = {"roles": [], "recovery": []}
+    for name, (section, alt) in (PICTURES | (PRIVATE_PICTURES if private else {})).items():
+        path = next((path for suffix in TYPES if (path := folder / f"{name}{suffix}").is_file()), None)
+        if path is not None:
+            sections[section].append(Picture(_data_uri(path), alt))
+    return sections
+
+
+def _draw(plot: Callable[..., None], figures: Any, alt: str, caption: str) -> Picture:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "picture.svg"
+        plot(figures, path)
+        return Picture(_data_uri(path), alt, caption)
+
+
+def _data_uri(path: Path) -> str:
+    return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _history(folder: Path) -> list[dict[str, Any]]:
+    """The logs of a training; empty if there are none, or if they were cut short."""
+    try:
+        return json.loads((folder / STATE).read_text())["log_history"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _link(path: Path, start: Path) -> str | None:
+    return quote(Path(os.path.relpath(path, start)).as_posix()) if path.is_file() else None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)

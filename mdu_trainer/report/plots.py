@@ -1,0 +1,247 @@
+"""Pictures of a comparison: trade-off, frontier, training curves, tables. One function each, same style."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
+from ..evaluation.results import Results, parse_markdown_table
+from ..files import UserError
+from .recovery_plots import Recoveries, draw_recovery, strongest
+from .style import RunStyle, label_points, new_figure, run_styles, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from ..evaluation.results import Run
+
+AXES = {  # what an axis says of a figure
+    "forget": "forget ROUGE-L recall (lower is better)",
+    "retain": "retain ROUGE-L recall (higher is better)",
+    "utility": "model utility (higher is better)",
+}
+CURVES = {  # what a training logs -> title
+    "forget_loss": "forget loss",
+    "retain_loss": "retain loss",
+    "kl": "KL to the anchor, or to uniform without one (nats)",
+    "entropy": "entropy, forget rows (nats)",
+}
+NO_CURVES = ("runtime", "per_second", "model_preparation_time")  # what an evaluation logs of itself
+WIDE = 10  # values beyond it are drawn on a logarithmic scale
+PALE = 0.35  # opacity of a run that is clearly dominated
+WORDS = {FRONT: "on the front", WITHIN: "dominated within intervals", DOMINATED: "dominated"}
+LONG_LEGEND = 8  # runs that a legend beside the points holds
+PANEL_ATTACKS = 6
+
+
+def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recoveries: Recoveries | None = None) -> None:
+    """ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
+
+    The best corner is at the top left: everything forgotten, nothing else lost.
+
+    Args:
+        runs: the base and the unlearned models.
+        path: of the PNG or SVG to write.
+        recoveries: what attacks bring back, as `Recovery.recoveries` returns it: a second panel shows the attacks that
+            bring back most.
+    """
+    figure, panels = new_figure(columns=2 if recoveries else 1, size=(11.5, 4.8) if recoveries else None)
+    axes, beside = panels if recoveries else (panels, None)
+    of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
+    axes.set(xlabel=AXES["forget"], ylabel=AXES["retain"], xlim=(0, 1), ylim=(0, 1.05))
+    is_path = len({run.tau for run in of_tau}) == len(of_tau)  # and not a sweep over more than tau
+    if is_path:
+        axes.plot(*_points(of_tau), color=run_styles(["mdu"])["mdu"].colour, linewidth=1, alpha=0.5, zorder=1)
+    methods = list(dict.fromkeys(run.method for run in runs))
+    for method, style in run_styles(methods).items():
+        x, y = _points([run for run in runs if run.method == method])
+        size = 160 if method == "base" else 60
+        axes.scatter(x, y, label=method, zorder=2, clip_on=False, color=style.colour, marker=style.marker, s=size)
+    axes.legend(loc="lower right", framealpha=1, fontsize=9 if len(methods) > LONG_LEGEND else None)
+    if beside is not None:
+        draw_recovery(beside, recoveries, strongest(recoveries, PANEL_ATTACKS))
+        beside.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5, frameon=False)
+    if is_path:  # last, where all has found its place
+        others = [_point(run) for run in runs if run.tau is None]
+        label_points(axes, [_point(run) for run in of_tau], [f"\u03c4={run.tau:g}" for run in of_tau], others)
+    save_figure(figure, path)
+
+
+def plot_frontier(
+    runs: Sequence["Run"],
+    path: str | Path,
+    *,
+    forget: str = "forget",
+    keep: str = "retain",
+    selected: "Run | None" = None,
+) -> None:
+    """Forgetting against what is kept, with 95 % intervals and the Pareto front, a point a run.
+
+    Runs on the front are numbered from the left, and named beside the picture; the others are pale.
+
+    Args:
+        runs: of one comparison. The base and a retain model are drawn to compare with.
+        path: of the PNG or SVG to write.
+        forget, keep: names of the figures, see `mdu_trainer.evaluation.frontier.place_of`.
+        selected: the run to draw a ring around.
+
+    Raises:
+        ValueError: for a figure that does not exist or that no run has.
+    """
+    drawn = [run for run in runs if not math.isnan(value_of(run, forget) + value_of(run, keep))]
+    if not drawn:
+        raise UserError(f"No run has both figures, {forget} and {keep}.")
+    figure, axes = new_figure(size=(9.2, 4.8))
+    status = {mark.run.name: mark.status for mark in frontier(drawn, forget, keep)}
+    front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, forget))
+    points = [(value_of(run, forget), value_of(run, keep)) for run in front]
+    x, y = [x for x, _ in points], [y for _, y in points]
+    axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
+    styles = run_styles(run.method for run in drawn)
+    for run in drawn:
+        _point_with_intervals(axes, run, (forget, keep), styles[run.method], status.get(run.name, FRONT))
+    axes.set(xlabel=AXES.get(forget, forget), ylabel=AXES.get(keep, keep))
+    axes.set(xlim=_limits(drawn, forget), ylim=_limits(drawn, keep))
+    label_points(axes, points, [str(i) for i in range(1, len(points) + 1)])
+    ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
+    if selected is not None:
+        axes.plot(value_of(selected, forget), value_of(selected, keep), **ring)
+    handles = _frontier_key(styles, set(status.values()), front, selected is not None)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
+    save_figure(figure, path)
+
+
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+    """What the runs logged along their steps, a panel each: losses, KL, entropy, and figures of evaluations.
+
+    Args:
+        histories: name of the run -> `trainer.state.log_history`.
+        path: of the PNG or SVG to write.
+    """
+    logged = dict.fromkeys(key for history in histories.values() for entry in history for key in entry)
+    curves = {key: title for key, title in CURVES.items() if key in logged}
+    curves |= {
+        key: f"{key.removeprefix('eval_').replace('_', ' ')} (evaluated)"
+        for key in logged
+        if key.startswith("eval_") and not key.endswith(NO_CURVES)
+    }
+    rows = max(1, math.ceil(len(curves) / 2))
+    columns = max(1, min(len(histories), 130 // (8 + max(map(len, histories), default=0))))  # of the legend
+    height = 0.5 + 2.9 * rows + 0.2 * math.ceil(len(histories) / columns)
+    figure, panels = new_figure(rows, 2, size=(10, height), sharex=True, squeeze=False)
+    styles = run_styles(histories)
+    for axes, (key, title) in zip(panels.flat, curves.items(), strict=False):
+        for name, history in histories.items():
+            logs = [entry for entry in history if key in entry]
+            values = [entry[key] for entry in logs]
+            style = styles[name]
+            marker = style.marker if key.startswith("eval_") else None  # which are few
+            axes.plot(
+                [entry["step"] for entry in logs],
+                values,
+                label=name,
+                **{"color": style.colour, "linestyle": style.line, "marker": marker, "markersize": 4},
+            )
+        axes.set_title(title, fontsize=10, loc="left")
+        low, high = axes.get_ylim()
+        if low < -WIDE or high > WIDE:  # forget losses of different methods differ by orders of magnitude and in sign
+            axes.set_yscale("symlog")
+    for axes in panels.flat[len(curves) :]:
+        axes.remove()
+    for axes in panels.flat[max(0, len(curves) - 2) : len(curves)]:
+        axes.set_xlabel("update step")
+        axes.tick_params(labelbottom=True)
+    handles, labels = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, ncols=columns, frameon=False)
+    save_figure(figure, path)
+
+
+def plot_table(results: Results, path: str | Path, table: str | None = None) -> None:
+    """The comparison's table as a picture.
+
+    Args:
+        results: the comparison.
+        path: of the PNG or SVG to write.
+        table: a Markdown table to draw instead of `results.table()`.
+    """
+    head, *body = parse_markdown_table(table or results.table())
+    cells = [[cell.replace(" ", "\n", 1) if i else cell for i, cell in enumerate(head)], *body]
+    letters = [max(len(part) for row in cells for part in row[i].split("\n")) for i in range(len(head))]
+    ends = [sum(letters[: i + 1]) + 2.5 * i for i in range(len(letters))]  # right end of each column, in letters
+    width, rows = ends[-1] + 1, len(body)
+    figure, axes = new_figure(size=(0.085 * width + 0.3, 0.27 * rows + 0.75))
+    axes.set_axis_off()
+    axes.set(xlim=(-1, width), ylim=(rows + 0.1, -1.7))
+    for i, row in enumerate(cells):
+        if i % 2 == 0 and i:
+            axes.axhspan(i - 1, i, color="#f1f1f1", linewidth=0)
+        for j, cell in enumerate(row):
+            place = {"ha": "right" if j else "left", "va": "center", "fontsize": 9}
+            weight = "bold" if i == 0 else "normal"
+            axes.text(ends[j] if j else 0, i - 0.5 if i else -0.75, cell, fontweight=weight, **place)
+    for y, thickness in ((-1.6, 1.2), (0, 0.7), (rows, 1.2)):
+        axes.axhline(y, color="black", linewidth=thickness)
+    save_figure(figure, path)
+
+
+def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], style: RunStyle, status: str) -> None:
+    """One run of a frontier: filled on the front, hollow if dominated, pale if clearly so."""
+    (x, *across), (y, *along) = (_with_reach(run, name) for name in names)
+    on_front = status == FRONT
+    axes.errorbar(
+        *(x, y),
+        xerr=[[side] for side in across],
+        yerr=[[side] for side in along],
+        **{"fmt": style.marker, "color": style.colour, "markersize": 13 if run.method == "base" else 7},
+        **{"markerfacecolor": style.colour if on_front else "white", "alpha": PALE if status == DOMINATED else 1},
+        **{"elinewidth": 0.8, "zorder": 3 if on_front else 2, "clip_on": False},
+    )
+
+
+def _frontier_key(
+    styles: Mapping[str, RunStyle], found: set[str], front: Sequence["Run"], has_selected: bool
+) -> list[Any]:
+    """What the legend of a frontier explains: methods, looks, and the numbers of the runs on the front."""
+    looks = {FRONT: ("#333333", 1), WITHIN: ("white", 1), DOMINATED: ("white", PALE)}
+    return [
+        *(_handle(style.marker, style.colour, label=method) for method, style in styles.items()),
+        *(
+            _handle("o", "#333333", label=WORDS[status], markerfacecolor=face, alpha=alpha)
+            for status, (face, alpha) in looks.items()
+            if status in found
+        ),
+        *([_handle("o", "none", label="selected", markeredgecolor="black", markersize=11)] if has_selected else []),
+        *(_handle(f"${i}$", "black", label=run.name) for i, run in enumerate(front, 1)),
+    ]
+
+
+def _with_reach(run: "Run", name: str) -> tuple[float, float, float]:
+    """A figure, and how far its interval reaches to both sides."""
+    figure = run.figure(*place_of(name))
+    if figure.low is None or figure.high is None:
+        return figure.value, 0.0, 0.0
+    return figure.value, max(0.0, figure.value - figure.low), max(0.0, figure.high - figure.value)
+
+
+def _limits(runs: Sequence["Run"], name: str) -> tuple[float, float]:
+    """Of an axis that shows all intervals."""
+    reach = [_with_reach(run, name) for run in runs]
+    low, high = min(v - down for v, down, _ in reach), max(v + up for v, _, up in reach)
+    margin = 0.06 * (high - low) or 0.05
+    return low - margin, high + margin
+
+
+def _handle(marker: str, colour: str, **look: Any) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linestyle="none", marker=marker, color=colour, **({"markersize": 7} | look))
+
+
+def _points(runs: Sequence["Run"]) -> tuple[list[float], list[float]]:
+    points = [_point(run) for run in runs]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _point(run: "Run") -> tuple[float, float]:
+    return run.scores["forget"]["rougeL_recall"].value, run.scores["retain"]["rougeL_recall"].value

@@ -1,0 +1,232 @@
+"""Which tokens of an answer carry what a model has stored: one role a token.
+
+    roles = label_roles(questions, answers, answer_ids, tokenizer)
+    print(audit_view(answers, answer_ids, roles, tokenizer))
+
+MDU's paper (arXiv 2605.18253) explains unlearning by where the prompt changes the prediction: at tokens that carry
+stored knowledge, and hardly at those that are copied from the prompt or hold the sentence together. The rule that
+tells them apart here, word by word:
+
+1. A function word (articles, pronouns, prepositions, auxiliaries, ...; English) is `structural`.
+2. Another word that occurs in the question is `in_context`, in any inflection (English: Porter stems and a table of
+   irregular forms) and however a number is written.
+3. A template word is `structural`: one that occurs in at least `TEMPLATE_ANSWERS` of the answers and in the share
+   `TEMPLATE_SHARE` of them, is no number and no name (capitalised wherever it stands amid a sentence). With fewer
+   answers there are no template words, since what two answers share by chance looks the same. So give all answers of
+   the kind that there are, those to keep as well.
+4. Every other word is `stored`.
+
+All tokens of a word have its role. Spaces and punctuation alone are `structural`, and so are tokens that are not in
+the text (end of turn, padding). A token that straddles words has the role of most of its letters, the first in
+`ROLES` if there are equally many. Words are what spaces and punctuation separate, "'s" apart (`mdu_trainer.provenance.words`).
+
+Scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, ...) are taken character by character. A character alone
+says little, so it is in the question, or a template, where it is so together with the one before or after it. In
+languages other than English, function words that the question and other answers lack are `stored`, and where there are
+no capital letters, rule 3 sees no names: pass a `labeller` of your own to do better.
+"""
+
+import html
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from ..files import UserError
+from ..report.style import ROLE_COLOURS
+from .spans import Span, token_spans
+from .words import Word, words
+
+Role = Literal["stored", "in_context", "structural"]
+ROLES: tuple[Role, ...] = get_args(Role)
+Labeller = Callable[[str, str], Sequence[tuple[int, int, Role]]]
+
+TEMPLATE_ANSWERS = 8
+TEMPLATE_SHARE = 0.1
+
+MARKS = {"stored": ("[", "]"), "in_context": ("{", "}"), "structural": ("", "")}
+_ANSI = {"stored": "1;38;5;166", "in_context": "38;5;32", "structural": "2"}
+_UNDERLINES = {"stored": "solid", "in_context": "dotted"}
+
+
+def label_roles(
+    questions: Sequence[str],
+    answers: Sequence[str],
+    answer_ids: Sequence[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    labeller: Labeller | None = None,
+) -> list[list[Role]]:
+    """A role for every token of every answer, by the rule at the top of this module.
+
+    Args:
+        questions: of each row, as a text.
+        answers: of each row. Template words are found over all of them.
+        answer_ids: the tokens of each answer, end tokens included if there are any. An empty list for answers that are
+            given for their template words alone.
+        tokenizer: that made them; slow ones, and those without offsets, are decoded and matched.
+        labeller: your own, `(question, answer) -> [(start, stop, role), ...]` in characters of the answer. What it
+            leaves out keeps the role of the rule; a later span overrides an earlier one.
+
+    Returns:
+        Roles of each answer, as many as it has ids.
+
+    Raises:
+        ValueError: for unequal numbers of questions, answers and lists of ids, or a labeller's span that is out of the
+            answer or of no role.
+
+    Source: MDU (arXiv 2605.18253) for the three kinds of tokens.
+    """
+    if not len(questions) == len(answers) == len(answer_ids):
+        raise UserError(
+            f"There are {len(questions)} questions, {len(answers)} answers and {len(answer_ids)} lists of answer ids: "
+            "pass one of each for every row."
+        )
+    answer_words = [list(words(answer)) for answer in answers]
+    template = template_words(answer_words)
+    labelled = []
+    for row, (question, answer, ids) in enumerate(zip(questions, answers, answer_ids, strict=True)):
+        if not ids:  # an answer that only helps to find template words
+            labelled.append([])
+            continue
+        asked = {key for word in words(question) for key in (word.key, *word.pairs)}
+        characters: list[Role | None] = [None] * len(answer)
+        for word in answer_words[row]:
+            characters[word.start : word.stop] = [_rule(word, asked, template)] * (word.stop - word.start)
+        if labeller is not None:
+            for start, stop, role in labeller(question, answer):
+                _check_span(start, stop, role, len(answer), row)
+                characters[start:stop] = [role] * (stop - start)
+        labelled.append([_majority(characters[start:stop]) for start, stop in token_spans(answer, ids, tokenizer)])
+    return labelled
+
+
+def template_words(answers: Sequence[Sequence[Word]]) -> set[str]:
+    """Keys of the words that many answers share, because they are worded alike."""
+    count: Counter[str] = Counter()
+    lower: set[str] = set()
+    amid: set[str] = set()  # capitalised though no sentence starts there
+    for answer in answers:
+        count.update({key for word in answer for key in word.keys})
+        lower.update(word.key for word in answer if not word.capital)
+        amid.update(word.key for word in answer if word.capital and not word.first)
+    enough = max(TEMPLATE_ANSWERS, TEMPLATE_SHARE * len(answers))
+    names = amid - lower
+    return {key for key, n in count.items() if n >= enough and key not in names and not key[0].isnumeric()}
+
+
+def audit_view(
+    answers: Sequence[str],
+    answer_ids: Sequence[list[int]],
+    roles: Sequence[Sequence[Role]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    colour: bool = True,
+) -> str:
+    """The answers with their roles marked, to check the rule by eye. It shows the answers: private if they are.
+
+    Stored knowledge stands in [square brackets], what the question says in {braces}, structure is plain.
+
+    Args:
+        answers, answer_ids, tokenizer: as given to `label_roles`.
+        roles: what it returned.
+        colour: add ANSI colours for terminals.
+
+    Returns:
+        A legend, then a line an answer.
+    """
+
+    def paint(text: str, role: Role) -> str:
+        before, after = MARKS[role]
+        text = f"{before}{text}{after}"
+        return f"\033[{_ANSI[role]}m{text}\033[0m" if colour else text
+
+    lines = ["  ".join(paint(role.replace("_", " "), role) for role in ROLES)]
+    for row, pieces in enumerate(_pieces(answers, answer_ids, roles, tokenizer)):
+        lines.append(f"{row:>4}  " + "".join(paint(text, role) if role else text for text, role in pieces))
+    return "\n".join(lines)
+
+
+def audit_html(
+    answers: Sequence[str],
+    answer_ids: Sequence[list[int]],
+    roles: Sequence[Sequence[Role]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """`audit_view` as an HTML fragment, with styles of its own, to embed in a page. Arguments as there.
+
+    Underlines (solid: stored, dotted: in context) tell roles apart without colour.
+    """
+
+    def paint(text: str, role: Role) -> str:
+        line = f";text-decoration:underline {_UNDERLINES[role]}" if role in _UNDERLINES else ""
+        weight = ";font-weight:bold" if role == "stored" else ""
+        style = f"color:{ROLE_COLOURS[role]}{weight}{line}"
+        return f'<span class="role-{role}" title="{role.replace("_", " ")}" style="{style}">{html.escape(text)}</span>'
+
+    legend = " &middot; ".join(paint(role.replace("_", " "), role) for role in ROLES)
+    items = [
+        "<li>" + "".join(paint(text, role) if role else html.escape(text) for text, role in pieces) + "</li>"
+        for pieces in _pieces(answers, answer_ids, roles, tokenizer)
+    ]
+    return f'<div class="token-roles">\n<p>{legend}</p>\n<ol start="0">\n' + "\n".join(items) + "\n</ol>\n</div>"
+
+
+def token_texts(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token stands for, to be read: its characters in the text, or its name if it has none there."""
+    spans = token_spans(text, ids, tokenizer)
+    names = tokenizer.convert_ids_to_tokens(list(ids))
+    return [text[start:stop].strip() or name for (start, stop), name in zip(spans, names, strict=True)]
+
+
+def _rule(word: Word, asked: set[str], template: set[str]) -> Role:
+    if word.function:
+        return "structural"
+    if not asked.isdisjoint(word.keys):
+        return "in_context"
+    return "stored" if template.isdisjoint(word.keys) else "structural"
+
+
+def _majority(characters: Sequence[Role | None]) -> Role:
+    votes = Counter(role for role in characters if role is not None)
+    return max(ROLES, key=lambda role: votes[role]) if votes else "structural"
+
+
+def _check_span(start: int, stop: int, role: str, length: int, row: int) -> None:
+    if role not in ROLES:
+        raise UserError(f"The labeller gives row {row} the role {role!r}; roles are {', '.join(ROLES)}.")
+    if not 0 <= start < stop <= length:
+        raise UserError(
+            f"The labeller gives row {row} the span ({start}, {stop}), which is empty or out of the answer's {length} "
+            "characters."
+        )
+
+
+def _pieces(
+    answers: Sequence[str],
+    answer_ids: Sequence[list[int]],
+    roles: Sequence[Sequence[Role]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[list[tuple[str, Role | None]]]:
+    """Each answer in pieces of one role; spaces at the ends of a piece, and what no token covers, have none."""
+    return [
+        _merged(answer, token_spans(answer, ids, tokenizer), row_roles)
+        for answer, ids, row_roles in zip(answers, answer_ids, roles, strict=True)
+    ]
+
+
+def _merged(answer: str, spans: Sequence[Span], roles: Sequence[Role]) -> list[tuple[str, Role | None]]:
+    characters: list[Role | None] = [None] * len(answer)
+    for (start, stop), role in zip(spans, roles, strict=True):
+        characters[start:stop] = [role] * (stop - start)
+    for i in (i for i, character in enumerate(answer) if character.isspace()):
+        same = 0 < i < len(answer) - 1 and characters[i - 1] == characters[i + 1]
+        characters[i] = characters[i - 1] if same else None
+    pieces: list[tuple[str, Role | None]] = []
+    for character, role in zip(answer, characters, strict=True):
+        if pieces and pieces[-1][1] == role:
+            pieces[-1] = (pieces[-1][0] + character, role)
+        else:
+            pieces.append((character, role))
+    return pieces

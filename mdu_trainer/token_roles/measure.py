@@ -1,0 +1,310 @@
+"""Measure what was forgotten, token by token.
+
+report = analyse_roles(base, [("mdu", unlearned)], tokenizer, forget, retain)
+print(report.details())
+report.save("roles.json")
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path as FilePath
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..data.rows import question_answer_rows, tokenize_rows
+from ..evaluation.metrics import bootstrap_interval
+from ..evaluation.results import Estimate
+from ..evaluation.scoring import digest
+from ..evaluation.sources import check_texts
+from ..files import UserError
+from ..inference.generation import DiffusionGenerationConfig
+from ..models import Backbone, resolve_backbone, weights_fingerprint
+from .labels import ROLES, Labeller, Role, label_roles
+from .paths import Figures, Path, by_row, by_step, decoded_paths, measure_paths, revelation, true_paths
+from .results import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
+
+BASE = "base"  # what the model before unlearning is called
+
+
+@dataclass(frozen=True, repr=False)
+class RoleData:
+    """The rows to forget, tokenised and labelled.
+
+    Attributes:
+        prompts, responses: ids of each row.
+        roles: of each response's tokens.
+        questions, answers: texts of each row.
+        others: questions and answers of the rows beside them, in which template words are found too.
+    """
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    roles: list[list[Role]]
+    questions: list[str]
+    answers: list[str]
+    others: tuple[list[str], list[str]]
+
+    def digest(self) -> str:
+        """A hash of ids and roles."""
+        return digest([self.prompts, self.responses, self.roles])
+
+    def label(
+        self,
+        answers: list[str],
+        answer_ids: list[list[int]],
+        tokenizer: PreTrainedTokenizerBase,
+        labeller: Labeller | None,
+    ) -> list[list[Role]]:
+        """Roles of answers to the questions, true or not; template words are those of the true answers."""
+        known = [] if answers is self.answers else list(zip(self.questions, self.answers, strict=True))
+        known += zip(*self.others, strict=True)
+        return label_roles(
+            [*self.questions, *(question for question, _ in known)],
+            [*answers, *(answer for _, answer in known)],
+            [*answer_ids, *([] for _ in known)],
+            tokenizer,
+            labeller=labeller,
+        )[: len(answers)]
+
+    def count(self, role: Role) -> tuple[int, int]:
+        """Rows that have tokens of a role, and tokens."""
+        counts = [row.count(role) for row in self.roles]
+        return sum(map(bool, counts)), sum(counts)
+
+
+def check_rows(forget: Dataset, retain: Dataset | None = None) -> None:
+    """Refuse rows that cannot be asked, before any model is loaded.
+
+    Raises:
+        ValueError: for an empty set, a missing column or a blank text.
+    """
+    for name, rows in {"forget": forget, "retain": retain}.items():
+        if rows is not None:
+            check_texts(rows, name, {"question": str, "answer": str})
+
+
+def role_data(
+    forget: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: Backbone,
+    retain: Dataset | None = None,
+    *,
+    labeller: Labeller | None = None,
+) -> RoleData:
+    """Tokenise and label rows.
+
+    Args:
+        forget: rows with columns `question` and `answer`.
+        tokenizer, backbone: of the model; questions become chat turns if the tokenizer has a chat template.
+        retain: further rows of the same kind, so that template words are found among many answers.
+        labeller: as in `label_roles`.
+
+    Raises:
+        ValueError: as `check_rows`.
+    """
+    check_rows(forget, retain)
+    chats = bool(tokenizer.chat_template)
+    rows = tokenize_rows(question_answer_rows(forget, conversational=chats), tokenizer, backbone, name="forget")
+    texts = list(forget["question"]), list(forget["answer"])
+    others = ([], []) if retain is None else (list(retain["question"]), list(retain["answer"]))
+    data = RoleData(rows.prompts, rows.responses, [], *texts, others)
+    return replace(data, roles=data.label(data.answers, data.responses, tokenizer, labeller))
+
+
+def analyse_roles(
+    base: nn.Module,
+    models: Iterable[tuple[str, nn.Module]],
+    tokenizer: PreTrainedTokenizerBase,
+    forget: Dataset,
+    retain: Dataset | None = None,
+    settings: RoleSettings | None = None,
+    *,
+    labeller: Labeller | None = None,
+    path: str | FilePath | None = None,
+    show_progress: bool = False,
+) -> RoleReport:
+    """Compare models with the base on the tokens of the rows to forget, role by role.
+
+    Args:
+        base: the model before unlearning.
+        models: names and models after it, on the base's device. An iterator may load one after the other.
+        tokenizer: of all of them.
+        forget: rows with columns `question` and `answer`.
+        retain: rows to keep. They are not measured, but template words show among many answers only.
+        settings: how the path is measured.
+        labeller: as in `label_roles`.
+        path: where to save the report after every model. Given again, the models that it holds are not measured again
+            if their weights are the same; so a killed run goes on.
+        show_progress: show progress bars.
+
+    Raises:
+        ValueError: as `check_rows`, for two models of one name, for an example row that is not there, or for a file at
+            `path` that is no report, or one of other rows, another base or other settings.
+    """
+    settings = settings or RoleSettings()
+    backbone = resolve_backbone(base, tokenizer)
+    data = role_data(forget, tokenizer, backbone, retain, labeller=labeller)
+    if not 0 <= settings.example_row < len(data.prompts):
+        raise UserError(f"example_row = {settings.example_row}: the forget set has rows 0 to {len(data.prompts) - 1}.")
+    report = RoleReport(
+        data.digest(),
+        settings,
+        {role: data.count(role)[0] for role in ROLES},
+        {role: data.count(role)[1] for role in ROLES},
+        data.roles[settings.example_row],
+    )
+    known = _known(path, report, weights_fingerprint(base))
+    analysis = _Analysis(base, backbone, tokenizer, data, settings, labeller, show_progress)
+    for name, model in chain([(BASE, base)], models):
+        if name in [run.name for run in report.runs]:
+            raise UserError(f"Each model needs a name of its own, and {name!r} is taken.")
+        found = known.get(name)
+        if found is None or found.fingerprint != weights_fingerprint(model):
+            found = analysis.run(name, model)
+        report = replace(report, runs=[*report.runs, found])
+        if path is not None:
+            report.save(path)
+    return report
+
+
+def _known(path: str | FilePath | None, report: RoleReport, base: str) -> dict[str, RoleRun]:
+    """The runs of an earlier report on the same rows and base, measured alike."""
+    if path is None or not FilePath(path).exists():
+        return {}
+    earlier = RoleReport.load(path)
+    settings = replace(earlier.settings, batch_size=report.settings.batch_size)
+    if (earlier.dataset, settings) != (report.dataset, report.settings) or earlier.runs[0].fingerprint != base:
+        raise UserError(
+            f"{path} is the report of other rows, another base or other settings. Choose another file, or delete this "
+            "one to start anew."
+        )
+    return {run.name: run for run in earlier.runs}
+
+
+class _Analysis:
+    """Measures one model after the other on the same paths; the base is measured once."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        data: RoleData,
+        settings: RoleSettings,
+        labeller: Labeller | None,
+        show_progress: bool,
+    ):
+        self.base, self.backbone, self.tokenizer, self.data = base, backbone, tokenizer, data
+        self.settings, self.labeller, self.show_progress = settings, labeller, show_progress
+        self.paths = true_paths(
+            data.prompts, data.responses, data.roles, num_paths=settings.num_paths, seed=settings.seed
+        )
+        self._before: Figures | None = None
+
+    @property
+    def before(self) -> Figures:
+        """The base on the ground-truth paths."""
+        if self._before is None:
+            self._before = self.measure(self.base, self.paths, "base, true answers")
+        return self._before
+
+    def run(self, name: str, model: nn.Module) -> RoleRun:
+        """The figures of a model."""
+        is_base = name == BASE
+        after = self.before if is_base else self.measure(model, self.paths, f"{name}, true answers", self.base)
+        own = self.decode(model, name)
+        figures = {figure: self.means(values) for figure, values in after.items()}
+        compared = {} if is_base else {figure: after[figure] for figure in self.before}
+        changes = {
+            figure: {role: self.change(self.before[figure], values, role) for role in figures[figure]}
+            for figure, values in compared.items()
+        }
+        along = {
+            TRUE: (self.paths, after),
+            OWN: (own, self.measure(model, own, f"{name}, own decoding", None if is_base else self.base)),
+        }
+        orders = {role: revelation(own, role) for role in ROLES}
+        place = self.settings.example_row * self.settings.num_paths
+        return RoleRun(
+            name,
+            weights_fingerprint(model),
+            figures,
+            changes,
+            {
+                kind: {figure: _curves(values, paths) for figure, values in found.items()}
+                for kind, (paths, found) in along.items()
+            },
+            {role: self.estimate(values) for role, values in orders.items() if np.isfinite(values).any()},
+            {role: sum(path.roles.count(role) for path in own) for role in ROLES},
+            [[_number(value) for value in step] for step in after["kl"][place]],
+        )
+
+    def measure(self, model: nn.Module, paths: Sequence[Path], name: str, base: nn.Module | None = None) -> Figures:
+        return measure_paths(
+            model,
+            paths,
+            self.backbone,
+            base=base,
+            num_steps=self.settings.num_steps,
+            batch_size=self.settings.batch_size,
+            show_progress=name if self.show_progress else None,
+        )
+
+    def decode(self, model: nn.Module, name: str) -> list[Path]:
+        length = max(map(len, self.data.responses))
+        config = DiffusionGenerationConfig(
+            max_new_tokens=length, batch_size=self.settings.batch_size, seed=self.settings.seed
+        )
+        return decoded_paths(model, self.data.prompts, self.backbone, config, self.label_decoded)
+
+    def label_decoded(self, decoded: list[list[int]]) -> list[list[Role]]:
+        texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
+        return self.data.label(texts, decoded, self.tokenizer, self.labeller)
+
+    def means(self, values: Sequence[np.ndarray]) -> dict[Role, Estimate]:
+        rows = {role: by_row(values, self.paths, role) for role in ROLES}
+        return {role: self.estimate(each) for role, each in rows.items() if np.isfinite(each).any()}
+
+    def estimate(self, rows: np.ndarray) -> Estimate:
+        rows = rows[np.isfinite(rows)]
+        return Estimate(float(rows.mean()), *bootstrap_interval(rows, seed=self.settings.seed))
+
+    def change(self, before: Sequence[np.ndarray], after: Sequence[np.ndarray], role: Role) -> Change:
+        first, second = (by_row(values, self.paths, role) for values in (before, after))
+        both = np.isfinite(first)
+        first, second = first[both], second[both]
+        difference = self.estimate(second - first)
+        if first.mean() == 0:
+            return Change(difference, None)
+
+        def percent(rows: np.ndarray, axis: int) -> np.ndarray:
+            drawn = rows.astype(np.int64)  # row numbers, so that both models are resampled together
+            return 100 * (second[drawn].mean(axis=axis) / first[drawn].mean(axis=axis) - 1)
+
+        numbers = np.arange(len(first))
+        interval = bootstrap_interval(numbers, percent, seed=self.settings.seed)
+        return Change(difference, Estimate(float(percent(numbers, axis=0)), *interval))
+
+
+def _curves(values: Sequence[np.ndarray], paths: Sequence[Path]) -> dict[Role, Curve]:
+    curves = {}
+    for role in ROLES:
+        steps = by_step(values, paths, role)
+        count = np.isfinite(steps).sum(axis=0)
+        filled = np.where(np.isfinite(steps), steps, 0)
+        mean = filled.sum(axis=0) / np.maximum(count, 1)
+        squares = np.where(np.isfinite(steps), (steps - mean) ** 2, 0).sum(axis=0)
+        error = np.sqrt(squares / np.maximum(count - 1, 1) / np.maximum(count, 1))
+        curves[role] = Curve(
+            [_number(value) if n else None for value, n in zip(mean, count, strict=True)],
+            [_number(value) if n > 1 else None for value, n in zip(error, count, strict=True)],
+        )
+    return curves
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""The trainers: fine-tuning and unlearning, checkpoints that are whole, and who answers for theta_0."""

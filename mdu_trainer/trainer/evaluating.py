@@ -1,0 +1,328 @@
+"""The trainers' own evaluation: losses on eval sets, under names that say which loss on which rows."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from transformers.trainer_utils import BestRun, EvalPrediction, IntervalStrategy, PredictionOutput
+
+from ..data.rows import EpochSampler, RowPairs, TokenizedRows, in_order
+from ..files import UserError
+from ..masking import MaskSchedule
+from ..objectives import OBJECTIVES
+
+EvalSets = Dataset | dict[str, Dataset] | None
+
+
+class EvalRows(RowPairs):
+    """Rows to evaluate on, in their own order.
+
+    Args:
+        rows: of the set.
+        parts: the parts of a batch that they are, e.g. ["forget", "retain"]: the same rows for each.
+        name: of the set among others; None for the only one.
+    """
+
+    def __init__(self, rows: TokenizedRows, parts: list[str], name: str | None = None):
+        super().__init__({part: rows for part in parts}, 0, in_order)
+        self.rows, self.name = rows, name
+
+
+class EvaluationMixin:
+    """A trainer's `evaluate` and `predict`, with masks fixed by the seed: equal weights give equal figures.
+
+    A figure of the set `dev` is called `eval_dev_<figure>`, one of the only set `eval_<figure>`.
+    """
+
+    _eval_figures = ("loss", "entropy", "masked_fraction")  # of every set
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """The figures of eval sets.
+
+        Args:
+            eval_dataset: rows, a dict of names and rows, or the name of one of the constructor's sets; all of the
+                constructor's if not given.
+            ignore_keys: not read.
+            metric_key_prefix: in place of "eval".
+
+        Returns:
+            Each figure, the mean over the rows, by its name.
+        """
+        if not isinstance(eval_dataset, str):
+            eval_dataset = self._tokenize_eval(self.args, eval_dataset)
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """The figures of each row of a set, under the masks of an evaluation.
+
+        Args:
+            test_dataset: rows in a format of `mdu_trainer.data.rows`.
+            ignore_keys: not read.
+            metric_key_prefix: of the means' names.
+
+        Returns:
+            `predictions`, a dict of figure -> float array `[rows]` in the order of the set; `metrics`, their means.
+        """
+        if isinstance(test_dataset, dict):
+            raise UserError("predict takes one set; call it for each of them.")
+        output = super().predict(self._tokenize_eval(self.args, test_dataset), ignore_keys, metric_key_prefix)
+        rows = _joined(output.predictions)[..., 0]
+        figures = {name: rows[:, i] for i, name in enumerate(self._eval_names)}
+        return PredictionOutput(predictions=figures, label_ids=None, metrics=output.metrics)
+
+    # Data
+
+    def _tokenize_eval(self, args: Any, dataset: EvalSets, name: str | None = None) -> Any:
+        if dataset is None or isinstance(dataset, RowPairs):
+            return dataset
+        if isinstance(dataset, dict):
+            return {name: self._tokenize_eval(args, rows, name) for name, rows in dataset.items()}
+        parts = self._eval_parts(args, name)
+        return EvalRows(self._tokenize(args, dataset, "eval", **self._eval_columns(args, parts)), parts, name)
+
+    def _eval_parts(self, args: Any, name: str | None) -> list[str]:
+        """The parts that the rows of an eval set are: each is asked for a loss."""
+        return ["train"]
+
+    def _eval_columns(self, args: Any, parts: list[str]) -> dict[str, bool]:
+        return {}
+
+    def _check_eval_sets(self, args: Any, dataset: EvalSets) -> None:
+        """Refuse eval sets that are missing or whose figures would share a name, before a model is loaded."""
+        if dataset is None and args.eval_strategy != IntervalStrategy.NO:
+            raise UserError(
+                f"eval_strategy is '{args.eval_strategy.value}' but there is no eval set. Pass eval_dataset, or set "
+                "eval_strategy to 'no'."
+            )
+        if isinstance(dataset, dict):
+            names = [figure for name in dataset for figure in self._figure_names(name, self._eval_parts(args, name))]
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice:
+                raise UserError(f"{twice} would name a figure of two eval sets; rename one of {', '.join(dataset)}.")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """As in `Trainer`; also sets the masks of the set that is evaluated."""
+        named = isinstance(eval_dataset, str)
+        known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        if named and eval_dataset not in known:
+            raise UserError(f"There is no eval set '{eval_dataset}'; there are: {', '.join(known) or 'none by name'}.")
+        dataset = self.eval_dataset[eval_dataset] if named else eval_dataset or self.eval_dataset
+        if dataset is None:
+            raise UserError("There is no eval set. Pass eval_dataset to evaluate, or to the constructor.")
+        self._visit_when_evaluating(dataset)
+        kept = getattr(self, "_eval_dataloaders", {})  # by persistent workers, under one key for all unnamed sets
+        if not named and "eval" in kept and kept["eval"].dataset is not dataset:
+            del kept["eval"]
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
+        """As in `Trainer`; also sets the masks of the set."""
+        self._visit_when_evaluating(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> torch.utils.data.DataLoader:
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training  # an evaluation leaves no row out
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> EpochSampler:
+        return EpochSampler(len(eval_dataset), epoch=lambda: 0)
+
+    def _visit_when_evaluating(self, dataset: RowPairs) -> None:
+        self._eval_schedules = self._schedules_of(dataset)
+        self._eval_stage = next((name for name, known in self._eval_sets.items() if known is dataset), "eval")
+        self._eval_loss = self._loss_of(getattr(dataset, "name", None), list(dataset.parts))
+
+    @property
+    def _eval_sets(self) -> dict[str, RowPairs]:
+        """The eval sets given to the constructor, by the name of their stage."""
+        if isinstance(self.eval_dataset, dict):
+            return {f"eval-{name}": dataset for name, dataset in self.eval_dataset.items()}
+        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
+
+    def _schedules_of(self, dataset: RowPairs) -> dict[str, MaskSchedule]:
+        return {name: self._schedule(f"eval-{name}", len(rows)) for name, rows in dataset.parts.items()}
+
+    @contextmanager
+    def _visiting(self, stage: str, schedules: dict[str, MaskSchedule]) -> Iterator[None]:
+        before = self._stage, self._schedules
+        self._stage, self._schedules = stage, schedules
+        try:
+            yield
+        finally:
+            self._stage, self._schedules = before
+
+    # Figures
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """The K figures of a batch and their weights, `[B, K, 2]`; weighted means over all rows are the metrics."""
+        inputs = self._prepare_inputs(inputs)
+        with self._visiting(self._eval_stage, self._eval_schedules):
+            with torch.no_grad(), self.compute_loss_context_manager():
+                figures = self._figures(model, inputs)
+        self._eval_names = list(figures)
+        rows = torch.stack([torch.stack(figure, dim=1).float() for figure in figures.values()], dim=1)
+        return None, rows, torch.zeros(len(rows), device=rows.device)
+
+    def _mean_rows(self, prediction: EvalPrediction) -> dict[str, float]:
+        figures = torch.from_numpy(_joined(prediction.predictions)).double()
+        means = (figures[..., 0] * figures[..., 1]).sum(dim=0) / figures[..., 1].sum(dim=0)
+        metrics = dict(zip(self._eval_names, means.tolist(), strict=True))
+        return metrics | {"loss": sum(weight * metrics[name] for name, weight in self._eval_loss.items())}
+
+    def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
+        """The figures, with their weights, that `<set>_loss` is the sum of."""
+        return {"loss": 1.0}
+
+    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
+        prefix = "eval_" if name is None else f"eval_{name}_"
+        return [prefix + figure for figure in self._eval_figures]
+
+    def _all_figure_names(self) -> list[str]:
+        """Of an evaluation of the constructor's sets."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        return [n for name, rows in sets.items() if rows is not None for n in self._figure_names(name, [*rows.parts])]
+
+    def _unclear_names(self) -> dict[str, str]:
+        """Of these, those that do not tell a good model, and why."""
+        return {}
+
+    # The best model
+
+    def _check_metric(self, metric: str) -> None:
+        """Refuse to choose a model by a figure that is unclear or, as far as can be known, never there.
+
+        Raises:
+            UserError: listing the figures that there are.
+        """
+        metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+        names, unclear = self._all_figure_names(), self._unclear_names()
+        if metric in unclear or (metric not in names and not self._others_evaluate):
+            why = unclear.get(metric, "there is no such figure of the eval sets")
+            clear = ", ".join(name for name in names if name not in unclear)
+            raise UserError(f"'{metric}' cannot choose a model: {why}. There are: {clear}.")
+
+    @property
+    def _others_evaluate(self) -> bool:
+        """Whether callbacks may add figures to an evaluation's."""
+        return any(
+            type(callback).on_evaluate is not TrainerCallback.on_evaluate
+            and not type(callback).__module__.startswith("transformers.")
+            for callback in self.callback_handler.callbacks
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        with _naming(metrics, self.args.metric_for_best_model):
+            return super()._determine_best_metric(metrics, trial)
+
+    def hyperparameter_search(
+        self,
+        hp_space: Callable | None = None,
+        compute_objective: Callable[[dict[str, float]], float] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> BestRun | list[BestRun]:
+        """As in `Trainer`, for a trainer with `model_init`. Every trial has a model, masks and an anchor of its own.
+
+        Args:
+            hp_space: as in `Trainer`.
+            compute_objective: of the figures of an evaluation, to be minimised unless `direction` says otherwise.
+                `eval_loss` if not given, where there is one; `Trainer` would add up all figures.
+            *args, **kwargs: as in `Trainer`.
+        """
+        if self.model_init is None:
+            raise UserError("A search makes a new model for each trial: pass model_init in place of model.")
+        if compute_objective is None:
+            self._check_metric("eval_loss")
+        return super().hyperparameter_search(hp_space, compute_objective or _eval_loss, *args, **kwargs)
+
+
+class UnlearningEvaluationMixin:
+    """What unlearning measures on eval sets: on rows to forget another loss than on rows to keep. See `MDUTrainer`."""
+
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `EvaluationMixin`; with a "forget" and a "retain" set also L, the loss of the one plus the other's."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if _has_both(self.eval_dataset if eval_dataset is None else eval_dataset):
+            forget, retain = (metrics[f"{metric_key_prefix}_{name}_loss"] for name in ("forget", "retain"))
+            whole = {f"{metric_key_prefix}_loss": forget + self.args.retain_weight * retain}
+            self.log(dict(whole))
+            metrics |= whole
+        return metrics
+
+    def _eval_parts(self, args: Any, name: str | None) -> list[str]:
+        if name == "retain":
+            return ["retain"]
+        return ["forget", "retain"] if args.retain_weight else ["forget"]
+
+    def _eval_columns(self, args: Any, parts: list[str]) -> dict[str, bool]:
+        return {"preferred": "forget" in parts and OBJECTIVES[args.loss_type].preferred}
+
+    def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
+        if name == "forget" or "retain" not in parts:
+            return {"forget_loss": 1.0}
+        if "forget" not in parts:
+            return {"retain_loss": 1.0}
+        return {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
+
+    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
+        losses = {"forget": ["forget_loss", "kl"], "retain": ["retain_loss"]}
+        prefix = "eval_" if name is None else f"eval_{name}_"
+        own = [prefix + figure for part in parts for figure in losses[part]]
+        return own + super()._figure_names(name, parts)
+
+    def _all_figure_names(self) -> list[str]:
+        return super()._all_figure_names() + (["eval_loss"] if _has_both(self.eval_dataset) else [])
+
+    def _unclear_names(self) -> dict[str, str]:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        why = "it adds the forget and the retain loss of the same rows, and no model is good at both"
+        mixed = [
+            name for name, rows in sets.items() if rows is not None and len(self._loss_of(name, [*rows.parts])) > 1
+        ]
+        return {"eval_loss" if name is None else f"eval_{name}_loss": why for name in mixed}
+
+
+def _has_both(sets: Any) -> bool:
+    return isinstance(sets, dict) and {"forget", "retain"} <= sets.keys()
+
+
+def _eval_loss(metrics: dict[str, float]) -> float:
+    with _naming(metrics, "eval_loss"):
+        return metrics["eval_loss"]
+
+
+@contextmanager
+def _naming(metrics: dict[str, float], wanted: str | None) -> Iterator[None]:
+    """Say which figures there are where the wanted one is not among them."""
+    try:
+        yield
+    except KeyError:
+        raise UserError(f"There is no figure '{wanted}'; an evaluation gave {', '.join(metrics)}.") from None
+
+
+def _joined(predictions: np.ndarray | list[np.ndarray]) -> np.ndarray:
+    """All rows, also where the Trainer was asked to keep batches apart (`eval_do_concat_batches`)."""
+    return np.concatenate(predictions) if isinstance(predictions, list) else predictions

@@ -1,0 +1,478 @@
+"""Fine-tuning of masked diffusion language models: the Trainer hooks and wiring that unlearning shares."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
+
+from ..config import MDLMConfig
+from ..data.rows import (
+    DataCollatorForUnlearning,
+    EpochSampler,
+    RowPairs,
+    TokenizedRows,
+    check_rows,
+    in_order,
+    length_grouped,
+    shuffled,
+    tokenize_rows,
+)
+from ..divergence import Joint, Measure, TokenFigures, TokenNLL
+from ..files import UserError
+from ..masking import Corruption, MaskSchedule, corrupt
+from ..models import (
+    Backbone,
+    base_of,
+    is_adapter,
+    load_checkpoint,
+    load_model,
+    load_tokenizer,
+    resolve_backbone,
+    row_figures,
+)
+from ..models.backbone import target_modules_of
+from ..models.checks import check_finite
+from ..models.refusals import refuse_adapter
+from ..objectives import diffusion_bound, row_sums
+from .checkpoints import make_writable
+from .distributed import DistributedBackend
+from .evaluating import EvaluationMixin
+from .guard import SafeTrainingMixin
+
+logger = logging.get_logger(__name__)
+
+Batch = dict[str, Tensor]
+READ_ONCE = ("max_length", "pad_with_end_tokens")  # arguments that a search cannot vary
+# adapters whose targets are no linear layers; PEFT knows which
+OTHER_TARGETS = (PeftType.ADAPTION_PROMPT, PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
+
+
+class Figure(NamedTuple):
+    """A figure of each row of a batch, and what each row weighs in its mean: both `[B]`."""
+
+    value: Tensor
+    weight: Tensor
+
+
+Figures = dict[str, Figure]
+
+
+class Noised(NamedTuple):
+    """A batch after the forward process, with N masked positions in B rows."""
+
+    corruption: Corruption
+    attention_mask: Tensor  # [B, L]
+    targets: Tensor  # [N] the masked tokens
+    row: Tensor  # [N] their rows
+    num_masked: Tensor  # [B]
+    num_response: Tensor  # [B]
+    weight: Tensor  # [B] 1/t; 0 where the draw had masked nothing
+
+    @property
+    def where(self) -> tuple[Tensor, Tensor]:
+        """Attention mask and the positions to predict, as the model's passes take them."""
+        return self.attention_mask, self.corruption.masked
+
+    def per_row(self, values: Tensor) -> Tensor:
+        """Mean of `values` `[N]` over the masked tokens of each row: `[B]`."""
+        return row_sums(values, self.row, len(self.num_masked)) / self.num_masked
+
+    def bound(self, nll: Tensor) -> Tensor:
+        """The masked-diffusion bound from the tokens' cross-entropy `[N]`: `[B]`."""
+        return diffusion_bound(nll, self.row, self.weight)
+
+
+class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
+    """Fine-tune a masked diffusion language model on prompt-completion rows.
+
+        L = E_t [ 1/t * sum_{i in M_t} CE_i / |y| ]          (LLaDA, arXiv 2502.09992, eq. 5)
+
+    Args:
+        model: a model's name or path, a `PreTrainedModel`, or a `PeftModel`.
+        args: the configuration.
+        train_dataset: rows in a format of `mdu_trainer.data.rows`.
+        eval_dataset: rows, or a dict of names and rows. Their masks are fixed by the seed. The loss is `eval_loss`, of
+            the set `dev` among others `eval_dev_loss`.
+        processing_class: the tokenizer; the model's own if not given.
+        peft_config: wraps the model in an adapter. Without `target_modules`, the backbone's are taken.
+        data_collator: in place of `DataCollatorForUnlearning`.
+        callbacks, optimizers: as in `Trainer`.
+        model_init: makes the model, in place of `model`; every `train` then starts from a new one. For
+            `hyperparameter_search`.
+
+    Example:
+
+        trainer = MDLMTrainer("GSAI-ML/LLaDA-8B-Base", MDLMConfig("out"), train_dataset=rows)
+        trainer.train()
+    """
+
+    config_class = MDLMConfig
+    # compute_loss returns a mean over a micro-batch, so the Trainer divides it by the number of micro-batches
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel | None = None,
+        args: MDLMConfig | None = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: PeftConfig | None = None,
+        data_collator: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        model_init: Callable[..., PreTrainedModel] | None = None,
+    ):
+        args = self._config(args)
+        _check_source(model, model_init, optimizers)
+        self._check_eval_sets(args, eval_dataset)
+        if args.should_save and train_dataset is not None:
+            make_writable(args.output_dir)
+        if args.n_gpu > 1:
+            logger.warning(f"{args.n_gpu} GPUs are visible and one is used; `accelerate launch` uses all of them.")
+            args._n_gpu = 1
+        set_seed(args.seed)  # the Trainer does so too, but after the adapter's first weights are drawn
+        if model is None:
+            self.model_init = model_init
+            model = super().call_model_init()
+        processing_class = processing_class or _load_tokenizer_of(model, args)
+        if isinstance(model, str):  # a long load comes after what can be refused without it
+            self._check_rows(args, train_dataset, eval_dataset)
+        model = _load(model, args, peft_config)
+        self.backbone = resolve_backbone(model, processing_class)
+        self._tokenizer, self._peft_config = processing_class, peft_config
+        self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
+        parts = self._tokenize_train(args, train_dataset)
+        collator = DataCollatorForUnlearning(
+            self.backbone.pad_token_id, self.backbone.end_token_ids[0] if args.pad_with_end_tokens else None
+        )
+        super().__init__(
+            model=_with_adapter(model, peft_config, args, self.backbone),
+            args=args,
+            data_collator=data_collator or collator,
+            train_dataset=_pairs(parts, args) if parts else None,
+            eval_dataset=self._tokenize_eval(args, eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+            compute_metrics=self._mean_rows,
+            optimizers=optimizers,
+        )
+        self.model_init = model_init  # the Trainer would make another model at once
+        self._read_once = {name: getattr(args, name) for name in READ_ONCE}
+        self.model_accepts_loss_kwargs = False
+        self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
+        self._stage = "train"  # which rows are visited: these, or an eval set's
+        self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
+
+    @classmethod
+    def _config(cls, args: MDLMConfig | None) -> MDLMConfig:
+        args = args if args is not None else cls.config_class("trainer_output")
+        if not isinstance(args, cls.config_class):
+            raise TypeError(f"args must be a {cls.config_class.__name__}, got a {type(args).__name__}.")
+        return args
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
+        """A new model, with a new adapter if there is to be one."""
+        model = super().call_model_init(trial)
+        return _with_adapter(model, self._peft_config, self.args, self.backbone)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:  # the model is new, and a trial may have set arguments
+            self._start_over()
+            self._begin()
+
+    def _start_over(self) -> None:
+        """Make what depends on arguments and model anew."""
+        args = self.args
+        args.check_values()
+        changed = [name for name, value in self._read_once.items() if getattr(args, name) != value]
+        if changed:
+            raise UserError(f"{changed[0]} was read when the rows were prepared: make a trainer for each value of it.")
+        self.guard.accelerator = self.accelerator
+        self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
+        self._metrics.clear()
+        if self.train_dataset is not None:
+            parts = self.train_dataset.parts
+            self.train_dataset = _pairs(parts, args)
+            self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
+
+    def _check_run(self) -> None:
+        args = self.args
+        if self.train_dataset is None:
+            raise UserError("There are no rows to train on: pass train_dataset.")
+        rows = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(self.train_dataset) < rows:
+            raise UserError(
+                f"dataloader_drop_last leaves out all {len(self.train_dataset)} rows: a batch takes {rows}. Set it to "
+                "False, or lower per_device_train_batch_size."
+            )
+        if args.metric_for_best_model is not None and args.eval_strategy != IntervalStrategy.NO:
+            self._check_metric(args.metric_for_best_model)
+
+    # The loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor | tuple[Tensor, Figures]:
+        """The loss of a micro-batch, and with `return_outputs` the figures of its rows."""
+        figures = weighted(self._figures(model, inputs), inputs)
+        loss = self._mean(figures, "loss", num_items_in_batch)
+        return self._finish(loss, figures, return_outputs)
+
+    def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
+        noised = self._noise("train", inputs["train"])
+        weight = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked
+        ((nll, entropy),) = self._measure(model, (noised, TokenNLL(noised.targets, weight[noised.row])))
+        loss = noised.bound(nll) / noised.num_response if self.args.time_weighting else noised.per_row(nll)
+        return {"loss": each_row(loss), **self._prediction_figures(noised, entropy)}
+
+    def _mean(self, figures: Figures, name: str, sizes: dict[str, Tensor] | None) -> Tensor:
+        """Mean of a figure over rows; `sizes` holds the mean weight of the micro-batches of the update."""
+        value, weight = figures[name]
+        return (value * weight).sum() / (sizes[name] if sizes else weight.sum())
+
+    # Steps of a loss
+
+    def _noise(self, name: str, batch: Batch) -> Noised:
+        """The forward process on a batch of the data set `name`, as the seed says."""
+        schedule = self._schedules[name]
+        visit, row, response = batch["visit"], batch["row"], batch["response_mask"]
+        if name == "train" and self.args.prompt_mask_ratio:
+            prompt_too = schedule.bernoulli(visit, row, self.args.prompt_mask_ratio)
+            response = torch.where(prompt_too[:, None], batch["attention_mask"], response)
+        t = schedule.times(visit, row)
+        noise = schedule.noise(visit, row, response.shape[1])
+        corruption = corrupt(
+            batch["input_ids"], response, batch["attention_mask"], self.backbone.mask_token_id, t=t, noise=noise
+        )
+        drew_any = ((noise < t[:, None]) & response.bool()).any(dim=1)
+        return Noised(
+            corruption=corruption,
+            attention_mask=batch["attention_mask"],
+            targets=batch["input_ids"][corruption.masked],
+            row=corruption.masked.nonzero(as_tuple=True)[0],
+            num_masked=corruption.masked.sum(dim=1),
+            num_response=response.sum(dim=1),
+            weight=drew_any / t,
+        )
+
+    def _measure(self, model: nn.Module, *asked: tuple[Noised, Measure]) -> list[TokenFigures]:
+        """The conditional pass, p_theta(. | x, y_t), over all batches at once, and of each its measure: `[N]`."""
+        batches, measures = zip(*asked, strict=True)
+        width = max(noised.attention_mask.shape[1] for noised in batches)
+        ids, mask, rows = (
+            torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+            for value, *parts in (
+                (self.backbone.pad_token_id, *(noised.corruption.noisy_ids for noised in batches)),
+                (0, *(noised.attention_mask for noised in batches)),
+                (False, *(noised.corruption.masked for noised in batches)),
+            )
+        )
+        counts = [len(noised.row) for noised in batches]
+        measure = Joint(list(zip(counts, measures, strict=True))) if len(asked) > 1 else measures[0]
+        figures = row_figures(model, ids, mask, rows, measure, **self._shift)
+        return [TokenFigures(*part) for part in zip(*(column.split(counts) for column in figures), strict=True)]
+
+    @property
+    def _shift(self) -> dict[str, bool]:
+        return {"logit_shift": self.backbone.logit_shift}
+
+    def _prediction_figures(self, noised: Noised, entropy: Tensor) -> Figures:
+        return {
+            "entropy": each_row(noised.per_row(entropy)),
+            "masked_fraction": each_row(noised.num_masked / noised.num_response),
+        }
+
+    def _finish(self, loss: Tensor, figures: Figures, return_outputs: bool) -> Tensor | tuple[Tensor, Figures]:
+        if self.model.training:
+            self.guard.see(loss)
+        self._record(figures)
+        return (loss, figures) if return_outputs else loss
+
+    # Data
+
+    def _check_rows(
+        self, args: MDLMConfig, dataset: Dataset | None, evaluated: Dataset | dict[str, Dataset] | None
+    ) -> None:
+        sets = [*self._train_sets(dataset).items()]
+        sets += [("eval", rows) for rows in (evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
+        for name, rows in sets:
+            if rows is not None and not isinstance(rows, RowPairs):
+                check_rows(rows, name, **({} if name == "retain" else self._eval_columns(args)))
+
+    def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
+        return {"train": dataset}
+
+    def _tokenize_train(self, args: MDLMConfig, dataset: Dataset | None) -> dict[str, TokenizedRows]:
+        return {} if dataset is None else {"train": self._tokenize(args, dataset, "train")}
+
+    def _tokenize(self, args: MDLMConfig, dataset: Dataset, name: str, **kwargs: bool) -> TokenizedRows:
+        return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=args.max_length, **kwargs)
+
+    def _schedule(self, name: str, num_rows: int) -> MaskSchedule:
+        args = self.args
+        return MaskSchedule(args.seed, name, num_rows, args.t_min, args.t_max, args.time_epsilon)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in
+        size, several = len(train_dataset or self.train_dataset), self.args.world_size > 1
+        rows = self.args.train_batch_size * self.args.world_size
+        filled = several and not self.args.dataloader_drop_last
+        return EpochSampler(size, epoch=lambda: int(self.state.epoch or 0), multiple=rows if filled else 1)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, dict[str, Tensor]]:
+        """The micro-batches of an update, and the mean weight of one, by which losses are divided.
+
+        So a row weighs the same however the rows of an update are split into micro-batches and processes.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, self._update_sizes(batches) if batches else {}
+
+    def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
+        rows = sum(batch["train"]["weight"].sum() for batch in batches)
+        return {"loss": self._mean_over_update(rows, len(batches))}
+
+    def _mean_over_update(self, total: Tensor, num_batches: int) -> Tensor:
+        return self.accelerator.reduce(total.float().to(self.args.device), "mean") / num_batches
+
+    def floating_point_ops(self, inputs: dict[str, Batch]) -> int:
+        """Estimate of the forward and backward passes on every part of a batch."""
+        return sum(super(MDLMTrainer, self).floating_point_ops(part) for part in inputs.values())
+
+    def _track_num_input_tokens(self, inputs: dict[str, Batch]) -> None:
+        """Count the tokens of every part of a batch, but for rows that only fill it up."""
+        if self.args.include_num_input_tokens_seen == "no":
+            return
+        total = torch.zeros((), dtype=torch.int64, device=self.args.device)
+        for part in inputs.values():
+            tokens = part["attention_mask"]
+            if self.args.include_num_input_tokens_seen == "all":
+                tokens = torch.ones_like(tokens)
+            total += tokens[part["weight"] > 0].sum().to(total.device)
+        self.state.num_input_tokens_seen += self.accelerator.reduce(total, "sum").item()
+
+    # Logging
+
+    @torch.no_grad()
+    def _record(self, figures: Figures) -> None:
+        for name, (value, weight) in figures.items():
+            if name != "loss" and self.model.training:
+                total = torch.stack([(value * weight).sum(), weight.sum()]).float()
+                keep = total.isfinite().all() | (not self.args.logging_nan_inf_filter)
+                self._metrics[name] += torch.where(keep, total, 0.0)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in `Trainer`, with the means of the figures since the last training log."""
+        if "loss" in logs and self._metrics:
+            totals = self.accelerator.reduce(torch.stack(list(self._metrics.values())), "sum")
+            logs |= {name: (total / count).item() for name, (total, count) in zip(self._metrics, totals, strict=True)}
+            self._metrics.clear()
+        super().log(logs, start_time)
+
+
+def weighted(figures: Figures, inputs: dict[str, Batch]) -> Figures:
+    """The figures of a batch without the rows that only fill it up."""
+    rows = next(iter(inputs.values()))["weight"]
+    return {name: Figure(value, weight * rows) for name, (value, weight) in figures.items()}
+
+
+def each_row(value: Tensor) -> Figure:
+    """A figure in whose mean all rows weigh the same."""
+    return Figure(value, torch.ones_like(value))
+
+
+def _load(
+    model: str | PreTrainedModel | PeftModel, args: MDLMConfig, peft_config: PeftConfig | None
+) -> PreTrainedModel | PeftModel:
+    if isinstance(model, str):
+        how = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        if is_adapter(model):
+            return load_checkpoint(model, is_trainable=True, **how)[0]
+        given = {"dtype", "torch_dtype", "quantization_config", "load_in_8bit", "load_in_4bit"} & how.keys()
+        if peft_config is None and not given:
+            how["dtype"] = torch.float32
+        model = load_model(model, **how)
+    elif args.model_init_kwargs:
+        raise UserError("model_init_kwargs are for a model given by name; this one is loaded already.")
+    else:
+        check_finite(model, "The model")
+    if peft_config is None and not isinstance(model, PeftModel):
+        _warn_of_rounding(model, args)
+    return model
+
+
+def _warn_of_rounding(model: PreTrainedModel, args: MDLMConfig) -> None:
+    """Say so if all weights are trained in half precision, where most updates round to nothing."""
+    trained = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
+    if trained and not args.deepspeed:  # which keeps float32 copies of its own
+        logger.warning(
+            f"All weights are trained in {str(trained.pop()).removeprefix('torch.')}. At a learning rate of 1e-5 ten "
+            "updates moved 2 % of such weights, against 88 % in float32: most updates are smaller than what rounding "
+            "keeps. Load the model in float32 (bf16=True still computes in bfloat16), or train an adapter."
+        )
+
+
+def _load_tokenizer_of(model: str | PreTrainedModel | PeftModel, args: MDLMConfig) -> PreTrainedTokenizerBase:
+    name = base_of(model) if isinstance(model, str) else model.config._name_or_path
+    if not name:
+        raise UserError("The model was not loaded from a name or path, so pass its tokenizer as processing_class.")
+    revision = (args.model_init_kwargs or {}).get("revision")
+    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision or "main")
+
+
+def _with_adapter(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: MDLMConfig, backbone: Backbone
+) -> PreTrainedModel | PeftModel:
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise UserError("The model is a PeftModel already; pass peft_config only with a plain model.")
+        refuse_adapter(peft_config)
+        peft_config = _with_targets(copy.copy(peft_config), backbone)
+        if peft_config.task_type == "CAUSAL_LM" and not hasattr(model, "prepare_inputs_for_generation"):
+            peft_config.task_type = None  # TRL's default, of which PEFT asks what a *ForMaskedLM does not have
+        model = get_peft_model(model, peft_config)
+    if isinstance(model, PeftModel) and args.gradient_checkpointing:
+        # the embeddings' output must carry a gradient, or checkpointed layers below the first adapter have none
+        model.enable_input_require_grads()
+    return model
+
+
+def _check_source(model: Any, model_init: Callable | None, optimizers: tuple) -> None:
+    if (model is None) == (model_init is None):
+        raise UserError("Pass the model to train, or as model_init a function that makes it; one of the two.")
+    if model_init is not None and any(part is not None for part in optimizers):
+        raise UserError("optimizers are of one model, and model_init makes a new one for each run. Leave them out.")
+
+
+def _pairs(parts: dict[str, TokenizedRows], args: MDLMConfig) -> RowPairs:
+    return RowPairs(parts, args.seed if args.data_seed is None else args.data_seed, _order(args))
+
+
+def _with_targets(peft_config: PeftConfig, backbone: Backbone) -> PeftConfig:
+    """The backbone's linear layers, unless the config names others or is of a kind that adapts no linear layers."""
+    if getattr(peft_config, "target_modules", None) is not None or peft_config.peft_type in OTHER_TARGETS:
+        return peft_config
+    if backbone.lora_target_modules is None:
+        raise UserError("This model has no linear layers that are known to PEFT: name target_modules in peft_config.")
+    layers = getattr(peft_config, "layers_to_transform", None)
+    peft_config.target_modules = target_modules_of(backbone, layers)
+    if layers is not None and isinstance(peft_config.target_modules, str):
+        peft_config.layers_to_transform = peft_config.layers_pattern = None
+    return peft_config
+
+
+def _order(args: MDLMConfig) -> Callable:
+    strategies = {"random": shuffled, "sequential": in_order}
+    return strategies.get(args.train_sampling_strategy) or length_grouped(args.train_batch_size * args.world_size)
