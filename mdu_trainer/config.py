@@ -303,6 +303,8 @@ class MDUConfig(MDLMConfig):
             Margin of SimNPO.
         alpha (`float`, *optional*, defaults to `1.0`):
             Exponent of WGA's weights.
+        loss_options (`dict`, *optional*):
+            Options of an objective of your own; see `mdu_trainer.objectives.register_objective`.
 
         > Parameters that control the retain loss
 
@@ -325,7 +327,7 @@ class MDUConfig(MDLMConfig):
             not set, the card names the data set's split.
     """
 
-    loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": list(OBJECTIVES)})
+    loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": OBJECTIVES.keys()})
     tau: float = field(default=0.0, metadata={"help": "MDU: multiplies the anchor's logits."})
     kl_reduction: str = field(
         default="sequence",
@@ -341,6 +343,9 @@ class MDUConfig(MDLMConfig):
     beta: float | None = field(default=None, metadata={"help": "Inverse temperature of NPO, SimNPO and DPO."})
     gamma: float = field(default=0.0, metadata={"help": "Margin of SimNPO."})
     alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
+    loss_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of an objective of your own, as JSON."}
+    )
     retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
 
@@ -359,6 +364,7 @@ class MDUConfig(MDLMConfig):
         default=4, metadata={"help": "Forget rows, and as many retain rows, per device and micro-batch."}
     )
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an update."})
+    _VALID_DICT_FIELDS = [*MDLMConfig._VALID_DICT_FIELDS, "loss_options"]
 
     def check_values(self) -> None:
         """As in `MDLMConfig`, and the options of the losses."""
@@ -371,6 +377,12 @@ class MDUConfig(MDLMConfig):
         for name in ("gamma", "alpha"):
             if not (_is(getattr(self, name), Real) and math.isfinite(getattr(self, name))):
                 raise UserError(f"{name} must be finite, got {getattr(self, name)}.")
+        unknown = set(self.loss_options or ()) - set(OBJECTIVES[self.loss_type].options)
+        if unknown:
+            raise UserError(
+                f"loss_options: '{self.loss_type}' has no option {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(OBJECTIVES[self.loss_type].options) or 'none'}."
+            )
         if self.reference_device is not None:
             try:
                 torch.device(self.reference_device)

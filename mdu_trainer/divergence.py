@@ -169,18 +169,19 @@ class Joint:
     """Several measures, each of so many tokens in turn: what is asked of several batches in one forward pass.
 
     Args:
-        parts: number of tokens and measure of each.
+        counts: number of tokens of each.
+        measures: what is asked of them.
     """
 
-    parts: Sequence[tuple[int, "AnchorKL | TokenNLL"]]
+    counts: Sequence[int]
+    measures: Sequence["AnchorKL | TokenNLL"]
 
     def __call__(self, prediction: Prediction) -> TokenFigures:
         """Figures of all tokens, `[N]`."""
         figures, start = [], 0
-        for count, measure in self.parts:
+        for count, measure in zip(self.counts, self.measures, strict=True):
             rows = slice(start, start + count)
-            part = prediction[rows] if isinstance(prediction, Tensor) else prediction.select(rows)
-            figures.append(measure(part))
+            figures.append(measure(prediction[rows] if isinstance(prediction, Tensor) else prediction.select(rows)))
             start += count
         return TokenFigures(*(torch.cat(columns) for columns in zip(*figures, strict=True)))
 

@@ -6,11 +6,14 @@ device, or the step from which a run resumed.
 """
 
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class Corruption(NamedTuple):
@@ -56,23 +59,95 @@ def corrupt(
 
     Source: LLaDA (arXiv 2502.09992) for the forward process; MDU (arXiv 2605.18253) for the anchor.
     """
-    device = input_ids.device
+    if t is None:
+        t = time_epsilon + (1 - time_epsilon) * _uniform(len(input_ids), input_ids.device, generator)
+    if noise is None:
+        noise = _uniform(input_ids.shape, input_ids.device, generator)
+    return _corrupt(input_ids, response_mask, attention_mask, mask_token_id, t, noise)[0]
+
+
+def _corrupt(
+    input_ids: Tensor, response_mask: Tensor, attention_mask: Tensor, mask_token_id: int, t: Tensor, noise: Tensor
+) -> tuple[Corruption, Tensor]:
+    """The corruption, and whether the draw had masked nothing, bool `[B]`."""
     attended = attention_mask.bool()
     response = response_mask.bool() & attended
-    if t is None:
-        drawn = torch.rand(len(input_ids), generator=generator, device=generator.device if generator else device)
-        t = (time_epsilon + (1 - time_epsilon) * drawn).to(device)
-    if noise is None:
-        noise = torch.rand(input_ids.shape, generator=generator, device=generator.device if generator else device)
-        noise = noise.to(device)
     masked = response & (noise < t[:, None])
+    drew_nothing = ~masked.any(dim=1)
     lowest = torch.where(response, noise, torch.inf).argmin(dim=1, keepdim=True)
-    forced = torch.zeros_like(masked).scatter_(1, lowest, ~masked.any(dim=1, keepdim=True)) & response
-    masked = masked | forced
+    masked = masked | (torch.zeros_like(masked).scatter_(1, lowest, drew_nothing[:, None]) & response)
     noisy_ids = input_ids.masked_fill(masked, mask_token_id)
-    return Corruption(noisy_ids, masked, t, noisy_ids.masked_fill(attended & ~response, mask_token_id))
+    anchor_ids = noisy_ids.masked_fill(attended & ~response, mask_token_id)
+    return Corruption(noisy_ids, masked, t, anchor_ids), drew_nothing
 
 
+def _uniform(size: int | torch.Size, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    return torch.rand(size, generator=generator, device=generator.device if generator else device).to(device)
+
+
+class Noised(NamedTuple):
+    """A batch of B examples after the forward process, with N masked positions in all.
+
+    Attributes:
+        input_ids: `[B, L]`, (x, y_t).
+        anchor_ids: `[B, L]`, (m, y_t).
+        attention_mask: `[B, L]`.
+        masked: bool `[B, L]`, M_t.
+        targets: `[N]`, the true tokens at the masked positions.
+        batch_index: `[N]`, the example of each masked position.
+        num_masked: `[B]`, |M_t|.
+        num_response: `[B]`, |y|.
+        weight: `[B]`, 1/t; 0 where the draw had masked nothing, so that the bound stays unbiased.
+    """
+
+    input_ids: Tensor
+    anchor_ids: Tensor
+    attention_mask: Tensor
+    masked: Tensor
+    targets: Tensor
+    batch_index: Tensor
+    num_masked: Tensor
+    num_response: Tensor
+    weight: Tensor
+
+
+def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
+    """Mask the responses of a batch, as its times and noise say.
+
+    Args:
+        batch: `input_ids`, `attention_mask`, `response_mask` and `noise` `[B, L]`, and `t` `[B]`.
+        mask_token_id: id of [MASK].
+    """
+    ids, response, attention_mask = (batch[name] for name in ("input_ids", "response_mask", "attention_mask"))
+    corruption, drew_nothing = _corrupt(ids, response, attention_mask, mask_token_id, batch["t"], batch["noise"])
+    masked = corruption.masked
+    return Noised(
+        input_ids=corruption.noisy_ids,
+        anchor_ids=corruption.anchor_ids,
+        attention_mask=attention_mask,
+        masked=masked,
+        targets=ids[masked],
+        batch_index=masked.nonzero(as_tuple=True)[0],
+        num_masked=masked.sum(dim=1),
+        num_response=response.sum(dim=1),
+        weight=~drew_nothing / batch["t"],
+    )
+
+
+def side_by_side(batches: Sequence[Noised], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Input ids, attention mask and masked positions of several batches as one, padded on the right: `[sum B, L]`."""
+    width = max(noised.masked.shape[1] for noised in batches)
+    return tuple(
+        torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+        for value, parts in (
+            (pad_token_id, [noised.input_ids for noised in batches]),
+            (0, [noised.attention_mask for noised in batches]),
+            (False, [noised.masked for noised in batches]),
+        )
+    )
+
+
+@dataclass(frozen=True)
 class MaskSchedule:
     """Counter-based times and noise for the rows of one data set.
 
@@ -82,38 +157,41 @@ class MaskSchedule:
         num_rows: rows in the data set. On each visit the rows' times fall one into each of `num_rows` equal slices of
             the time range, so they are spread evenly over an epoch.
         t_min, t_max, time_epsilon: t is uniform on [max(t_min, time_epsilon), t_max].
+        prompt_mask_ratio: share of rows whose prompt takes part in the diffusion, too.
     """
 
-    def __init__(
-        self,
-        seed: int,
-        stream: str,
-        num_rows: int,
-        t_min: float = 0.0,
-        t_max: float = 1.0,
-        time_epsilon: float = 1e-3,
-    ):
-        self.seed = (seed << 32) ^ zlib.crc32(stream.encode())
-        self.num_rows = num_rows
-        self.low = max(t_min, time_epsilon)
-        self.high = max(t_max, self.low)
+    seed: int
+    stream: str
+    num_rows: int
+    t_min: float = 0.0
+    t_max: float = 1.0
+    time_epsilon: float = 1e-3
+    prompt_mask_ratio: float = 0.0
+
+    @property
+    def _key(self) -> int:
+        return (self.seed << 32) ^ zlib.crc32(self.stream.encode())
+
+    def draw(self, visit: Tensor, row: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of `row` `[B]` on `visit` `[B]`: times `[B]`, noise `[B, length]`, whether the prompt takes part `[B]`."""
+        return self.times(visit, row), self.noise(visit, row, length), self.takes_prompt(visit, row)
 
     def times(self, visit: Tensor, row: Tensor) -> Tensor:
         """Times of `row` `[B]` on `visit` `[B]`: float32 `[B]`."""
         slices = [
-            _even_uniforms(self.seed, v, self.num_rows)[r] for v, r in zip(visit.tolist(), row.tolist(), strict=True)
+            _even_uniforms(self._key, v, self.num_rows)[r] for v, r in zip(visit.tolist(), row.tolist(), strict=True)
         ]
-        u = torch.stack(slices)
-        return (self.low + (self.high - self.low) * u).float().to(row.device)
+        low = max(self.t_min, self.time_epsilon)
+        return (low + (max(self.t_max, low) - low) * torch.stack(slices)).float().to(row.device)
 
     def noise(self, visit: Tensor, row: Tensor, length: int) -> Tensor:
         """Noise of the first `length` positions of `row` `[B]` on `visit` `[B]`: float32 `[B, length]` in [0, 1)."""
         position = torch.arange(length, device=row.device)
-        return counter_uniform(self.seed, visit[:, None], row[:, None], position[None, :])
+        return counter_uniform(self._key, visit[:, None], row[:, None], position[None, :])
 
-    def bernoulli(self, visit: Tensor, row: Tensor, probability: float) -> Tensor:
-        """A coin for each row, independent of its times and noise: bool `[B]`."""
-        return counter_uniform(self.seed + 1, visit, row) < probability
+    def takes_prompt(self, visit: Tensor, row: Tensor) -> Tensor:
+        """Whether the prompt takes part in the diffusion, independent of times and noise: bool `[B]`."""
+        return counter_uniform(self._key + 1, visit, row) < self.prompt_mask_ratio
 
 
 def counter_uniform(seed: int, *counters: Tensor) -> Tensor:

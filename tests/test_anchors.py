@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from mdu_trainer import MDUConfig, MDUTrainer, divergence
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.divergence import AnchorKL, TokenNLL
+from mdu_trainer.masking import forward_process
 from mdu_trainer.models import row_figures, row_logits, row_projection
 from mdu_trainer.testing import forget_retain_split
 from mdu_trainer.trainer.anchor_cache import FOLDER
@@ -91,15 +92,15 @@ def test_no_second_model_while_training(make_trainer):
     trainer = make_trainer(precompute_anchor=True)
     trainer.train()
     assert trainer.reference is None
-    head = trainer._anchors["train"].head
+    head = trainer._anchor_head
     assert head.weight.shape == trainer.model.lm_head.weight.shape and not head.weight.requires_grad
     assert not torch.equal(head.weight, trainer.model.lm_head.weight)  # theta_0's, while the live one has moved
 
 
 def count_predictions(trainer, monkeypatch):
-    calls = []
-    initial = trainer._initial
-    monkeypatch.setattr(trainer, "_initial", lambda *args: calls.append(1) or initial(*args))
+    calls, reference = [], trainer.reference
+    predict = reference.projection
+    monkeypatch.setattr(reference, "projection", lambda *args, **kwargs: calls.append(1) or predict(*args, **kwargs))
     return calls
 
 
@@ -209,11 +210,11 @@ config = MDUConfig(out, tau=0.5, precompute_anchor=True, max_steps=6, per_device
                    gradient_accumulation_steps=1, learning_rate=1e-3, save_strategy="no", use_cpu=True)
 unlearn = MDUTrainer(base, config, load_from_disk(forget), load_from_disk(retain))
 if kill == "while computing":
-    initial, calls = unlearn._initial, []
-    def die(*args):
+    predict, calls = unlearn.reference.projection, []
+    def die(*args, **kwargs):
         calls.append(1)
-        return os.kill(os.getpid(), signal.SIGKILL) if len(calls) > 2 else initial(*args)
-    unlearn._initial = die
+        return os.kill(os.getpid(), signal.SIGKILL) if len(calls) > 2 else predict(*args, **kwargs)
+    unlearn.reference.projection = die
 unlearn.train()
 unlearn.save_model()
 """
@@ -259,9 +260,9 @@ def test_a_copy_in_8_bit_is_small_and_close(make_trainer):
     assert frozen.lm_head.weight.dtype == torch.float32
     full = make_trainer("full").reference
     batch = next(iter(trainer.get_train_dataloader()))["forget"]
-    noised = trainer._noise("forget", batch)
-    ids = noised.corruption.anchor_ids
-    small, exact = (r.projection(trainer.model, ids, *noised.where) for r in (trainer.reference, full))
+    noised = forward_process(batch, trainer.backbone.mask_token_id)
+    where = (noised.anchor_ids, noised.attention_mask, noised.masked)
+    small, exact = (r.projection(trainer.model, *where) for r in (trainer.reference, full))
     distance = (small.hidden.float() - exact.hidden).norm() / exact.hidden.norm()
     assert 0 < distance < 0.1
     trainer.train()

@@ -223,7 +223,10 @@ def test_data_seed_orders_the_rows_and_leaves_the_masks(rows, make_model, tokeni
     usual, other, same = make(), make(data_seed=7), make(data_seed=42)
     assert order(usual) == order(same) != order(other)
     visit, row = torch.zeros(11, dtype=torch.long), torch.arange(11)
-    assert torch.equal(usual._schedules["forget"].times(visit, row), other._schedules["forget"].times(visit, row))
+    assert torch.equal(
+        usual.train_dataset.schedules["forget"].times(visit, row),
+        other.train_dataset.schedules["forget"].times(visit, row),
+    )
 
 
 @pytest.mark.parametrize("kind", ["all", "non_padding"])

@@ -27,6 +27,7 @@ from mdu_trainer.data.rows import (
 )
 from mdu_trainer.evaluation.scoring import encode_questions
 from mdu_trainer.files import UserError
+from mdu_trainer.masking import MaskSchedule
 from mdu_trainer.models import resolve_backbone
 
 SECRET = "Zanthor Quibble"  # stands for private text: no message may hold it
@@ -261,9 +262,15 @@ def rows_of(lengths, offset=0):
     return TokenizedRows([[offset + i] for i in range(len(lengths))], [[1] * n for n in lengths])
 
 
+def schedules(**sizes):
+    return {name: MaskSchedule(0, name, size) for name, size in sizes.items()}
+
+
 def test_pairs_cycle_the_smaller_set():
     forget, retain = rows_of([1] * 4), rows_of([1] * 10)
-    pairs = RowPairs({"forget": forget, "retain": retain}, seed=0, order=shuffled)
+    pairs = RowPairs(
+        {"forget": forget, "retain": retain}, seed=0, order=shuffled, schedules=schedules(forget=4, retain=10)
+    )
     assert len(pairs) == 10
     epochs = [[pairs[i] for i in range(e * 10, e * 10 + 10)] for e in range(2)]
     for epoch, items in enumerate(epochs):
@@ -273,7 +280,9 @@ def test_pairs_cycle_the_smaller_set():
     assert [row["visit"] for row in forgotten] == [i // 4 for i in range(20)]
     assert set(Counter(row["row"] for row in forgotten).values()) == {5}, "all forget rows alike often"
     assert [row["row"] for row in forgotten[:4]] != [row["row"] for row in forgotten[4:8]], "each visit shuffles anew"
-    again = RowPairs({"forget": forget, "retain": retain}, seed=0, order=shuffled)
+    again = RowPairs(
+        {"forget": forget, "retain": retain}, seed=0, order=shuffled, schedules=schedules(forget=4, retain=10)
+    )
     assert again[13] == pairs[13], "a row is a function of its counter"
 
 
@@ -302,7 +311,8 @@ def test_overlap():
 @pytest.fixture
 def features():
     rows = TokenizedRows([[5, 6], [7]], [[8, 9, 2], [8]], preferred=[[3, 2], [3, 3, 3, 2]])
-    pairs = RowPairs({"forget": rows, "retain": TokenizedRows(rows.prompts, rows.responses)}, 0, in_order)
+    parts = {"forget": rows, "retain": TokenizedRows(rows.prompts, rows.responses)}
+    pairs = RowPairs(parts, 0, in_order, schedules(forget=2, retain=2))
     return [pairs[0], pairs[1]]
 
 
@@ -313,9 +323,13 @@ def test_collator_pads_right(features):
     assert forget["input_ids"].tolist() == [[5, 6, 8, 9, 2], [7, 8, 0, 0, 0]]
     assert forget["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
     assert forget["response_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
-    assert forget["row"].tolist() == [0, 1] and forget["visit"].tolist() == [0, 0]
+    visit, row = torch.tensor([0, 0]), torch.tensor([0, 1])
+    for name in ("forget", "retain"):
+        t, noise, _ = MaskSchedule(0, name, 2).draw(visit, row, 5)
+        assert torch.equal(batch[name]["t"], t) and torch.equal(batch[name]["noise"], noise)
+    assert torch.equal(batch["preferred"]["noise"], forget["noise"]), "masked as the response to forget"
     assert batch["preferred"]["input_ids"].tolist() == [[5, 6, 3, 2, 0], [7, 3, 3, 3, 2]]
-    assert all(torch.equal(forget[k], batch["retain"][k]) for k in forget)
+    assert all(torch.equal(forget[k], batch["retain"][k]) for k in ("input_ids", "attention_mask", "response_mask"))
 
 
 def test_collator_pads_with_end_tokens(features):

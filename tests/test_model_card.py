@@ -30,7 +30,6 @@ from mdu_trainer.report.model_card import (
     unlearned_model_card,
     write_model_card,
 )
-from mdu_trainer.report.wording import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "tests" / "demo_card"  # facts and figures of the demo's run at tau = 0
@@ -176,7 +175,7 @@ def test_a_model_that_never_saw_the_rows_has_its_column(facts, results):
 def test_every_objective_has_its_words(facts, method):
     tau = 0.5 if method == "mdu" else None
     card = unlearned_model_card(replace(facts, method=method, tau=tau, retain=None, options={"retain_weight": 0.0}))
-    assert METHODS[method].title in card.text and f"arXiv {METHODS[method].arxiv}" in card.text
+    assert OBJECTIVES[method].title in card.text and f"arXiv {OBJECTIVES[method].arxiv}" in card.text
     assert ("tau = 0.5" in card.text) == (method == "mdu")
     assert "no rows were trained to be kept" in card.text and "None" not in card.text and "{{" not in card.text
 

@@ -13,7 +13,7 @@ from mdu_trainer.objectives import OBJECTIVES, ForgetTerms, diffusion_bound
 def terms():
     """Two rows: the first with two masked tokens of four at t = 1/2, the second with one of two at t = 1/4."""
     return ForgetTerms(
-        row=torch.tensor([0, 0, 1]),
+        batch_index=torch.tensor([0, 0, 1]),
         num_masked=torch.tensor([2, 1]),
         num_response=torch.tensor([4, 2]),
         weight=torch.tensor([2.0, 4.0], dtype=torch.float64),
@@ -22,10 +22,10 @@ def terms():
         reference_bound=torch.tensor([4.0, 2.0], dtype=torch.float64),
         preferred_bound=torch.tensor([3.0, 1.0], dtype=torch.float64),
         preferred_reference_bound=torch.tensor([2.0, 5.0], dtype=torch.float64),
-        beta=0.5,
-        gamma=0.25,
-        alpha=2.0,
     )
+
+
+OPTIONS = {"beta": 0.5, "gamma": 0.25, "alpha": 2.0}
 
 
 def log_sigmoid(x: float) -> float:
@@ -48,16 +48,20 @@ CASES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_hand_worked(name, terms):
-    assert OBJECTIVES[name].loss(terms).tolist() == pytest.approx(CASES[name])
+    objective = OBJECTIVES[name]
+    assert objective.loss(terms, **objective.chosen(OPTIONS)).tolist() == pytest.approx(CASES[name])
 
 
 def test_bound_of_a_row_that_drew_nothing_is_zero(terms):
-    assert diffusion_bound(terms.nll, terms.row, torch.tensor([0.0, 4.0], dtype=torch.float64)).tolist() == [0, 2]
+    assert diffusion_bound(terms.nll, terms.batch_index, torch.tensor([0.0, 4.0], dtype=torch.float64)).tolist() == [
+        0,
+        2,
+    ]
 
 
 def test_wga_weights_carry_no_gradient(terms):
     nll = terms.nll.clone().requires_grad_()
-    OBJECTIVES["wga"].loss(terms._replace(nll=nll)).sum().backward()
+    OBJECTIVES["wga"].loss(terms._replace(nll=nll), alpha=2.0).sum().backward()
     expected = -torch.exp(-2 * terms.nll) * torch.tensor([2 / 4, 2 / 4, 4 / 2])
     torch.testing.assert_close(nll.grad, expected)
 

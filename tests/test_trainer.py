@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config
 from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError, divergence
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
+from mdu_trainer.masking import forward_process
 from mdu_trainer.testing import forget_retain_split
 from mdu_trainer.trainer.updates import fingerprint
 
@@ -85,10 +86,7 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
     part = batch[name]
     length = int(part["attention_mask"][i].sum())
     ids, response = part["input_ids"][i, :length], part["response_mask"][i, :length].bool()
-    stream = "retain" if name == "retain" else "forget"
-    visit, row = part["visit"][i : i + 1], part["row"][i : i + 1]
-    t = trainer._schedules[stream].times(visit, row).double().item()
-    noise = trainer._schedules[stream].noise(visit, row, length)[0]
+    t, noise = part["t"][i].double().item(), part["noise"][i, :length]
     drawn = response & (noise < t)
     masked = drawn.clone()
     if not masked.any():
@@ -126,7 +124,7 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
 
 
 def expected_loss(trainer, initial, batch):
-    rows = range(len(batch["forget"]["row"]))
+    rows = range(len(batch["forget"]["t"]))
     forget = [expected_row(trainer, initial, "forget", batch, i, trainer.args.loss_type) for i in rows]
     if trainer.args.kl_reduction == "token":
         total = sum(value * weight for value, weight in forget) / sum(weight for _, weight in forget)
@@ -174,12 +172,12 @@ def test_loss_equals_the_formula_in_float64(make_trainer, make_model, options):
 def test_fine_tuning_loss_equals_the_formula(make_trainer, make_model, sets, time_weighting):
     trainer = make_trainer(make_model().double(), forget=sets[1], cls=MDLMTrainer, time_weighting=time_weighting)
     part = batch_of(trainer)["train"]
-    noised = trainer._noise("train", part)
+    noised = forward_process(part, trainer.backbone.mask_token_id)
     trainer.model.eval()
     rows = []
     for i in range(4):
-        masked, length = noised.corruption.masked[i], int(part["attention_mask"][i].sum())
-        log_p = log_probs(trainer.model, noised.corruption.noisy_ids[i, :length])
+        masked, length = noised.masked[i], int(part["attention_mask"][i].sum())
+        log_p = log_probs(trainer.model, noised.input_ids[i, :length])
         nll = -log_p[masked[:length]].gather(1, part["input_ids"][i][masked][:, None]).sum()
         scale = noised.weight[i] / part["response_mask"][i].sum() if time_weighting else 1 / masked.sum()
         rows.append(nll * scale)
@@ -197,8 +195,9 @@ def test_prompt_masking_and_end_padding(make_trainer, sets):
     )
     part = batch_of(trainer)["train"]
     assert part["attention_mask"].min() == 1, "the padding is response now"
-    prompt_masked = (trainer._noise("train", part).corruption.masked & ~part["response_mask"].bool()).any(1)
-    assert 3 <= prompt_masked.sum() <= 17
+    takes_prompt = part["response_mask"][:, 0].bool()
+    assert 3 <= takes_prompt.sum() <= 17
+    assert part["response_mask"][takes_prompt].all(), "the whole prompt takes part, or none of it"
 
 
 def test_padding_and_batch_composition_change_nothing(make_trainer, make_model):
@@ -324,7 +323,8 @@ def test_head_projects_masked_positions_only(make_trainer, monkeypatch, tau, pro
     monkeypatch.setattr(divergence, "_project", counted)
     batch = batch_of(trainer)
     trainer.compute_loss(trainer.model, batch)
-    assert rows == [int(trainer._noise("forget", batch["forget"]).num_masked.sum())] * projections
+    masked = forward_process(batch["forget"], trainer.backbone.mask_token_id).masked
+    assert rows == [int(masked.sum())] * projections
 
 
 @pytest.mark.parametrize("options", [{"tau": 0.5}, {"loss_type": "npo", "retain_loss_type": "kl"}])
@@ -580,8 +580,7 @@ def expected_eval(trainer, initial, name, part, loss_type):
     """The mean loss of a constructor's eval set, row by row from the formula."""
     rows = trainer.eval_dataset[name]
     batch = trainer.data_collator([rows[i] for i in range(len(rows))])
-    with trainer._visiting(f"eval-{name}", trainer._schedules_of(rows)):
-        found = [expected_row(trainer, initial, part, batch, i, loss_type)[0] for i in range(len(rows))]
+    found = [expected_row(trainer, initial, part, batch, i, loss_type)[0] for i in range(len(rows))]
     return (sum(found) / len(found)).item()
 
 

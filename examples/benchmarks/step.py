@@ -98,15 +98,17 @@ def make_model(shape: Shape) -> LlamaForCausalLM:
 
 
 def make_batch(shape: Shape, visit: int) -> dict[str, Tensor]:
-    """Random rows, as the collator makes them."""
+    """Random rows, as the collator makes them, with the same masks in every variant."""
     generator = torch.Generator().manual_seed(visit)
     length = shape.prompt + shape.response
+    masks = MaskSchedule(0, "benchmark", shape.batch)
+    t, noise, _ = masks.draw(torch.full((shape.batch,), visit), torch.arange(shape.batch), length)
     batch = {
         "input_ids": torch.randint(3, shape.vocabulary, (shape.batch, length), generator=generator),
         "attention_mask": torch.ones(shape.batch, length, dtype=torch.long),
         "response_mask": (torch.arange(length) >= shape.prompt).long().repeat(shape.batch, 1),
-        "row": torch.arange(shape.batch),
-        "visit": torch.full((shape.batch,), visit),
+        "t": t,
+        "noise": noise,
         "weight": torch.ones(shape.batch),
     }
     return {name: x.to(shape.device) for name, x in batch.items()}
@@ -114,7 +116,6 @@ def make_batch(shape: Shape, visit: int) -> dict[str, Tensor]:
 
 def make_step(method: str, model: nn.Module, shape: Shape, lora: bool, folder: str) -> tuple[nn.Module, Step]:
     """The model in training, and a function of the visit that runs the forward passes and returns the loss."""
-    masks = MaskSchedule(0, "benchmark", shape.batch)  # the same masks in every variant
     rows = fictional_authors().select(range(2)).select_columns(["question", "answer"])
     tokenizer = train_tokenizer(dataset_texts(rows), vocab_size=300)
     tokenizer.mask_token, tokenizer.pad_token, tokenizer.eos_token = (tokenizer.decode([i]) for i in (2, 0, 1))
@@ -128,20 +129,19 @@ def make_step(method: str, model: nn.Module, shape: Shape, lora: bool, folder: s
         tau = 0.0 if method in ("mdu tau=0", "textbook") else TAU  # the textbook step keeps its own copy
         trainer = MDUTrainer(model, MDUConfig(tau=tau, retain_weight=0.0, **shared), **passed)
         name = "forget"
-    trainer._schedules = {name: masks}
     model = trainer.model.train()
     if method == "textbook":
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         initial = copy.deepcopy(base).requires_grad_(False).eval()
-        return model, lambda visit: textbook_loss(model, initial, make_batch(shape, visit), masks)
+        return model, lambda visit: textbook_loss(model, initial, make_batch(shape, visit))
     return model, lambda visit: trainer.compute_loss(model, {name: make_batch(shape, visit)})
 
 
-def textbook_loss(model: nn.Module, initial: nn.Module, batch: dict[str, Tensor], masks: MaskSchedule) -> Tensor:
+def textbook_loss(model: nn.Module, initial: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """MDU as its equation reads: the divergence of whole sequences, of which the masked positions are averaged."""
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
-    t, noise = masks.times(batch["visit"], batch["row"]), masks.noise(batch["visit"], batch["row"], ids.shape[1])
-    noisy_ids, masked, _, anchor_ids = corrupt(ids, batch["response_mask"], attention_mask, 2, t=t, noise=noise)
+    draw = {"t": batch["t"], "noise": batch["noise"]}
+    noisy_ids, masked, _, anchor_ids = corrupt(ids, batch["response_mask"], attention_mask, 2, **draw)
     log_p = model(input_ids=noisy_ids, attention_mask=attention_mask).logits.float().log_softmax(dim=-1)
     with torch.no_grad():
         anchor_logits = initial(input_ids=anchor_ids, attention_mask=attention_mask).logits

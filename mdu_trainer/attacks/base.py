@@ -24,9 +24,9 @@ from ..evaluation.scoring import Question, encode_questions
 from ..evaluation.sources import check_texts
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
-from ..masking import corrupt
+from ..masking import forward_process
 from ..models import Backbone, resolve_backbone, row_figures
-from ..objectives import row_sums
+from ..objectives import sum_by_example
 from ..provenance.words import has_words
 from ..token_roles.labels import Role, label_roles
 from ..token_roles.spans import token_spans
@@ -201,18 +201,17 @@ class Target:
         return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A padded batch of `{"prompt": ids, "response": ids, "row": ..., "visit": ..., "weight": ...}`."""
+        """A padded batch of rows as `RowPairs` gives them, on the model's device."""
         batch = DataCollatorForUnlearning(self.backbone.pad_token_id)([{"rows": row} for row in rows])["rows"]
         device = next(self.model.parameters()).device
         return {name: value.to(device) for name, value in batch.items()}
 
-    def masked_nll(self, batch: dict[str, torch.Tensor], t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of the tokens of each response that are masked where `noise < t`: `[B]`, in nats."""
-        ids, attention_mask, backbone = batch["input_ids"], batch["attention_mask"], self.backbone
-        noisy_ids, masked, *_ = corrupt(ids, batch["response_mask"], attention_mask, backbone.mask_token_id, t, noise)
-        measure = TokenNLL(ids[masked])
-        nll = row_figures(self.model, noisy_ids, attention_mask, masked, measure, logit_shift=backbone.logit_shift)
-        return row_sums(nll.value, masked.nonzero(as_tuple=True)[0], len(ids)) / masked.sum(dim=1)
+    def masked_nll(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Mean cross-entropy of the masked tokens of each response: `[B]`, in nats."""
+        noised = forward_process(batch, self.backbone.mask_token_id)
+        where, measure = (noised.input_ids, noised.attention_mask, noised.masked), TokenNLL(noised.targets)
+        nll = row_figures(self.model, *where, measure, logit_shift=self.backbone.logit_shift)
+        return sum_by_example(nll.value, noised.batch_index, len(noised.masked)) / noised.num_masked
 
     def score(self, answers: list[str], rows: Sequence[int] | None = None) -> list[float]:
         """Recall of each answer against what only the row's answer says; of some rows, if given."""

@@ -13,6 +13,7 @@ with other answers do; other questions mostly do not, for a model recognises the
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -77,14 +78,24 @@ def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np
     with evaluation_mode(target.model):
         for first in range(0, figures.size, step):
             row, size, draw = places = passes[:, first : first + step]
+            masks = _SizedMasks(seed, torch.from_numpy(places))
             batch = target.collate(
                 [
-                    {"prompt": one.prompt, "response": one.answers["answer"][0], "row": 0, "visit": 0, "weight": 1.0}
-                    for one in (questions[i] for i in row)
+                    {"prompt": one.prompt, "response": one.answers["answer"][0], "row": number, "visit": 0}
+                    | {"weight": 1.0, "schedule": masks}
+                    for number, one in enumerate(questions[i] for i in row)
                 ]
             )
-            position, device = torch.arange(batch["input_ids"].shape[1]), batch["input_ids"].device
-            noise = counter_uniform(seed, *torch.from_numpy(places)[:, :, None], position)
-            t = torch.tensor(SIZES)[size]
-            figures[row, size, draw] = -target.masked_nll(batch, t.to(device), noise.to(device)).cpu().numpy()
+            figures[row, size, draw] = -target.masked_nll(batch).cpu().numpy()
     return figures.mean(axis=2).round(DECIMALS)
+
+
+class _SizedMasks(NamedTuple):
+    """Masks of each of `SIZES`, for the collator; `places` `[3, B]` are row, size and draw of each pass."""
+
+    seed: int
+    places: torch.Tensor
+
+    def draw(self, visit: torch.Tensor, row: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
+        noise = counter_uniform(self.seed, *self.places[:, row, None], torch.arange(length))
+        return torch.tensor(SIZES)[self.places[1, row]], noise, torch.zeros(len(row), dtype=torch.bool)

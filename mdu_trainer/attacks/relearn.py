@@ -82,14 +82,12 @@ def _updates(target: Target, questions: list[Question], parameters: list[nn.Para
     """Train; yields the number of updates so far after each."""
     settings, size = target.settings, target.settings.relearn_batch_size
     parts = TokenizedRows([q.prompt for q in questions], [q.answers["answer"][0] for q in questions])
-    rows, schedule = RowPairs({"train": parts}, seed, shuffled), MaskSchedule(seed, "relearn", len(parts))
+    rows = RowPairs({"train": parts}, seed, shuffled, {"train": MaskSchedule(seed, "relearn", len(parts))})
     optimizer = torch.optim.AdamW(parameters, lr=settings.relearn_learning_rate, weight_decay=0.0)
     for step in range(settings.relearn_steps):
         batch = target.collate([rows[counter]["train"] for counter in range(step * size, (step + 1) * size)])
-        visit, row = batch["visit"], batch["row"]
         with torch.enable_grad():
-            noise = schedule.noise(visit, row, batch["input_ids"].shape[1])
-            target.masked_nll(batch, schedule.times(visit, row), noise).mean().backward()
+            target.masked_nll(batch).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         yield step + 1

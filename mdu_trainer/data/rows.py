@@ -9,7 +9,7 @@ question/answer data set maps in one line:
 The columns `tools` and `chat_template_kwargs` go to the chat template, as in TRL.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files import UserError
-from ..masking import permutation
+from ..masking import MaskSchedule, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
 from .reading import Row, check_table, read_row, read_rows
@@ -176,18 +176,32 @@ class RowPairs(torch.utils.data.Dataset):
     """Rows of several sets side by side, addressed by a counter that runs on over epochs.
 
     An epoch is one pass over the largest set; the smaller ones are cycled. Each pass over a set is a visit, with an
-    order that is a function of (seed, visit) alone, so nothing depends on batch size, processes or resumption.
+    order and masks that are functions of (seed, visit) alone, so nothing depends on batch size, processes or
+    resumption.
 
     Args:
         parts: name -> rows, e.g. {"forget": ..., "retain": ...}.
         seed: seed of the orders.
         order: `(rows, seed, visit) -> row numbers`, see `shuffled`, `in_order` and `length_grouped`.
+        schedules: name -> the times and the mask noise of its rows.
+
+    Attributes:
+        anchors: (visit, row) -> `[n, H]`, the anchors of a forget row's masked tokens, where they were computed
+            before training. A loader reads ahead of the last step: rows beyond it have none.
     """
 
-    def __init__(self, parts: dict[str, TokenizedRows], seed: int, order: Callable[[TokenizedRows, int, int], Tensor]):
+    def __init__(
+        self,
+        parts: dict[str, TokenizedRows],
+        seed: int,
+        order: Callable[[TokenizedRows, int, int], Tensor],
+        schedules: dict[str, MaskSchedule],
+    ):
         self.parts = parts
         self.seed = seed
         self.order = order
+        self.schedules = schedules
+        self.anchors: Mapping[tuple[int, int], Tensor] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
@@ -202,8 +216,11 @@ class RowPairs(torch.utils.data.Dataset):
         visit, slot = divmod(counter, len(rows))
         row = int(self._order(name, visit)[slot])
         item = {"prompt": rows.prompts[row], "response": rows.responses[row], "row": row, "visit": visit}
+        item["schedule"] = self.schedules[name]
         if rows.preferred:
             item["preferred"] = rows.preferred[row]
+        if name == "forget" and (visit, row) in self.anchors:
+            item["anchor"] = self.anchors[visit, row]
         return item
 
     def _order(self, name: str, visit: int) -> Tensor:
@@ -264,9 +281,11 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 class DataCollatorForUnlearning:
     """Pads rows on the right into {"forget": batch, "retain": batch, ...}.
 
-    A batch has `input_ids`, `attention_mask` and `response_mask`, int64 `[B, L]`, `row` and `visit`, int64 `[B]`, and
-    `weight`, float `[B]`: 0 for rows that only fill up the batches of the last update of an epoch, 1 for all others.
-    Where rows have a preferred response, a further batch "preferred" holds prompt and preferred response.
+    A batch has `input_ids`, `attention_mask` and `response_mask`, int64 `[B, L]`; the diffusion times `t`, float
+    `[B]`, and the mask noise `noise`, float `[B, L]`; and `weight`, float `[B]`: 0 for rows that only fill up the
+    batches of the last update of an epoch, 1 for all others. Where rows have a preferred response, a further batch
+    "preferred" holds prompt and preferred response, masked as the one to forget. Anchors that were computed before
+    training stand in `anchor`, `[N, H]` for the N masked tokens.
 
     Args:
         pad_token_id: id that fills the padding.
@@ -295,14 +314,19 @@ class DataCollatorForUnlearning:
             input_ids[i, :stop] = torch.tensor(row["prompt"] + row[response])
             attention_mask[i, :stop] = 1
             response_mask[i, start : stop if self.end_token_id is None else length] = 1
-        return {
+        visit, number = (torch.tensor([row[name] for row in rows]) for name in ("visit", "row"))
+        t, noise, takes_prompt = rows[0]["schedule"].draw(visit, number, length)
+        batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "response_mask": response_mask,
-            "row": torch.tensor([row["row"] for row in rows]),
-            "visit": torch.tensor([row["visit"] for row in rows]),
+            "response_mask": torch.where(takes_prompt[:, None], attention_mask, response_mask),
+            "t": t,
+            "noise": noise,
             "weight": torch.tensor([row["weight"] for row in rows]),
         }
+        if all("anchor" in row for row in rows):
+            batch["anchor"] = torch.cat([row["anchor"] for row in rows])
+        return batch
 
 
 def _length_limit(max_length: int | None, context_length: int | None) -> int | None:

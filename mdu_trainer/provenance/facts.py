@@ -32,13 +32,6 @@ FACTS_FILE = "unlearning.json"
 SCHEMA, UNSEALED = 2, 1  # the earlier schema has fingerprints without a key, and no seal of the hashes
 PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 
-OBJECTIVE_OPTIONS = {  # those that each method reads
-    "mdu": ("kl_reduction", "anchor_source"),
-    "npo": ("beta",),
-    "simnpo": ("beta", "gamma"),
-    "wga": ("alpha",),
-    "dpo": ("beta",),
-}
 TRAINING_OPTIONS = (
     "learning_rate",
     "weight_decay",
@@ -198,8 +191,7 @@ def trainer_facts(trainer: "MDUTrainer", forget: SetFacts, retain: SetFacts | No
     config = model.config
     name = getattr(config, "_name_or_path", None) or None
     is_local = name is None or Path(name).exists()
-    names = OBJECTIVE_OPTIONS.get(args.loss_type, ())
-    options = {option: trainer.beta if option == "beta" else getattr(args, option) for option in names}
+    options = {name: getattr(args, name) for name in trainer.forget_objective.settings} | trainer.loss_options
     options["retain_weight"] = args.retain_weight
     if args.retain_weight:
         options["retain_loss_type"] = args.retain_loss_type

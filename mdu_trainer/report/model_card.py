@@ -22,10 +22,11 @@ from ..attacks.results import Recovery
 from ..commands import ArgumentParser, run
 from ..evaluation.results import Estimate, Results, Run
 from ..files import UserError
+from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
 from .markup import figure_text, markdown_code, markdown_text
 from .records import RecoveryLike, attack_words, load_recovery
-from .wording import METHODS, METRICS
+from .wording import METRICS
 
 logger = logging.get_logger(__name__)
 
@@ -283,7 +284,7 @@ def has_chat_template(folder: Path) -> bool:
 
 def card_wording() -> str:
     """What every card says, which therefore is no quote of a row: the template and the texts that go into it."""
-    methods = [method.words for method in METHODS.values()]
+    methods = [method.words for method in OBJECTIVES.values()]
     return " ".join([template_path().read_text(encoding="utf-8"), *methods, *METRICS.values(), CHAT_PROMPT])
 
 
@@ -296,7 +297,7 @@ def template_path() -> Path:
 def _words(facts: Facts) -> dict[str, Any]:
     """What the template says of the method and the training."""
     return {
-        "method": METHODS[facts.method],
+        "method": described(facts.method),
         "options": [markdown_code(f"{k}={v}") for k, v in facts.options.items() if not k.startswith("retain_")],
         "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
         "training": _training(facts),

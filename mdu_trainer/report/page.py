@@ -24,6 +24,7 @@ from ..attacks.results import Recovery
 from ..evaluation.frontier import candidates, frontier_table, select, value_of
 from ..evaluation.results import Results, Run, parse_markdown_table
 from ..files import UserError, without_secrets, write_whole
+from ..objectives import described
 from ..provenance.facts import Facts
 from ..token_roles.labels import audit_html, label_roles
 from ..token_roles.results import RoleReport
@@ -32,7 +33,7 @@ from .model_card import CARD, RESULTS, chosen_run, data_name, drawn_recoveries, 
 from .plots import plot_frontier, plot_losses, plot_tradeoff
 from .records import RECOVERY, load_recovery
 from .recovery_plots import Recoveries
-from .wording import METHODS, METRICS
+from .wording import METRICS
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
 ROLES, STATE = "roles.json", "trainer_state.json"
@@ -256,7 +257,7 @@ def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
         }
         for model in models
     ]
-    methods = {METHODS[model.facts.method].title: METHODS[model.facts.method] for model in models}
+    methods = {one.title: one for one in (described(model.facts.method) for model in models)}
     curves = histories and _draw(
         plot_losses,
         histories,

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -33,13 +33,12 @@ FOLDER = "anchor_cache"
 class AnchorBatch(NamedTuple):
     """Rows whose anchor is to be computed."""
 
-    visit: Tensor  # [B]
-    row: Tensor  # [B]
-    num_masked: Tensor  # [B]
+    keys: list[tuple[int, int]]  # (visit, row) of each
+    num_masked: list[int]
     predict: Callable[[], Prediction]  # of the masked tokens, row after row
 
 
-class AnchorCache:
+class AnchorCache(Mapping[tuple[int, int], Tensor]):
     """The head's input at the masked tokens of each (visit, row), read from a file that is mapped into memory.
 
     Args:
@@ -47,23 +46,19 @@ class AnchorCache:
         fingerprint: of everything that the anchors depend on. A file with another one is not read.
         batches: what a run reads, in order. Iterated once to lay out the file, and once more to fill it if it is not
             there; every process goes through all of them and computes its share.
-        head: theta_0's head, or None if the head is not trained.
-
     Raises:
         OSError: the disk has no room for the file.
         ValueError: the head cannot be fused, and logits would not fit on a disk.
     """
 
-    def __init__(
-        self, folder: Path, fingerprint: str, batches: Callable[[], Iterable[AnchorBatch]], head: Projection | None
-    ):
-        self.folder, self.head = Path(folder), head
+    def __init__(self, folder: Path, fingerprint: str, batches: Callable[[], Iterable[AnchorBatch]]):
+        self.folder = Path(folder)
         self._start: dict[tuple[int, int], tuple[int, int]] = {}
         self._num_batches = self._tokens = 0
         for batch in batches():
             self._num_batches += 1
-            for visit, row, count in zip(*(x.tolist() for x in batch[:3]), strict=True):
-                self._start[visit, row] = (self._tokens, self._tokens + count)
+            for key, count in zip(batch.keys, batch.num_masked, strict=True):
+                self._start[key] = (self._tokens, self._tokens + count)
                 self._tokens += count
         fingerprint = fingerprint_of(fingerprint, list(self._start.items()))  # the order and lengths lay out the file
         state = PartialState()
@@ -76,17 +71,18 @@ class AnchorCache:
             state.wait_for_everyone()
             header, _ = self._header(fingerprint)
         else:
-            logger.info(f"Using the {len(self._start)} anchors in {self.folder}.")
+            logger.info(f"Using the {len(self)} anchors in {self.folder}.")
         self._hidden = self._map(header)
 
-    def read(self, visit: Tensor, row: Tensor) -> Projection:
-        """The anchors of a batch's masked tokens, row after row: hidden `[N, H]`."""
-        keys = zip(visit.tolist(), row.tolist(), strict=True)
-        hidden = torch.cat([self._hidden[slice(*self._start[key])] for key in keys]).to(row.device)
-        return Projection(hidden) if self.head is None else self.head._replace(hidden=hidden)
+    def __getitem__(self, key: tuple[int, int]) -> Tensor:
+        """The head's input at the masked tokens of (visit, row): `[n, H]`."""
+        return self._hidden[slice(*self._start[key])]
 
-    def __contains__(self, key: tuple[int, int]) -> bool:
-        return key in self._start
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)
 
     @property
     def _paths(self) -> tuple[Path, Path]:
@@ -131,9 +127,9 @@ class AnchorCache:
                 _reserve(data, self._tokens * new.shape[1] * new.dtype.itemsize)
                 hidden = self._map(header)
             stop = 0
-            for visit, row, count in zip(*(x.tolist() for x in batch[:3]), strict=True):
+            for key, count in zip(batch.keys, batch.num_masked, strict=True):
                 start, stop = stop, stop + count
-                hidden[slice(*self._start[visit, row])] = new[start:stop].to("cpu")
+                hidden[slice(*self._start[key])] = new[start:stop].to("cpu")
         del hidden
         state.wait_for_everyone()
         if state.is_main_process:

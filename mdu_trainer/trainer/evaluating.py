@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +23,32 @@ class EvalRows(RowPairs):
     """Rows to evaluate on, in their own order.
 
     Args:
+        args: of the trainer.
         rows: of the set.
         parts: the parts of a batch that they are, e.g. ["forget", "retain"]: the same rows for each.
         name: of the set among others; None for the only one.
     """
 
-    def __init__(self, rows: TokenizedRows, parts: list[str], name: str | None = None):
-        super().__init__({part: rows for part in parts}, 0, in_order)
+    def __init__(self, args: Any, rows: TokenizedRows, parts: list[str], name: str | None = None):
+        by_part = dict.fromkeys(parts, rows)
+        super().__init__(by_part, 0, in_order, schedules(args, by_part, "eval-"))
         self.rows, self.name = rows, name
+
+
+class Score(NamedTuple):
+    """A score of each example of a batch, and what each weighs in the mean: both `[B]`."""
+
+    value: Tensor
+    weight: Tensor
+
+
+Scores = dict[str, Score]
+
+
+def schedules(args: Any, parts: dict[str, TokenizedRows], prefix: str = "") -> dict[str, MaskSchedule]:
+    """The masks of each part, which are those of its name: eval sets draw others than the rows in training."""
+    how = (args.t_min, args.t_max, args.time_epsilon, args.prompt_mask_ratio)
+    return {name: MaskSchedule(args.seed, f"{prefix}{name}", len(rows), *how) for name, rows in parts.items()}
 
 
 class EvaluationMixin:
@@ -90,7 +108,19 @@ class EvaluationMixin:
         if isinstance(dataset, dict):
             return {name: self._tokenize_eval(args, rows, name) for name, rows in dataset.items()}
         parts = self._eval_parts(args, name)
-        return EvalRows(self._tokenize(args, dataset, "eval", **self._eval_columns(args, parts)), parts, name)
+        return EvalRows(args, self._tokenize(args, dataset, "eval", **self._eval_columns(args, parts)), parts, name)
+
+    def _renew_eval_sets(self) -> None:
+        """Make the eval sets' parts and masks anew, as the configuration says now."""
+
+        def renewed(rows: RowPairs | None) -> RowPairs | None:
+            if not isinstance(rows, EvalRows):
+                return rows
+            return EvalRows(self.args, rows.rows, self._eval_parts(self.args, rows.name), rows.name)
+
+        sets = self.eval_dataset
+        several = isinstance(sets, dict)
+        self.eval_dataset = {name: renewed(rows) for name, rows in sets.items()} if several else renewed(sets)
 
     def _eval_parts(self, args: Any, name: str | None) -> list[str]:
         """The parts that the rows of an eval set are: each is asked for a loss."""
@@ -113,7 +143,7 @@ class EvaluationMixin:
                 raise UserError(f"{twice} would name a figure of two eval sets; rename one of {', '.join(dataset)}.")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; also sets the masks of the set that is evaluated."""
+        """As in `Trainer`; also sets which loss the set is asked for."""
         named = isinstance(eval_dataset, str)
         known = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         if named and eval_dataset not in known:
@@ -121,15 +151,15 @@ class EvaluationMixin:
         dataset = self.eval_dataset[eval_dataset] if named else eval_dataset or self.eval_dataset
         if dataset is None:
             raise UserError("There is no eval set. Pass eval_dataset to evaluate, or to the constructor.")
-        self._visit_when_evaluating(dataset)
+        self._ask_for_loss(dataset)
         kept = getattr(self, "_eval_dataloaders", {})  # by persistent workers, under one key for all unnamed sets
         if not named and "eval" in kept and kept["eval"].dataset is not dataset:
             del kept["eval"]
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset: Any) -> torch.utils.data.DataLoader:
-        """As in `Trainer`; also sets the masks of the set."""
-        self._visit_when_evaluating(test_dataset)
+        """As in `Trainer`; also sets which loss the set is asked for."""
+        self._ask_for_loss(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> torch.utils.data.DataLoader:
@@ -143,9 +173,7 @@ class EvaluationMixin:
     def _get_eval_sampler(self, eval_dataset: Any) -> EpochSampler:
         return EpochSampler(len(eval_dataset), epoch=lambda: 0)
 
-    def _visit_when_evaluating(self, dataset: RowPairs) -> None:
-        self._eval_schedules = self._schedules_of(dataset)
-        self._eval_stage = next((name for name, known in self._eval_sets.items() if known is dataset), "eval")
+    def _ask_for_loss(self, dataset: RowPairs) -> None:
         self._eval_loss = self._loss_of(getattr(dataset, "name", None), list(dataset.parts))
 
     @property
@@ -155,31 +183,18 @@ class EvaluationMixin:
             return {f"eval-{name}": dataset for name, dataset in self.eval_dataset.items()}
         return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
 
-    def _schedules_of(self, dataset: RowPairs) -> dict[str, MaskSchedule]:
-        return {name: self._schedule(f"eval-{name}", len(rows)) for name, rows in dataset.parts.items()}
-
-    @contextmanager
-    def _visiting(self, stage: str, schedules: dict[str, MaskSchedule]) -> Iterator[None]:
-        before = self._stage, self._schedules
-        self._stage, self._schedules = stage, schedules
-        try:
-            yield
-        finally:
-            self._stage, self._schedules = before
-
     # Figures
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[None, Tensor, Tensor]:
-        """The K figures of a batch and their weights, `[B, K, 2]`; weighted means over all rows are the metrics."""
+        """The K scores of a batch and their weights, `[B, K, 2]`; weighted means over all examples are the metrics."""
         inputs = self._prepare_inputs(inputs)
-        with self._visiting(self._eval_stage, self._eval_schedules):
-            with torch.no_grad(), self.compute_loss_context_manager():
-                figures = self._figures(model, inputs)
-        self._eval_names = list(figures)
-        rows = torch.stack([torch.stack(figure, dim=1).float() for figure in figures.values()], dim=1)
-        return None, rows, torch.zeros(len(rows), device=rows.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            _, scores = self.compute_loss(model, inputs, return_outputs=True)
+        self._eval_names = list(scores)
+        stacked = torch.stack([torch.stack(score, dim=1).float() for score in scores.values()], dim=1)
+        return None, stacked, torch.zeros(len(stacked), device=stacked.device)
 
     def _mean_rows(self, prediction: EvalPrediction) -> dict[str, float]:
         figures = torch.from_numpy(_joined(prediction.predictions)).double()

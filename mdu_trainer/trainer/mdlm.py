@@ -2,14 +2,13 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
@@ -28,7 +27,7 @@ from ..data.rows import (
 )
 from ..divergence import Joint, Measure, TokenFigures, TokenNLL
 from ..files import UserError
-from ..masking import Corruption, MaskSchedule, corrupt
+from ..masking import Noised, forward_process, side_by_side
 from ..models import (
     Backbone,
     base_of,
@@ -42,10 +41,10 @@ from ..models import (
 from ..models.backbone import target_modules_of
 from ..models.checks import check_finite
 from ..models.refusals import refuse_adapter
-from ..objectives import diffusion_bound, row_sums
+from ..objectives import mean_by_example, sum_by_example
 from .checkpoints import make_writable
 from .distributed import DistributedBackend
-from .evaluating import EvaluationMixin
+from .evaluating import EvaluationMixin, Score, Scores, schedules
 from .guard import SafeTrainingMixin
 
 logger = logging.get_logger(__name__)
@@ -54,41 +53,6 @@ Batch = dict[str, Tensor]
 READ_ONCE = ("max_length", "pad_with_end_tokens")  # arguments that a search cannot vary
 # adapters whose targets are no linear layers; PEFT knows which
 OTHER_TARGETS = (PeftType.ADAPTION_PROMPT, PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
-
-
-class Figure(NamedTuple):
-    """A figure of each row of a batch, and what each row weighs in its mean: both `[B]`."""
-
-    value: Tensor
-    weight: Tensor
-
-
-Figures = dict[str, Figure]
-
-
-class Noised(NamedTuple):
-    """A batch after the forward process, with N masked positions in B rows."""
-
-    corruption: Corruption
-    attention_mask: Tensor  # [B, L]
-    targets: Tensor  # [N] the masked tokens
-    row: Tensor  # [N] their rows
-    num_masked: Tensor  # [B]
-    num_response: Tensor  # [B]
-    weight: Tensor  # [B] 1/t; 0 where the draw had masked nothing
-
-    @property
-    def where(self) -> tuple[Tensor, Tensor]:
-        """Attention mask and the positions to predict, as the model's passes take them."""
-        return self.attention_mask, self.corruption.masked
-
-    def per_row(self, values: Tensor) -> Tensor:
-        """Mean of `values` `[N]` over the masked tokens of each row: `[B]`."""
-        return row_sums(values, self.row, len(self.num_masked)) / self.num_masked
-
-    def bound(self, nll: Tensor) -> Tensor:
-        """The masked-diffusion bound from the tokens' cross-entropy `[N]`: `[B]`."""
-        return diffusion_bound(nll, self.row, self.weight)
 
 
 class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
@@ -170,8 +134,6 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
         self._read_once = {name: getattr(args, name) for name in READ_ONCE}
         self.model_accepts_loss_kwargs = False
         self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
-        self._stage = "train"  # which rows are visited: these, or an eval set's
-        self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
 
     @classmethod
     def _config(cls, args: MDLMConfig | None) -> MDLMConfig:
@@ -204,7 +166,7 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
         if self.train_dataset is not None:
             parts = self.train_dataset.parts
             self.train_dataset = _pairs(parts, args)
-            self._schedules = {name: self._schedule(name, len(rows)) for name, rows in parts.items()}
+        self._renew_eval_sets()
 
     def _check_run(self) -> None:
         args = self.args
@@ -223,81 +185,41 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor | tuple[Tensor, Figures]:
-        """The loss of a micro-batch, and with `return_outputs` the figures of its rows."""
-        figures = weighted(self._figures(model, inputs), inputs)
-        loss = self._mean(figures, "loss", num_items_in_batch)
-        return self._finish(loss, figures, return_outputs)
+    ) -> Tensor | tuple[Tensor, Scores]:
+        """The loss of a micro-batch of B examples, and with `return_outputs` the scores of each.
 
-    def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
-        noised = self._noise("train", inputs["train"])
-        weight = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked
-        ((nll, entropy),) = self._measure(model, (noised, TokenNLL(noised.targets, weight[noised.row])))
-        loss = noised.bound(nll) / noised.num_response if self.args.time_weighting else noised.per_row(nll)
-        return {"loss": each_row(loss), **self._prediction_figures(noised, entropy)}
+            L = E_t [ 1/t * sum_{i in M_t} CE_i / |y| ], without time weighting E_t [ 1/|M_t| * sum_{i in M_t} CE_i ]
 
-    def _mean(self, figures: Figures, name: str, sizes: dict[str, Tensor] | None) -> Tensor:
-        """Mean of a figure over rows; `sizes` holds the mean weight of the micro-batches of the update."""
-        value, weight = figures[name]
+        Args:
+            num_items_in_batch: name of a loss -> weight of the examples in its mean, as `get_batch_samples` counts it.
+        """
+        # 1. The forward process: y_t is y with the positions M_t masked, N in all
+        batch = inputs["train"]
+        noised = forward_process(batch, self.backbone.mask_token_id)
+
+        # 2. The prediction p_theta(. | x, y_t): of each masked token -log p and the entropy, [N]
+        weight = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked  # [B]
+        measure = TokenNLL(noised.targets, weight[noised.batch_index])
+        nll, entropy = self._measure(model, [noised], [measure])[0]
+
+        # 3. One loss an example [B], then the mean over the update
+        loss = weight * sum_by_example(nll, noised.batch_index, len(weight))
+        scores = {"loss": Score(loss, batch["weight"])} | prediction_scores(noised, entropy, batch["weight"])
+        loss = self._mean("loss", scores, num_items_in_batch)
+        self._record(loss, scores)
+        return (loss, scores) if return_outputs else loss
+
+    def _measure(self, model: nn.Module, batches: Sequence[Noised], measures: Sequence[Measure]) -> list[TokenFigures]:
+        """One forward pass over all batches, and of each what its measure asks of the masked tokens: `[N]`."""
+        counts = [len(noised.targets) for noised in batches]
+        where = side_by_side(batches, self.backbone.pad_token_id)
+        measured = row_figures(model, *where, Joint(counts, measures), logit_shift=self.backbone.logit_shift)
+        return [TokenFigures(*part) for part in zip(*(column.split(counts) for column in measured), strict=True)]
+
+    def _mean(self, name: str, scores: Scores, sizes: dict[str, Tensor] | None) -> Tensor:
+        """Mean of a score over examples; `sizes` holds the mean weight of the micro-batches of the update."""
+        value, weight = scores[name]
         return (value * weight).sum() / (sizes[name] if sizes else weight.sum())
-
-    # Steps of a loss
-
-    def _noise(self, name: str, batch: Batch) -> Noised:
-        """The forward process on a batch of the data set `name`, as the seed says."""
-        schedule = self._schedules[name]
-        visit, row, response = batch["visit"], batch["row"], batch["response_mask"]
-        if name == "train" and self.args.prompt_mask_ratio:
-            prompt_too = schedule.bernoulli(visit, row, self.args.prompt_mask_ratio)
-            response = torch.where(prompt_too[:, None], batch["attention_mask"], response)
-        t = schedule.times(visit, row)
-        noise = schedule.noise(visit, row, response.shape[1])
-        corruption = corrupt(
-            batch["input_ids"], response, batch["attention_mask"], self.backbone.mask_token_id, t=t, noise=noise
-        )
-        drew_any = ((noise < t[:, None]) & response.bool()).any(dim=1)
-        return Noised(
-            corruption=corruption,
-            attention_mask=batch["attention_mask"],
-            targets=batch["input_ids"][corruption.masked],
-            row=corruption.masked.nonzero(as_tuple=True)[0],
-            num_masked=corruption.masked.sum(dim=1),
-            num_response=response.sum(dim=1),
-            weight=drew_any / t,
-        )
-
-    def _measure(self, model: nn.Module, *asked: tuple[Noised, Measure]) -> list[TokenFigures]:
-        """The conditional pass, p_theta(. | x, y_t), over all batches at once, and of each its measure: `[N]`."""
-        batches, measures = zip(*asked, strict=True)
-        width = max(noised.attention_mask.shape[1] for noised in batches)
-        ids, mask, rows = (
-            torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
-            for value, *parts in (
-                (self.backbone.pad_token_id, *(noised.corruption.noisy_ids for noised in batches)),
-                (0, *(noised.attention_mask for noised in batches)),
-                (False, *(noised.corruption.masked for noised in batches)),
-            )
-        )
-        counts = [len(noised.row) for noised in batches]
-        measure = Joint(list(zip(counts, measures, strict=True))) if len(asked) > 1 else measures[0]
-        figures = row_figures(model, ids, mask, rows, measure, **self._shift)
-        return [TokenFigures(*part) for part in zip(*(column.split(counts) for column in figures), strict=True)]
-
-    @property
-    def _shift(self) -> dict[str, bool]:
-        return {"logit_shift": self.backbone.logit_shift}
-
-    def _prediction_figures(self, noised: Noised, entropy: Tensor) -> Figures:
-        return {
-            "entropy": each_row(noised.per_row(entropy)),
-            "masked_fraction": each_row(noised.num_masked / noised.num_response),
-        }
-
-    def _finish(self, loss: Tensor, figures: Figures, return_outputs: bool) -> Tensor | tuple[Tensor, Figures]:
-        if self.model.training:
-            self.guard.see(loss)
-        self._record(figures)
-        return (loss, figures) if return_outputs else loss
 
     # Data
 
@@ -318,10 +240,6 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
 
     def _tokenize(self, args: MDLMConfig, dataset: Dataset, name: str, **kwargs: bool) -> TokenizedRows:
         return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=args.max_length, **kwargs)
-
-    def _schedule(self, name: str, num_rows: int) -> MaskSchedule:
-        args = self.args
-        return MaskSchedule(args.seed, name, num_rows, args.t_min, args.t_max, args.time_epsilon)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in
@@ -366,9 +284,13 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
     # Logging
 
     @torch.no_grad()
-    def _record(self, figures: Figures) -> None:
-        for name, (value, weight) in figures.items():
-            if name != "loss" and self.model.training:
+    def _record(self, loss: Tensor, scores: Scores) -> None:
+        """Sum up the scores of a training step until they are logged, and show its loss to the guard."""
+        if not self.model.training:
+            return
+        self.guard.see(loss)
+        for name, (value, weight) in scores.items():
+            if name != "loss":
                 total = torch.stack([(value * weight).sum(), weight.sum()]).float()
                 keep = total.isfinite().all() | (not self.args.logging_nan_inf_filter)
                 self._metrics[name] += torch.where(keep, total, 0.0)
@@ -382,15 +304,12 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
         super().log(logs, start_time)
 
 
-def weighted(figures: Figures, inputs: dict[str, Batch]) -> Figures:
-    """The figures of a batch without the rows that only fill it up."""
-    rows = next(iter(inputs.values()))["weight"]
-    return {name: Figure(value, weight * rows) for name, (value, weight) in figures.items()}
-
-
-def each_row(value: Tensor) -> Figure:
-    """A figure in whose mean all rows weigh the same."""
-    return Figure(value, torch.ones_like(value))
+def prediction_scores(noised: Noised, entropy: Tensor, weight: Tensor) -> Scores:
+    """What is logged of every prediction: its entropy `[N]`, and the share of the response that was masked."""
+    return {
+        "entropy": Score(mean_by_example(entropy, noised.batch_index, noised.num_masked), weight),
+        "masked_fraction": Score(noised.num_masked / noised.num_response, weight),
+    }
 
 
 def _load(
@@ -457,7 +376,8 @@ def _check_source(model: Any, model_init: Callable | None, optimizers: tuple) ->
 
 
 def _pairs(parts: dict[str, TokenizedRows], args: MDLMConfig) -> RowPairs:
-    return RowPairs(parts, args.seed if args.data_seed is None else args.data_seed, _order(args))
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return RowPairs(parts, seed, _order(args), schedules(args, parts))
 
 
 def _with_targets(peft_config: PeftConfig, backbone: Backbone) -> PeftConfig:

@@ -1,4 +1,4 @@
-"""Unlearning for masked diffusion language models: the loss, step by step. The maths is in its own rooms."""
+"""Unlearning of masked diffusion language models: the loss, step by step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -15,15 +15,16 @@ from transformers.utils import logging
 
 from ..config import MDUConfig
 from ..data.rows import RowPairs, TokenizedRows, count_overlap
-from ..divergence import AnchorKL, Measure, Prediction, TokenNLL
+from ..divergence import AnchorKL, Measure, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..hub.trainer_side import PublishingMixin
+from ..masking import Noised, forward_process
 from ..models import row_projection, weights_fingerprint
-from ..objectives import OBJECTIVES, ForgetTerms, Objective
+from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
 from ..provenance.facts import Provenance
 from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint_of
-from .evaluating import EvalRows, UnlearningEvaluationMixin
-from .mdlm import Batch, Figure, Figures, MDLMTrainer, Noised, each_row, weighted
+from .evaluating import Score, Scores, UnlearningEvaluationMixin
+from .mdlm import Batch, MDLMTrainer, prediction_scores
 from .reference import Reference, frozen_pass, trained_head
 
 logger = logging.get_logger(__name__)
@@ -94,7 +95,7 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
             optimizers=optimizers,
             model_init=model_init,
         )
-        self._anchors: dict[str, AnchorCache] = {}
+        self._anchor_head: Projection | None = None  # of the anchors computed before training
         self.reference = self._make_reference()
         self.provenance.warn_of_relearning(self)
 
@@ -104,27 +105,17 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
         return OBJECTIVES[self.args.loss_type]
 
     @property
-    def beta(self) -> float:
-        """The inverse temperature: `args.beta`, or the objective's own."""
-        return self.forget_objective.beta if self.args.beta is None else self.args.beta
+    def loss_options(self) -> dict[str, float]:
+        """The constants of the forget loss: those of the configuration, or the objective's own."""
+        return self.forget_objective.chosen(vars(self.args) | (self.args.loss_options or {}))
 
     def _start_over(self) -> None:
         super()._start_over()
         _check_retain(self.args, self.train_dataset, self._retain_dataset)
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._with_parts(rows) for name, rows in self.eval_dataset.items()}
-        else:
-            self.eval_dataset = self._with_parts(self.eval_dataset)
-        self._anchors = {}
+        self._anchor_head = None
         self.reference = self._make_reference()
-
-    def _with_parts(self, dataset: RowPairs | None) -> RowPairs | None:
-        """An eval set with the parts that the configuration asks for now."""
-        if not isinstance(dataset, EvalRows):
-            return dataset
-        return EvalRows(dataset.rows, self._eval_parts(self.args, dataset.name), dataset.name)
 
     def _make_reference(self) -> Reference | None:
         args = self.args
@@ -141,8 +132,8 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
         )
 
     def _prepare_training(self) -> None:
-        if self.args.precompute_anchor and not self._anchors:
-            self._anchors = self._precompute_anchors()
+        if self.args.precompute_anchor and self._anchor_head is None:
+            self._precompute_anchors()
             if not isinstance(self.model, PeftModel):
                 self.reference = None  # from now on the live model is not theta_0
 
@@ -150,154 +141,145 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Tensor | tuple[Tensor, Figures]:
-        """L = L_forget + retain_weight * L_retain of a micro-batch; with `return_outputs` the figures of its rows."""
-        figures = weighted(self._figures(model, inputs), inputs)
-        loss = self._mean(figures, "forget_loss", num_items_in_batch)
-        if "retain_loss" in figures:
-            loss = loss + self.args.retain_weight * self._mean(figures, "retain_loss", num_items_in_batch)
-        return self._finish(loss, figures, return_outputs)
+    ) -> Tensor | tuple[Tensor, Scores]:
+        """L = L_forget + retain_weight * L_retain of B pairs, and with `return_outputs` the scores of each.
 
-    def _figures(self, model: nn.Module, inputs: dict[str, Batch]) -> Figures:
-        if list(inputs) == ["retain"]:  # an eval set to keep
-            return self._retain_figures(model, inputs["retain"])
-        # 1. Draw t and mask the responses: y_t. A preferred response is masked as the one to forget.
-        noised = {name: self._noise("retain" if name == "retain" else "forget", inputs[name]) for name in inputs}
-        # 2. The anchor: theta_0 sees the same y_t behind an all-[MASK] prompt.
-        measures = {"forget": self._forget_measure(model, inputs["forget"], noised["forget"])}
-        if "preferred" in noised:
-            measures["preferred"] = TokenNLL(noised["preferred"].targets)
+            L_forget = E_t [ 1/|M_t| sum_{i in M_t} KL( p_theta(.|x, y_t)_i || softmax(tau logits_theta0(m, y_t)_i) ) ]
+
+        Args:
+            num_items_in_batch: name of a loss -> weight of the examples in its mean, as `get_batch_samples` counts it.
+        """
+        # 1. The forward process: y_t is y with the positions M_t masked, N in all; m is a prompt of masks
+        noised = {name: forward_process(batch, self.backbone.mask_token_id) for name, batch in inputs.items()}
+        weight = {name: batch["weight"] for name, batch in inputs.items()}  # [B] 0 for pairs that fill up a batch
+
+        # 2. The anchor: theta_0 on (m, y_t) at M_t, [N, V] before its head; at tau = 0 it is uniform, without a pass
+        anchored = self.forget_objective.anchor and self.args.tau > 0 and "forget" in noised
+        anchor = self._anchor(model, inputs["forget"], noised["forget"]) if anchored else None
+
+        # 3. One conditional pass for all sets, p_theta(. | x, y_t): of each masked token KL or -log p, [N]
+        measures = {name: self._asked_of(name, noised[name], anchor, model) for name in noised}
+        measured = self._measure(model, list(noised.values()), list(measures.values()))
+        values = {name: one.value for name, one in zip(noised, measured, strict=True)}
+
+        # 4. One loss an example, [B], and the mean over the examples of the update
+        scores = {}
+        if "forget" in noised:
+            loss = self.forget_objective.loss(self._forget_terms(model, noised, values), **self.loss_options)
+            scores["forget_loss"] = Score(loss, weight["forget"] * self._in_the_mean(noised["forget"]))
+            scores["kl"] = self._kl(noised["forget"], values["forget"], measured[0].entropy, weight["forget"])
         if "retain" in noised:
-            measures["retain"] = self._retain_measure(model, noised["retain"])
-        # 3. The conditional pass, p_theta(. | x, y_t), in one forward: at the masked positions, KL or -log p.
-        found = self._measure(model, *((noised[name], measure) for name, measure in measures.items()))
-        values = {name: value for name, (value, _) in zip(measures, found, strict=True)}
-        # 4. One forget loss a row, and one retain loss.
-        loss = self._forget_loss(model, noised, values)
-        weight = self._forget_weight(noised["forget"])
-        figures = {"forget_loss": Figure(loss, weight)}
-        entropy = found[0].entropy
-        if self.forget_objective.anchor:
-            figures["kl"] = Figure(noised["forget"].per_row(values["forget"].detach()), weight)
-        else:  # to the uniform anchor
-            figures["kl"] = each_row(math.log(self.backbone.vocab_size) - noised["forget"].per_row(entropy))
-        figures |= self._prediction_figures(noised["forget"], entropy)
-        if "retain" in values:
-            figures["retain_loss"] = each_row(self._retain_loss(noised["retain"], values["retain"]))
-        return figures
+            scores["retain_loss"] = Score(self._retain_loss(noised["retain"], values["retain"]), weight["retain"])
+        first = next(iter(noised))
+        scores |= prediction_scores(noised[first], measured[0].entropy, weight[first])
+        shares = {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
+        loss = sum(shares[n] * self._mean(n, scores, num_items_in_batch) for n in shares if n in scores)
+        self._record(loss, scores)
+        return (loss, scores) if return_outputs else loss
 
-    def _retain_figures(self, model: nn.Module, batch: Batch) -> Figures:
-        noised = self._noise("retain", batch)
-        ((value, entropy),) = self._measure(model, (noised, self._retain_measure(model, noised)))
-        return {
-            "retain_loss": each_row(self._retain_loss(noised, value)),
-            **self._prediction_figures(noised, entropy),
-        }
+    def _anchor(self, model: nn.Module, batch: Batch, noised: Noised) -> Prediction:
+        """The prompt-masked prediction at the masked positions, without gradient."""
+        if "anchor" in batch:  # computed before training
+            return self._anchor_head._replace(hidden=batch["anchor"])
+        where = (noised.anchor_ids, noised.attention_mask, noised.masked)
+        if self.args.anchor_source == "initial":
+            return self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
+        with frozen_pass(model):
+            return row_projection(model, *where, logit_shift=self.backbone.logit_shift)
 
-    def _forget_loss(self, model: nn.Module, noised: dict[str, Noised], values: dict[str, Tensor]) -> Tensor:
-        """The objective, with what else it compares the prediction with: theta_0 on the same masks, preferences."""
-        forget = noised["forget"]
-        terms = ForgetTerms(forget.row, forget.num_masked, forget.num_response, forget.weight)
-        terms = terms._replace(beta=self.beta, gamma=self.args.gamma, alpha=self.args.alpha)
-        terms = terms._replace(**{"kl" if self.forget_objective.anchor else "nll": values["forget"]})
+    def _asked_of(self, name: str, noised: Noised, anchor: Prediction | None, model: nn.Module) -> Measure:
+        """What is asked of the prediction on a set, with the tokens' shares in the loss where they are known."""
+        by_bound = (noised.weight / noised.num_response)[noised.batch_index]
+        if name == "forget" and self.forget_objective.anchor:
+            share = self._in_the_mean(noised) / noised.num_masked
+            return AnchorKL(self.args.tau, anchor, token_weight=share[noised.batch_index])
+        if name == "retain" and self._retain_loss_type == "kl":
+            where = (noised.input_ids, noised.attention_mask, noised.masked)
+            initial = self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
+            return AnchorKL(1.0, initial, token_weight=(1 / noised.num_masked)[noised.batch_index])
+        known = name == "retain" or (name == "forget" and self.forget_objective.linear)
+        return TokenNLL(noised.targets, token_weight=by_bound if known else None)
+
+    def _forget_terms(self, model: nn.Module, noised: dict[str, Noised], values: dict[str, Tensor]) -> ForgetTerms:
+        """What the objective reads: the prediction, and theta_0's on the same masks where it is compared with that."""
+        forget, preferred = noised["forget"], noised.get("preferred")
+        terms: dict[str, Tensor] = {"kl" if self.forget_objective.anchor else "nll": values["forget"]}
         if self.forget_objective.reference:
-            terms = terms._replace(reference_bound=self._reference_bound(model, forget))
-        if self.forget_objective.preferred:
-            preferred = noised["preferred"]
-            terms = terms._replace(
-                preferred_bound=preferred.bound(values["preferred"]),
-                preferred_reference_bound=self._reference_bound(model, preferred),
-            )
-        return self.forget_objective.loss(terms)
+            terms["reference_bound"] = self._reference_bound(model, forget)
+        if preferred is not None:
+            terms["preferred_bound"] = diffusion_bound(values["preferred"], preferred.batch_index, preferred.weight)
+            terms["preferred_reference_bound"] = self._reference_bound(model, preferred)
+        return ForgetTerms(forget.batch_index, forget.num_masked, forget.num_response, forget.weight, **terms)
 
-    def _forget_measure(self, model: nn.Module, batch: Batch, noised: Noised) -> Measure:
-        """What is asked of the conditional pass, with the tokens' shares in the loss where they are known."""
-        if self.forget_objective.anchor:
-            weight = self._forget_weight(noised) / noised.num_masked
-            return AnchorKL(self.args.tau, self._anchor(model, batch, noised), token_weight=weight[noised.row])
-        weight = (noised.weight / noised.num_response)[noised.row] if self.forget_objective.linear else None
-        return TokenNLL(noised.targets, token_weight=weight)
-
-    def _forget_weight(self, noised: Noised) -> Tensor:
-        """What a row weighs in the forget loss: 1, or its masked tokens where the KL is pooled over all tokens."""
+    def _in_the_mean(self, noised: Noised) -> Tensor:
+        """What an example weighs in the forget loss, [B]: 1, or its masked tokens where the KL is pooled over all."""
         return noised.num_masked.float() if self._pools_tokens else torch.ones_like(noised.weight)
 
-    @property
-    def _pools_tokens(self) -> bool:
-        return self.forget_objective.anchor and self.args.kl_reduction == "token"
-
-    @property
-    def _retain_loss_type(self) -> str:
-        """Without a retain loss in training, theta_0 is not kept for the figures of an eval set."""
-        return self.args.retain_loss_type if self.args.retain_weight else "nelbo"
-
-    def _retain_measure(self, model: nn.Module, noised: Noised) -> Measure:
-        if self._retain_loss_type == "nelbo":
-            return TokenNLL(noised.targets, token_weight=(noised.weight / noised.num_response)[noised.row])
-        initial = self._initial(model, noised, noised.corruption.noisy_ids)
-        return AnchorKL(1.0, initial, token_weight=(1 / noised.num_masked)[noised.row])
+    def _kl(self, noised: Noised, value: Tensor, entropy: Tensor, weight: Tensor) -> Score:
+        """KL to the anchor, for the log; to the uniform distribution of objectives without one."""
+        if self.forget_objective.anchor:
+            kl, weight = value.detach(), weight * self._in_the_mean(noised)
+        else:
+            kl = math.log(self.backbone.vocab_size) - entropy
+        return Score(mean_by_example(kl, noised.batch_index, noised.num_masked), weight)
 
     def _retain_loss(self, noised: Noised, value: Tensor) -> Tensor:
         if self._retain_loss_type == "nelbo":
-            return noised.bound(value) / noised.num_response
-        return noised.per_row(value)
+            return diffusion_bound(value, noised.batch_index, noised.weight) / noised.num_response
+        return mean_by_example(value, noised.batch_index, noised.num_masked)
 
-    def _anchor(self, model: nn.Module, batch: Batch, noised: Noised) -> Prediction | None:
-        """The prompt-masked prediction at the masked positions, without gradient. The uniform anchor takes no pass."""
-        if self.args.tau == 0:
-            return None
-        if self._stage in self._anchors:
-            return self._anchors[self._stage].read(batch["visit"], batch["row"])
-        if self.args.anchor_source == "initial":
-            return self._initial(model, noised, noised.corruption.anchor_ids)
-        with frozen_pass(model):
-            return row_projection(model, noised.corruption.anchor_ids, *noised.where, **self._shift)
+    @property
+    def _retain_loss_type(self) -> str:
+        """Without a retain loss in training, theta_0 is not kept for the scores of an eval set."""
+        return self.args.retain_loss_type if self.args.retain_weight else "nelbo"
 
-    def _initial(self, model: nn.Module, noised: Noised, input_ids: Tensor) -> Prediction:
+    def _reference_bound(self, model: nn.Module, noised: Noised) -> Tensor:
+        where = (noised.input_ids, noised.attention_mask, noised.masked, noised.targets)
+        nll = self._theta_0.nll(model, *where, logit_shift=self.backbone.logit_shift)
+        return diffusion_bound(nll, noised.batch_index, noised.weight)
+
+    @property
+    def _theta_0(self) -> Reference:
         if self.reference is None:
             raise UserError(
                 "The anchors of this eval set were not computed before training. Pass it to the constructor, or set "
                 "precompute_anchor=False."
             )
-        return self.reference.projection(model, input_ids, *noised.where, **self._shift)
+        return self.reference
 
-    def _reference_bound(self, model: nn.Module, noised: Noised) -> Tensor:
-        ids = noised.corruption.noisy_ids
-        return noised.bound(self.reference.nll(model, ids, *noised.where, noised.targets, **self._shift))
+    @property
+    def _pools_tokens(self) -> bool:
+        """Whether the KL is averaged over the masked tokens of the update, and not first over each example's."""
+        return self.forget_objective.anchor and self.args.kl_reduction == "token"
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
         forget = [batch["forget"] for batch in batches]
-        mean_rows = self._mean_over_update(sum(batch["weight"].sum() for batch in forget), len(batches))
+        examples = self._mean_over_update(sum(batch["weight"].sum() for batch in forget), len(batches))
         if not self._pools_tokens:
-            return {"forget_loss": mean_rows, "retain_loss": mean_rows}
-        masked = sum((self._noise("forget", batch).num_masked * batch["weight"]).sum() for batch in forget)
-        return {"forget_loss": self._mean_over_update(masked, len(batches)), "retain_loss": mean_rows}
+            return {"forget_loss": examples, "retain_loss": examples}
+        mask = self.backbone.mask_token_id
+        masked = sum((forward_process(batch, mask).num_masked * batch["weight"]).sum() for batch in forget)
+        return {"forget_loss": self._mean_over_update(masked, len(batches)), "retain_loss": examples}
 
     # Anchors computed before training
 
-    def _precompute_anchors(self) -> dict[str, AnchorCache]:
-        """The anchors of all training steps, and of the eval sets given to the constructor, by stage."""
+    def _precompute_anchors(self) -> None:
+        """Put the anchors of all training steps, and of the eval sets given to the constructor, into their sets."""
         self.distributed.place_whole(self.model)
-        size = self.args.eval_batch_size
-        stages = {} if self.train_dataset is None else {"train": (self.train_dataset, self._schedules)}
-        batches = {"train": self._train_batches()}
-        for stage, dataset in self._eval_sets.items():
-            stages[stage] = (dataset, self._schedules_of(dataset))
-            batches[stage] = [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
-        stages = {stage: made for stage, made in stages.items() if "forget" in made[0].parts}  # others have no anchor
         head = trained_head(self.model, self.args.device)
-        weights = weights_fingerprint(self.model)
-        anchors = {}
-        for stage, (dataset, schedules) in stages.items():
-            facts = (self.backbone, self.args.bf16, self.args.fp16, batches[stage], vars(schedules["forget"]))
-            with self._visiting(stage, schedules):
-                anchors[stage] = AnchorCache(
-                    Path(self.args.output_dir) / FOLDER / stage,
-                    fingerprint=fingerprint_of(weights, dataset.parts["forget"], *facts),
-                    batches=partial(self._anchor_batches, dataset, batches[stage]),
-                    head=head,
-                )
-        return anchors
+        self._anchor_head = head or Projection(None)
+        size, weights = self.args.eval_batch_size, weights_fingerprint(self.model)
+        sets = {} if self.train_dataset is None else {"train": (self.train_dataset, self._train_batches())}
+        for stage, dataset in self._eval_sets.items():
+            if "forget" in dataset.parts:  # others have no anchor
+                sets[stage] = dataset, [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
+        for stage, (dataset, batches) in sets.items():
+            facts = (self.backbone, self.args.bf16, self.args.fp16, batches, vars(dataset.schedules["forget"]))
+            dataset.anchors = AnchorCache(
+                Path(self.args.output_dir) / FOLDER / stage,
+                fingerprint=fingerprint_of(weights, dataset.parts["forget"], *facts),
+                batches=partial(self._anchor_batches, dataset, batches),
+            )
 
     def _train_batches(self) -> list[range]:
         """The counters of each micro-batch that training reads, those of the processes in turn."""
@@ -315,10 +297,13 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
 
     def _anchor_batches(self, dataset: RowPairs, batches: list[range]) -> Iterator[AnchorBatch]:
         for counters in batches:
-            inputs = self._prepare_inputs(self.data_collator([dataset[counter] for counter in counters]))
-            batch, noised = inputs["forget"], self._noise("forget", inputs["forget"])
-            predict = partial(self._initial, self.model, noised, noised.corruption.anchor_ids)
-            yield AnchorBatch(batch["visit"], batch["row"], noised.num_masked, predict)
+            features = [dataset[counter] for counter in counters]
+            inputs = self._prepare_inputs(self.data_collator(features))
+            noised = forward_process(inputs["forget"], self.backbone.mask_token_id)
+            where = (noised.anchor_ids, noised.attention_mask, noised.masked)
+            predict = partial(self._theta_0.projection, self.model, *where, logit_shift=self.backbone.logit_shift)
+            keys = [(one["forget"]["visit"], one["forget"]["row"]) for one in features]
+            yield AnchorBatch(keys, noised.num_masked.tolist(), predict)
 
     # Data
 

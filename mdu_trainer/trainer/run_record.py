@@ -23,6 +23,7 @@ from torch import nn
 
 from ..data.rows import RowPairs, TokenizedRows
 from ..files import SCHEMA, read_record, write_whole
+from ..objectives import OBJECTIVES
 from .distributed import is_partitioned
 
 if TYPE_CHECKING:
@@ -53,14 +54,21 @@ UNCOMPARED = frozenset(
 )
 # Those that are compared as what they come to: the rows of an update, and the updates
 DERIVED = frozenset(
-    ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "beta")
+    (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "max_steps",
+        "num_train_epochs",
+        "beta",
+        "loss_options",
+    )
 )
 # Those that decide which weights are kept, where the best ones are loaded at the end
 SELECTION = frozenset(
     ("eval_strategy", "eval_steps", "eval_delay", "save_strategy", "save_steps")
     + ("metric_for_best_model", "greater_is_better")
 )
-# Those of the forget losses; provenance knows which of them a method reads
+# Those of the forget losses, each of which reads some
 OF_OBJECTIVES = frozenset(("tau", "kl_reduction", "anchor_source", "beta", "gamma", "alpha"))
 # Learning rates that do not depend on how many updates there are in all
 STEADY = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
@@ -214,8 +222,7 @@ def _settings(trainer: "MDLMTrainer") -> dict[str, Any]:
         settings["rows a micro-batch (per_device_train_batch_size x processes)"] = micro_batch
     if args.pad_with_end_tokens:  # a row's loss depends on the rows beside it
         settings["per_device_train_batch_size"] = args.train_batch_size
-    if hasattr(trainer, "beta") and "beta" not in unread:
-        settings["beta"] = trainer.beta
+    settings |= getattr(trainer, "loss_options", {})
     settings["precision of the weights"] = str(model.dtype)
     settings["number of trained tensors"] = sum(p.requires_grad for p in model.parameters())
     adapters = getattr(model, "peft_config", {})
@@ -229,12 +236,10 @@ def _settings(trainer: "MDLMTrainer") -> dict[str, Any]:
 
 def _unread_options(args: Any) -> frozenset[str]:
     """Options that the forget and retain losses of this run do not read."""
-    from ..provenance.facts import OBJECTIVE_OPTIONS
-
-    loss_type = getattr(args, "loss_type", None)
+    objective = OBJECTIVES.get(getattr(args, "loss_type", None))
     unread = set()
-    if loss_type in ("ga", *OBJECTIVE_OPTIONS):
-        unread = OF_OBJECTIVES - {*OBJECTIVE_OPTIONS.get(loss_type, ()), *(["tau"] if loss_type == "mdu" else [])}
+    if objective is not None:
+        unread = OF_OBJECTIVES - {*objective.options, *objective.settings, *(["tau"] if objective.anchor else [])}
     return frozenset(unread | (set() if getattr(args, "retain_weight", 0) else {"retain_loss_type"}))
 
 
