@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from ..files import UserError
 from .run_lock import check_free
-from .run_record import RunRecord, start_digest
+from .run_record import RUN_FILE, RunRecord, start_digest
 
 logger = logging.get_logger(__name__)
 
@@ -72,7 +72,7 @@ class CheckpointMixin:
             with self._writing_into(folder / WRITING):
                 super()._save_checkpoint(model, trial)
             if self._run_record is not None and not self._uploads_whole_checkpoints:
-                replace(self._run_record, ended=self._why_ended()).save(folder / WRITING / checkpoint.name)
+                replace(self._run_record, ended=self._why_ended()).save(folder / WRITING / checkpoint.name / RUN_FILE)
             self._complete(folder / WRITING / checkpoint.name, checkpoint)
         except (OSError, RuntimeError, SafetensorError) as error:
             if self.args.should_save:
@@ -153,7 +153,7 @@ class CheckpointMixin:
         """
         answer: list[Any] = [[], None]
         if PartialState().is_main_process:
-            stored = RunRecord.load(checkpoint) if checkpoint else None
+            stored = RunRecord.of_checkpoint(checkpoint) if checkpoint else None
             self._start_digest = self._start_digest or start_digest(self)
             self._run_record = RunRecord.of(self, self._start_digest, stored.key if stored else None)
             if stored:

@@ -12,17 +12,17 @@ import json
 import math
 import secrets
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftModel
 from torch import nn
 
 from ..data.rows import RowPairs, TokenizedRows
-from ..files import SCHEMA, read_record, write_whole
+from ..files import Record
 from ..objectives import OBJECTIVES
 from .distributed import is_partitioned
 
@@ -77,7 +77,7 @@ NOT_OF_AN_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "a
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(Record):
     """What decides the weights of a run.
 
     Attributes:
@@ -89,6 +89,10 @@ class RunRecord:
         key: of the data sets' digests, hexadecimal.
         ended: why a callback had ended training when the checkpoint was written, None if it goes on.
     """
+
+    kind: ClassVar[str] = "record of a run"
+    remedy: ClassVar[str] = "resume from another checkpoint"
+    private: ClassVar[bool] = True  # it has a digest of the rows
 
     settings: dict[str, Any]
     updates: int
@@ -117,20 +121,15 @@ class RunRecord:
                 data[name] = {"rows": len(rows), "digest": rows_digest(rows, key)}
         return cls(_settings(trainer), _updates(trainer), data, start, key)
 
-    def save(self, folder: str | Path) -> None:
-        """Write `run.json`, whole or not at all, readable by its owner alone."""
-        content = {"schema": SCHEMA} | asdict(self)
-        write_whole(Path(folder) / RUN_FILE, json.dumps(content, indent=2) + "\n", private=True)
-
     @classmethod
-    def load(cls, folder: str | Path) -> "RunRecord | None":
-        """Read what `save` wrote; None for a checkpoint without a record.
+    def of_checkpoint(cls, folder: str | Path) -> "RunRecord | None":
+        """The record in a checkpoint, None in one without.
 
         Raises:
-            ValueError: the file is not readable, or of another schema.
+            UserError: the file is not readable, or of another schema.
         """
         path = Path(folder) / RUN_FILE
-        return cls(**read_record(path)) if path.is_file() else None
+        return cls.load(path) if path.is_file() else None
 
     def differences(self, now: "RunRecord", step: int) -> list[str]:
         """What would make another run of this one, each named with what it was and is. No text of any row.
