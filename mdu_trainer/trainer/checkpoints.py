@@ -10,24 +10,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
-from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..files import UserError
 from .run_lock import check_free
-from .run_record import RUN_FILE, RunRecord, start_digest
 
 logger = logging.get_logger(__name__)
 
@@ -37,172 +30,10 @@ REMOVED = "_removed-"  # a checkpoint's name while it is being deleted
 SNAPSHOT = ".push-checkpoint-"  # its files' second name while they are being sent
 SCHEMA = 1
 STATE = "trainer_state.json"
-OF_OPTIMIZERS = ("initial_lr", "lr", "betas", "eps", "weight_decay")  # what they are told, not what they found
 
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint could not be written, or the one to resume from is not whole, or of another run."""
-
-
-class CheckpointMixin:
-    """A trainer's checkpoints, written so that a kill at any moment leaves the one before usable.
-
-    `save_total_limit` counts complete checkpoints: the one just written and the best one always stay, and what an
-    earlier kill cut short goes first.
-    """
-
-    _staging: Path | None = None  # where the checkpoint that is being written lies
-    _written: Path | None = None  # the last one of this call of `train`, or the one that it went on from
-    _run_record: RunRecord | None = None  # of this call of `train`
-    _start_digest: str | None = None  # digest of the weights when `train` was first called
-    _settings_changed = False  # whether the run goes on from a checkpoint with other settings
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        folder = Path(self._get_output_dir(trial))
-        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if checkpoint == self._written:  # a signal asks for what this step has saved already
-            return
-        if self.args.should_save:
-            shutil.rmtree(folder / WRITING, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        try:
-            with self._writing_into(folder / WRITING):
-                super()._save_checkpoint(model, trial)
-            if self._run_record is not None and not self._uploads_whole_checkpoints:
-                replace(self._run_record, ended=self._why_ended()).save(folder / WRITING / checkpoint.name / RUN_FILE)
-            self._complete(folder / WRITING / checkpoint.name, checkpoint)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if self.args.should_save:
-                shutil.rmtree(folder / WRITING, ignore_errors=True)
-            raise CheckpointError(_not_written(checkpoint, error)) from error
-        self._written = checkpoint
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(str(checkpoint))
-
-    @contextmanager
-    def _writing_into(self, staging: Path) -> Iterator[None]:
-        """What the Trainer writes goes there, and is not pushed from there."""
-        self._staging, self._push_from_checkpoint = staging, lambda checkpoint: None
-        try:
-            yield
-        finally:
-            self._staging = None
-            del self._push_from_checkpoint
-
-    def _complete(self, staged: Path, checkpoint: Path) -> None:
-        """Seal a checkpoint that every process has written its part of, and give it its name."""
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(checkpoint)
-            if self.args.should_save:
-                self.state.save_to_json(str(staged / STATE))
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(staged)
-            give_name(staged, checkpoint)
-            staged.parent.rmdir()
-            rotate(checkpoint.parent, self.args.save_total_limit, {checkpoint.name, self._best_name})
-        self.accelerator.wait_for_everyone()
-
-    @property
-    def _best_name(self) -> str:
-        return Path(self.state.best_model_checkpoint or "").name
-
-    @property
-    def _uploads_whole_checkpoints(self) -> bool:
-        """Whether the Trainer sends checkpoints as they are: then what describes the data is not put into them."""
-        whole = self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
-        return self.args.push_to_hub and whole and type(self)._push_from_checkpoint is Trainer._push_from_checkpoint
-
-    def _load_best_model(self) -> None:
-        choose(self.args.output_dir, self.state.best_model_checkpoint)
-        super()._load_best_model()
-        self._keep_only_the_best()
-
-    def _finalize_training(self, trial: Any, *args: Any, **kwargs: Any) -> TrainOutput:
-        folder = Path(self._get_output_dir(trial))
-        if self.args.should_save and self._written and self._written.parent.resolve() == folder.resolve():
-            # a kill may have come between the last checkpoint's name and the deletion of others
-            rotate(folder, self.args.save_total_limit, {self._written.name, self._best_name})
-        if not self.args.load_best_model_at_end:
-            self._keep_only_the_best()
-        return super()._finalize_training(trial, *args, **kwargs)
-
-    def _keep_only_the_best(self) -> None:
-        """At a limit of one the Trainer ends by deleting the last checkpoint, file by file. Here it goes at once."""
-        if self.args.should_save and self.args.save_total_limit == 1 and self._best_name:
-            rotate(Path(self.state.best_model_checkpoint).parent, 1, {self._best_name})
-
-    # Going on from a checkpoint
-
-    def _why_ended(self) -> str | None:
-        """Why a callback ends training by the figures that it saw, as it would again."""
-        reasons = (getattr(callback, "stopped_because", None) for callback in self.callback_handler.callbacks)
-        return next(filter(None, reasons), None) if self.control.should_training_stop else None
-
-    def _open_record(self, checkpoint: str | None) -> str | None:
-        """Note what this run is made of. All processes learn whether it may go on from the checkpoint.
-
-        Returns:
-            Why the checkpoint's run had ended with it, None if it goes on.
-
-        Raises:
-            CheckpointError: the checkpoint is of a run with other settings or data.
-        """
-        answer: list[Any] = [[], None]
-        if PartialState().is_main_process:
-            stored = RunRecord.of_checkpoint(checkpoint) if checkpoint else None
-            self._start_digest = self._start_digest or start_digest(self)
-            self._run_record = RunRecord.of(self, self._start_digest, stored.key if stored else None)
-            if stored:
-                answer = [stored.differences(self._run_record, _steps(checkpoint)), stored.ended]
-            elif checkpoint:
-                logger.warning(f"{checkpoint} does not say how it was trained: its settings could not be compared.")
-        found, ended = broadcast_object_list(answer)
-        self._settings_changed = bool(found)
-        differences = f"{checkpoint} is of a run with other settings: {'; '.join(found)}."
-        if found and not self.args.force_resume:
-            raise CheckpointError(
-                f"{differences} Set them as they were, or train without resume_from_checkpoint to start anew, or pass "
-                "force_resume to go on with the new ones."
-            )
-        if found:
-            logger.warning(f"{differences} force_resume: it goes on with the new ones.")
-        return None if self.args.force_resume else ended
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """As in `Trainer`, which takes learning rate and decay from the checkpoint; forced, from the new settings."""
-        fresh = [{k: v for k, v in group.items() if k in OF_OPTIMIZERS} for group in self.optimizer.param_groups]
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self._settings_changed or self.is_deepspeed_enabled:
-            return
-        scheduler = self.lr_scheduler
-        if not isinstance(scheduler, LambdaLR):
-            logger.warning(f"A {type(scheduler).__name__} goes on with the learning rate of the checkpoint.")
-        for group, new in zip(self.optimizer.param_groups, fresh, strict=True):
-            group.update(new if isinstance(scheduler, LambdaLR) else {k: v for k, v in new.items() if "lr" not in k})
-        if isinstance(scheduler, LambdaLR):
-            scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
-            for group, factor in zip(self.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-                group["lr"] = group["initial_lr"] * factor(scheduler.last_epoch)
-            scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-
-    @contextmanager
-    def _reporting_failure(self) -> Iterator[None]:
-        """Whatever ends training, say where it can go on."""
-        try:
-            yield
-        except BaseException as error:
-            found = complete_checkpoints(Path(self.args.output_dir))
-            advice = (
-                f"The last complete checkpoint is {found[-1]}; train(resume_from_checkpoint=True) goes on from there."
-                if found
-                else f"There is no complete checkpoint in {self.args.output_dir}."
-            )
-            logger.error(f"{type(error).__name__} after step {self.state.global_step} ended training. {advice}")
-            raise
 
 
 def choose(folder: str | Path, wanted: str | bool | None) -> str | None:
@@ -384,7 +215,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _steps(checkpoint: str | Path) -> int:
+def steps_of(checkpoint: str | Path) -> int:
     """The updates that a checkpoint was trained for."""
     return json.loads((Path(checkpoint) / STATE).read_text())["global_step"]
 
@@ -415,7 +246,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _not_written(checkpoint: Path, error: BaseException) -> str:
+def not_written(checkpoint: Path, error: BaseException) -> str:
     cause = str(error).strip().splitlines()
     free = "unknown"
     with suppress(OSError):

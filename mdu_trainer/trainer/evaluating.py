@@ -14,7 +14,7 @@ from transformers.trainer_utils import BestRun, EvalPrediction, IntervalStrategy
 from ..data.rows import EpochSampler, RowPairs, TokenizedRows, in_order
 from ..files import UserError
 from ..masking import MaskSchedule
-from ..objectives import OBJECTIVES
+from .robust import RobustTrainer
 
 EvalSets = Dataset | dict[str, Dataset] | None
 
@@ -51,7 +51,7 @@ def schedules(args: Any, parts: dict[str, TokenizedRows], prefix: str = "") -> d
     return {name: MaskSchedule(args.seed, f"{prefix}{name}", len(rows), *how) for name, rows in parts.items()}
 
 
-class EvaluationMixin:
+class EvaluatingTrainer(RobustTrainer):
     """A trainer's `evaluate` and `predict`, with masks fixed by the seed: equal weights give equal figures.
 
     A figure of the set `dev` is called `eval_dev_<figure>`, one of the only set `eval_<figure>`.
@@ -269,58 +269,7 @@ class EvaluationMixin:
         return super().hyperparameter_search(hp_space, compute_objective or _eval_loss, *args, **kwargs)
 
 
-class UnlearningEvaluationMixin:
-    """What unlearning measures on eval sets: on rows to forget another loss than on rows to keep. See `MDUTrainer`."""
-
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As in `EvaluationMixin`; with a "forget" and a "retain" set also L, the loss of the one plus the other's."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if _has_both(self.eval_dataset if eval_dataset is None else eval_dataset):
-            forget, retain = (metrics[f"{metric_key_prefix}_{name}_loss"] for name in ("forget", "retain"))
-            whole = {f"{metric_key_prefix}_loss": forget + self.args.retain_weight * retain}
-            self.log(dict(whole))
-            metrics |= whole
-        return metrics
-
-    def _eval_parts(self, args: Any, name: str | None) -> list[str]:
-        if name == "retain":
-            return ["retain"]
-        return ["forget", "retain"] if args.retain_weight else ["forget"]
-
-    def _eval_columns(self, args: Any, parts: list[str]) -> dict[str, bool]:
-        return {"preferred": "forget" in parts and OBJECTIVES[args.loss_type].preferred}
-
-    def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
-        if name == "forget" or "retain" not in parts:
-            return {"forget_loss": 1.0}
-        if "forget" not in parts:
-            return {"retain_loss": 1.0}
-        return {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
-
-    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
-        losses = {"forget": ["forget_loss", "kl"], "retain": ["retain_loss"]}
-        prefix = "eval_" if name is None else f"eval_{name}_"
-        own = [prefix + figure for part in parts for figure in losses[part]]
-        return own + super()._figure_names(name, parts)
-
-    def _all_figure_names(self) -> list[str]:
-        return super()._all_figure_names() + (["eval_loss"] if _has_both(self.eval_dataset) else [])
-
-    def _unclear_names(self) -> dict[str, str]:
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
-        why = "it adds the forget and the retain loss of the same rows, and no model is good at both"
-        mixed = [
-            name for name, rows in sets.items() if rows is not None and len(self._loss_of(name, [*rows.parts])) > 1
-        ]
-        return {"eval_loss" if name is None else f"eval_{name}_loss": why for name in mixed}
-
-
-def _has_both(sets: Any) -> bool:
+def has_both(sets: Any) -> bool:
     return isinstance(sets, dict) and {"forget", "retain"} <= sets.keys()
 
 

@@ -1,4 +1,4 @@
-"""What keeps a run from spoiling its weights, and lets it end well: finite updates only, and a checkpoint on a signal.
+"""Finite updates only, and a checkpoint on a signal.
 
 On SIGTERM or SIGINT the step in hand is finished, a checkpoint is written, and `train` raises `TrainingInterrupted`: a
 script that does not catch it ends with status 143 or 130. The same signal again acts at once.
@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 
 from ..files import UserError
-from .checkpoints import CheckpointMixin, choose, clear_leftovers
-from .run_lock import holding_lock
-from .updates import TrainedTensors, check_trainable
 
 logger = logging.get_logger(__name__)
 
@@ -44,104 +40,6 @@ class TrainingInterrupted(SystemExit):
     def __init__(self, signum: int, step: int):
         super().__init__(128 + signum)
         self.signal, self.step = signal.Signals(signum), step
-
-
-class SafeTrainingMixin(CheckpointMixin):
-    """A trainer's loop that ends in one of two ways: finished, or with a message and a checkpoint to go on from.
-
-    What a subclass computes as the loss of a micro-batch, it shows to `guard.see`.
-    """
-
-    _made_optimizer = False  # by the trainer, not by the user
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.guard = RunGuard(self.accelerator)
-        self.add_callback(self.guard)
-
-    @holding_lock
-    def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
-        """As in `Trainer`, from whole checkpoints only, with finite updates only, and obeying signals.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's path, or True for the newest in `args.output_dir` that is whole. If
-                not given, `args.resume_from_checkpoint`.
-            trial, **kwargs: as in `Trainer`.
-
-        Raises:
-            CheckpointError: the checkpoint to resume from is not whole, or of a run with other settings or data, or
-                one could not be written.
-            FolderInUseError: another run trains in `args.output_dir`.
-            NonFiniteLossError: weights, or two updates in a row, are NaN or infinite.
-            TrainingInterrupted: SIGTERM or SIGINT, after a checkpoint.
-            UserError: the run would change nothing, or it did not.
-        """
-        if resume_from_checkpoint is None:
-            resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._finish_current_push()  # of an earlier call
-        if self.args.should_save:
-            clear_leftovers(Path(self._get_output_dir(trial)))
-        self.accelerator.wait_for_everyone()
-        checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
-        self.guard.ended = self._open_record(checkpoint)
-        if self.model_init is None:  # or else the Trainer makes the model first
-            self._begin()
-        self._written = Path(checkpoint) if checkpoint else None
-        with self._reporting_failure(), self.guard.listening():
-            output = super().train(checkpoint, trial, **kwargs)
-            self._check_changed()
-        return output
-
-    def _begin(self) -> None:
-        """Look at the run and its weights before the first of them is changed."""
-        check_trainable(self.model)
-        self._check_run()
-        check_weights(self.model, self.accelerator, "before training; no update was made")
-        self._prepare_training()
-
-    def _check_run(self) -> None:
-        """Refuse a run that cannot end well."""
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        own_optimizer = self.optimizer is not None and not self._made_optimizer
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        self._made_optimizer = not own_optimizer
-        self._trained = TrainedTensors(self.model, self.accelerator, None if own_optimizer else self.optimizer)
-        return prepared
-
-    def _check_changed(self) -> None:
-        """Refuse to call a run a success that changed nothing. One that was resumed at its end had nothing to do."""
-        updates = self.state.global_step - self._initial_global_step
-        if updates:
-            self._trained.check(updates)
-        elif self.guard.ended or self.state.global_step >= self.state.max_steps:
-            logger.warning(f"The run was finished at step {self.state.global_step}: no update was left to make.")
-        else:
-            raise UserError(
-                "No update was made, so nothing has changed: a callback stopped it before the first one, or the data "
-                "loader gave no batch."
-            )
-
-    def _prepare_training(self) -> None:
-        """What is to be done while the weights are those at the start."""
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        when = f"after step {self.state.global_step}; they are not saved, and the last checkpoint is intact"
-        check_weights(model, self.accelerator, when, trained_only=True)
-        super()._save_checkpoint(model, trial)
-
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """As in `Trainer`, but nothing once training is to stop: a resumed run may have made all its updates."""
-        if self.control.should_training_stop:
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        self._trained.see(grad_norm)
-        if not self.guard.admits(model, grad_norm, self.state.global_step + 1):
-            model.zero_grad()  # optimizers leave a weight without gradient alone, decay included
-        return grad_norm
 
 
 class RunGuard(TrainerCallback):

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -43,9 +43,9 @@ from ..models.checks import check_finite
 from ..models.refusals import refuse_adapter
 from ..objectives import mean_by_example, sum_by_example
 from .checkpoints import make_writable
+from .checks import check_source
 from .distributed import DistributedBackend
-from .evaluating import EvaluationMixin, Score, Scores, schedules
-from .guard import SafeTrainingMixin
+from .evaluating import EvaluatingTrainer, Score, Scores, schedules
 
 logger = logging.get_logger(__name__)
 
@@ -55,7 +55,7 @@ READ_ONCE = ("max_length", "pad_with_end_tokens")  # arguments that a search can
 OTHER_TARGETS = (PeftType.ADAPTION_PROMPT, PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
 
 
-class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
+class MDLMTrainer(EvaluatingTrainer):
     """Fine-tune a masked diffusion language model on prompt-completion rows.
 
         L = E_t [ 1/t * sum_{i in M_t} CE_i / |y| ]          (LLaDA, arXiv 2502.09992, eq. 5)
@@ -97,7 +97,7 @@ class MDLMTrainer(EvaluationMixin, SafeTrainingMixin, Trainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
     ):
         args = self._config(args)
-        _check_source(model, model_init, optimizers)
+        check_source(model, model_init, optimizers)
         self._check_eval_sets(args, eval_dataset)
         if args.should_save and train_dataset is not None:
             make_writable(args.output_dir)
@@ -366,13 +366,6 @@ def _with_adapter(
         # the embeddings' output must carry a gradient, or checkpointed layers below the first adapter have none
         model.enable_input_require_grads()
     return model
-
-
-def _check_source(model: Any, model_init: Callable | None, optimizers: tuple) -> None:
-    if (model is None) == (model_init is None):
-        raise UserError("Pass the model to train, or as model_init a function that makes it; one of the two.")
-    if model_init is not None and any(part is not None for part in optimizers):
-        raise UserError("optimizers are of one model, and model_init makes a new one for each run. Leave them out.")
 
 
 def _pairs(parts: dict[str, TokenizedRows], args: MDLMConfig) -> RowPairs:

@@ -1,36 +1,36 @@
 """Unlearning of masked diffusion language models: the loss, step by step."""
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils import logging
 
 from ..config import MDUConfig
-from ..data.rows import RowPairs, TokenizedRows, count_overlap
+from ..data.rows import TokenizedRows, count_overlap
 from ..divergence import AnchorKL, Measure, Prediction, Projection, TokenNLL
 from ..files import UserError
-from ..hub.trainer_side import PublishingMixin
 from ..masking import Noised, forward_process
-from ..models import row_projection, weights_fingerprint
+from ..models import row_projection
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
-from ..provenance.facts import Provenance
-from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint_of
-from .evaluating import Score, Scores, UnlearningEvaluationMixin
+from .checks import check_prompts, check_retain
+from .evaluating import Score, Scores, has_both
 from .mdlm import Batch, MDLMTrainer, prediction_scores
-from .reference import Reference, frozen_pass, trained_head
+from .precompute import precompute_anchors
+from .reference import Reference, frozen_pass
 
 logger = logging.get_logger(__name__)
 
 
-class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
+class MDUTrainer(MDLMTrainer):
     """Make a masked diffusion language model forget (MDU, arXiv 2605.18253, and its baselines).
 
         L_forget = E_t [ 1/|M_t| sum_{i in M_t} KL( p_theta(. | x, y_t)_i || softmax(tau logits_theta0(m, y_t)_i) ) ]
@@ -64,6 +64,7 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
     """
 
     config_class = MDUConfig
+    _publishes_by_list = True
 
     def __init__(
         self,
@@ -80,9 +81,8 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
     ):
         args = self._config(args)
-        _check_retain(args, train_dataset, retain_dataset)
+        check_retain(args, train_dataset, retain_dataset)
         self._retain_dataset = retain_dataset
-        self.provenance = Provenance(train_dataset, retain_dataset)
         super().__init__(
             model=model,
             args=args,
@@ -97,7 +97,7 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
         )
         self._anchor_head: Projection | None = None  # of the anchors computed before training
         self.reference = self._make_reference()
-        self.provenance.warn_of_relearning(self)
+        self.provenance = self._open_provenance(train_dataset, retain_dataset)
 
     @property
     def forget_objective(self) -> Objective:
@@ -111,7 +111,7 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
 
     def _start_over(self) -> None:
         super()._start_over()
-        _check_retain(self.args, self.train_dataset, self._retain_dataset)
+        check_retain(self.args, self.train_dataset, self._retain_dataset)
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
         self._anchor_head = None
@@ -133,7 +133,7 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
 
     def _prepare_training(self) -> None:
         if self.args.precompute_anchor and self._anchor_head is None:
-            self._precompute_anchors()
+            self._anchor_head = precompute_anchors(self)
             if not isinstance(self.model, PeftModel):
                 self.reference = None  # from now on the live model is not theta_0
 
@@ -261,50 +261,6 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
         masked = sum((forward_process(batch, mask).num_masked * batch["weight"]).sum() for batch in forget)
         return {"forget_loss": self._mean_over_update(masked, len(batches)), "retain_loss": examples}
 
-    # Anchors computed before training
-
-    def _precompute_anchors(self) -> None:
-        """Put the anchors of all training steps, and of the eval sets given to the constructor, into their sets."""
-        self.distributed.place_whole(self.model)
-        head = trained_head(self.model, self.args.device)
-        self._anchor_head = head or Projection(None)
-        size, weights = self.args.eval_batch_size, weights_fingerprint(self.model)
-        sets = {} if self.train_dataset is None else {"train": (self.train_dataset, self._train_batches())}
-        for stage, dataset in self._eval_sets.items():
-            if "forget" in dataset.parts:  # others have no anchor
-                sets[stage] = dataset, [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
-        for stage, (dataset, batches) in sets.items():
-            facts = (self.backbone, self.args.bf16, self.args.fp16, batches, vars(dataset.schedules["forget"]))
-            dataset.anchors = AnchorCache(
-                Path(self.args.output_dir) / FOLDER / stage,
-                fingerprint=fingerprint_of(weights, dataset.parts["forget"], *facts),
-                batches=partial(self._anchor_batches, dataset, batches),
-            )
-
-    def _train_batches(self) -> list[range]:
-        """The counters of each micro-batch that training reads, those of the processes in turn."""
-        args, size, batch_size = self.args, len(self.train_dataset), self.args.train_batch_size
-        rows = batch_size * args.world_size
-        rounds = size // rows if args.dataloader_drop_last else math.ceil(size / rows)  # of micro-batches, an epoch
-        updates = math.ceil(rounds / args.gradient_accumulation_steps)
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
-        batches = []
-        for epoch in range(math.ceil(steps / updates)):
-            left = (steps - epoch * updates) * args.gradient_accumulation_steps * rows
-            start, stop = epoch * size, epoch * size + min(size, rounds * rows, left)
-            batches += [range(i, min(i + batch_size, stop)) for i in range(start, stop, batch_size)]
-        return batches
-
-    def _anchor_batches(self, dataset: RowPairs, batches: list[range]) -> Iterator[AnchorBatch]:
-        for counters in batches:
-            features = [dataset[counter] for counter in counters]
-            inputs = self._prepare_inputs(self.data_collator(features))
-            noised = forward_process(inputs["forget"], self.backbone.mask_token_id)
-            where = (noised.anchor_ids, noised.attention_mask, noised.masked)
-            predict = partial(self._theta_0.projection, self.model, *where, logit_shift=self.backbone.logit_shift)
-            keys = [(one["forget"]["visit"], one["forget"]["row"]) for one in features]
-            yield AnchorBatch(keys, noised.num_masked.tolist(), predict)
-
     # Data
 
     def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
@@ -327,26 +283,114 @@ class MDUTrainer(PublishingMixin, UnlearningEvaluationMixin, MDLMTrainer):
 
     def _check_run(self) -> None:
         super()._check_run()
-        if not (self.args.loss_type == "mdu" and self.args.tau == 1):
-            return
-        prompts = self.train_dataset.parts["forget"].prompts
-        bare = sum(all(token == self.backbone.mask_token_id for token in prompt) for prompt in prompts)
-        if bare:
-            raise UserError(
-                f"{bare} of {len(prompts)} forget rows have an empty prompt. At tau = 1 the model's own prediction is "
-                "their anchor, so they would never be forgotten. Take a smaller tau, or give them a prompt."
-            )
+        if self.args.loss_type == "mdu" and self.args.tau == 1:
+            check_prompts(self.train_dataset.parts["forget"].prompts, self.backbone.mask_token_id)
 
+    # Evaluation: rows to forget are asked for another loss than rows to keep
 
-def _check_retain(args: MDUConfig, forget: Dataset | None, retain: Dataset | None) -> None:
-    """Refuse a retain set that would not be read, and a retain loss without one, before a model is loaded."""
-    if forget is not None and args.retain_weight > 0 and retain is None:
-        raise UserError(
-            f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
-            "retain_weight=0 to unlearn without one."
-        )
-    if args.retain_weight == 0 and retain is not None:
-        raise UserError(
-            "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
-            "use 1), or leave the retain set out."
-        )
+    def evaluate(
+        self,
+        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As in `EvaluatingTrainer`; with a "forget" and a "retain" set also L, the loss of the one plus the other's."""
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if has_both(self.eval_dataset if eval_dataset is None else eval_dataset):
+            forget, retain = (metrics[f"{metric_key_prefix}_{name}_loss"] for name in ("forget", "retain"))
+            whole = {f"{metric_key_prefix}_loss": forget + self.args.retain_weight * retain}
+            self.log(dict(whole))
+            metrics |= whole
+        return metrics
+
+    def _eval_parts(self, args: Any, name: str | None) -> list[str]:
+        if name == "retain":
+            return ["retain"]
+        return ["forget", "retain"] if args.retain_weight else ["forget"]
+
+    def _eval_columns(self, args: Any, parts: list[str]) -> dict[str, bool]:
+        return {"preferred": "forget" in parts and OBJECTIVES[args.loss_type].preferred}
+
+    def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
+        if name == "forget" or "retain" not in parts:
+            return {"forget_loss": 1.0}
+        if "forget" not in parts:
+            return {"retain_loss": 1.0}
+        return {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
+
+    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
+        losses = {"forget": ["forget_loss", "kl"], "retain": ["retain_loss"]}
+        prefix = "eval_" if name is None else f"eval_{name}_"
+        own = [prefix + figure for part in parts for figure in losses[part]]
+        return own + super()._figure_names(name, parts)
+
+    def _all_figure_names(self) -> list[str]:
+        return super()._all_figure_names() + (["eval_loss"] if has_both(self.eval_dataset) else [])
+
+    def _unclear_names(self) -> dict[str, str]:
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        why = "it adds the forget and the retain loss of the same rows, and no model is good at both"
+        mixed = [
+            name for name, rows in sets.items() if rows is not None and len(self._loss_of(name, [*rows.parts])) > 1
+        ]
+        return {"eval_loss" if name is None else f"eval_{name}_loss": why for name in mixed}
+
+    # Saving and publishing. What stands above the trainer is imported where its own hooks call it
+
+    def _open_provenance(self, forget: Dataset | None, retain: Dataset | None) -> Any:
+        from ..provenance.requests import Provenance
+
+        name = getattr(self.accelerator.unwrap_model(self.model).config, "_name_or_path", None)
+        tokens = getattr(self.processing_class, "all_special_tokens", [])
+        provenance = Provenance(forget, retain, Path(name) if name else None, tokens)
+        provenance.warn_of_relearning()
+        return provenance
+
+    def _run(self) -> Any:
+        from ..provenance.requests import Run
+
+        model = self.accelerator.unwrap_model(self.model)
+        return Run(self.args, self.state, model, self.backbone, self.loss_options)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            self.provenance.save(output_dir or self.args.output_dir, self._run())
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, private unless `private` or `args.hub_private_repo` says otherwise."""
+        from ..hub.trainer_side import is_private
+
+        super().init_hf_repo(token, is_private(self, private))
+
+    def create_model_card(self, **details: Any) -> None:
+        """Write `README.md`, and the picture that it shows, into `args.output_dir`.
+
+        Args:
+            **details: what the run does not know; see `mdu_trainer.report.model_card.unlearned_model_card`. Results
+                and attacks are by default those of the folder.
+        """
+        from ..report.model_card import write_model_card
+
+        if self.is_world_process_zero():
+            facts = self.provenance.facts(self._run())
+            write_model_card(self.args.output_dir, facts, repo_id=self.hub_model_id, **details)
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", **options: Any
+    ) -> CommitInfo | Future | None:
+        """Save the model in `args.output_dir` and publish it as `mdu_trainer.push_unlearned_model` does.
+
+        Args:
+            commit_message: as in `Trainer`.
+            **options: see `mdu_trainer.hub.trainer_side.push`.
+        """
+        from ..hub.trainer_side import push
+
+        return push(self, commit_message, **options)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        from ..hub.trainer_side import push_checkpoint
+
+        if self._staging is None:  # a checkpoint without its name is not whole yet
+            push_checkpoint(self, checkpoint_folder)

@@ -1,0 +1,76 @@
+"""The house: which room may import which. Late imports and those under TYPE_CHECKING count, too."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import mdu_trainer
+
+PACKAGE = Path(mdu_trainer.__file__).parent
+# From the ground up: a room imports from rooms of lower floors, and from its own
+FLOORS = (
+    "files masking divergence objectives config".split(),
+    ["models"],
+    ["data"],
+    ["inference"],
+    ["trainer"],
+    ["provenance", "evaluation"],
+    ["token_roles"],
+    ["attacks"],
+    ["report"],
+    ["hub"],
+    ["callbacks"],
+    ["commands"],
+)
+FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor} | {"testing": 2}
+# The Trainer's own hooks, save and push, which call provenance and hub inside a method
+HOOKS = {("trainer.mdu", "provenance"), ("trainer.mdu", "hub")}
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports anywhere, without the package's own name."""
+    names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    modules = {name.removesuffix(".__init__"): path for path, name in names.items()}
+    found = {}
+    for path, name in names.items():
+        parts = ["mdu_trainer", *name.split(".")][:-1]
+        wanted = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not (
+                node.level or (node.module or "").startswith("mdu_trainer")
+            ):
+                continue
+            base = [*parts[: len(parts) - node.level + 1]] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])]).removeprefix("mdu_trainer").lstrip(".")
+            for alias in node.names:
+                inner = f"{source}.{alias.name}".lstrip(".")
+                wanted.add(inner if inner in modules else source)
+        found[name.removesuffix(".__init__")] = wanted - {"", "__init__"}
+    return found
+
+
+IMPORTS = imports()
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+def test_nothing_imports_upwards():
+    upwards = [
+        f"{module} imports {other}"
+        for module, others in IMPORTS.items()
+        for other in others
+        if module != "__init__" and FLOOR[room(other)] > FLOOR[room(module)] and (module, room(other)) not in HOOKS
+    ]
+    assert not upwards
+
+
+def test_no_circle():
+    below = {m: {o for o in others if (m, room(o)) not in HOOKS} for m, others in IMPORTS.items() if m != "__init__"}
+    try:
+        TopologicalSorter(below).prepare()
+    except CycleError as error:
+        pytest.fail(f"circle: {' -> '.join(error.args[1])}")
