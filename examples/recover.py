@@ -28,7 +28,8 @@ from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
 from mdu_trainer.attacks import ATTACKS, AttackSettings, choose_attacks
-from mdu_trainer.attacks.results import BASE, NEVER, run_attacks
+from mdu_trainer.attacks.results import BASE, NEVER
+from mdu_trainer.attacks.run import run_attacks
 from mdu_trainer.commands import run, task
 from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_output_folder, check_source
 from mdu_trainer.commands.options import parse_options

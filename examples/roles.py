@@ -31,8 +31,9 @@ from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.files import UserError
 from mdu_trainer.report.role_plots import plot_heatmap, plot_path, plot_roles
+from mdu_trainer.report.role_text import audit_view
 from mdu_trainer.testing import fictional_authors, forget_retain_split
-from mdu_trainer.token_roles.labels import audit_view, token_texts
+from mdu_trainer.token_roles.labels import token_texts
 from mdu_trainer.token_roles.measure import analyse_roles, check_rows, role_data
 from mdu_trainer.token_roles.results import RoleReport, RoleSettings
 

@@ -35,7 +35,7 @@ _ROOMS = {
     "ATTACKS": "attacks",
     "AttackSettings": "attacks",
     "Recovery": "attacks.results",
-    "run_attacks": "attacks.results",
+    "run_attacks": "attacks.run",
     "write_model_card": "report.model_card",
     "write_page": "report.page",
     "LeakError": "hub.push",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mdu_trainer.attacks import results as attacks
+from mdu_trainer.attacks import run as attacks
 from mdu_trainer.attacks.results import Recovery
 from mdu_trainer.evaluation import runner
 from mdu_trainer.evaluation.frontier import select

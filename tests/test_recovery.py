@@ -14,7 +14,8 @@ from runs import die_at, draw_moment, status
 
 from mdu_trainer import DiffusionGenerationConfig
 from mdu_trainer.attacks import ATTACKS, Attack, AttackScores, AttackSettings
-from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery, recovery_of, run_attacks
+from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
+from mdu_trainer.attacks.run import recovery_of, run_attacks
 from mdu_trainer.evaluation import progress
 from mdu_trainer.evaluation.results import Estimate
 from mdu_trainer.files import UserError

@@ -265,6 +265,13 @@ class AttackScores:
     after: list[float]
     path: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not len(self.rows) == len(self.before) == len(self.after) > 0:
+            raise UserError(
+                f"An attack gives two scores, before and after, for each row that it scored: {len(self.rows)} rows, "
+                f"{len(self.before)} and {len(self.after)} scores."
+            )
+
 
 def said(words: Sequence[StoredWord]) -> str:
     """The words as a text."""

@@ -1,18 +1,26 @@
-"""The attacks by name. Importing this costs nothing: an attack's module is loaded when the attack is run."""
+"""The attacks by name. One of your own is a function and a line, also from outside the package:
+
+def shouting(target, seed):
+    prompts = [question.prompt for question in target.encode([text.upper() for text in target.rows["question"]])]
+    return worst_case(target, {"upper case": target.score(target.decode(prompts))})
+
+register_attack("shouting", Attack(shouting, "ask in capital letters"))
+"""
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from functools import partial
 
 from ..files import UserError
-
-if TYPE_CHECKING:
-    from .base import AttackScores, AttackSettings, Target
+from . import adapter, decoding, guidance, infill, leak_at_k, membership, paraphrase, prefix, quantise, relearn
+from .base import AttackScores, AttackSettings, Target
+from .results import NO_ATTACK
 
 ADAPTER = "adapter"  # in `Attack.needs`: not a setting, but a model that has one
 
 
-class Attack(NamedTuple):
+@dataclass(frozen=True)
+class Attack:
     """An attack, as it is registered.
 
     Attributes:
@@ -21,25 +29,16 @@ class Attack(NamedTuple):
         needs: settings that must not be None, and "adapter" for a model that must have one.
     """
 
-    run: Callable[["Target", int], "AttackScores"]
+    run: Callable[[Target, int], AttackScores]
     words: str
     needs: tuple[str, ...] = ()
 
 
-def _lazy(module: str, function: str = "attack", *arguments: float | str) -> Callable[["Target", int], "AttackScores"]:
-    """`function(target, seed, *arguments)` of a module that is imported when it is called."""
-
-    def run(target: "Target", seed: int) -> "AttackScores":
-        return getattr(import_module(f".{module}", __package__), function)(target, seed, *arguments)
-
-    return run
-
-
 ATTACKS: dict[str, Attack] = {
-    "relearn-related": Attack(_lazy("relearn", "related"), "fine-tune on some of the forgotten rows, ask the others"),
-    "relearn-benign": Attack(_lazy("relearn", "benign"), "fine-tune on unrelated rows", ("unrelated",)),
+    "relearn-related": Attack(relearn.related, "fine-tune on some of the forgotten rows, ask the others"),
+    "relearn-benign": Attack(relearn.benign, "fine-tune on unrelated rows", ("unrelated",)),
     **{
-        f"infill-{which}": Attack(_lazy("infill", "attack", which), f"reveal {words}, fill in the rest")
+        f"infill-{which}": Attack(partial(infill.attack, which=which), f"reveal {words}, fill in the rest")
         for which, words in {
             "first": "the first tokens of the answer",
             "last": "the last tokens of the answer",
@@ -49,21 +48,30 @@ ATTACKS: dict[str, Attack] = {
             "structural": "the answer's structural words",
         }.items()
     },
-    "prefix": Attack(_lazy("prefix"), "reveal the first words of the answer, decode on"),
-    "paraphrase": Attack(_lazy("paraphrase"), "ask in other words"),
-    "guidance": Attack(_lazy("guidance"), "decode with classifier-free guidance"),
-    "decoding": Attack(_lazy("decoding"), "decode in other steps, blocks and orders"),
-    "leak-at-k": Attack(_lazy("leak_at_k"), "sample again and again"),
-    "quantise-8": Attack(_lazy("quantise", "attack", 8), "round the weights to 8 bits"),
-    "quantise-4": Attack(_lazy("quantise", "attack", 4), "round the weights to 4 bits"),
-    "adapter": Attack(_lazy("adapter"), "switch the adapter off, scale it, subtract it", (ADAPTER,)),
-    "membership": Attack(_lazy("membership"), "tell forget rows from unseen ones", ("unseen",)),
+    "prefix": Attack(prefix.attack, "reveal the first words of the answer, decode on"),
+    "paraphrase": Attack(paraphrase.attack, "ask in other words"),
+    "guidance": Attack(guidance.attack, "decode with classifier-free guidance"),
+    "decoding": Attack(decoding.attack, "decode in other steps, blocks and orders"),
+    "leak-at-k": Attack(leak_at_k.attack, "sample again and again"),
+    "quantise-8": Attack(partial(quantise.attack, bits=8), "round the weights to 8 bits"),
+    "quantise-4": Attack(partial(quantise.attack, bits=4), "round the weights to 4 bits"),
+    "adapter": Attack(adapter.attack, "switch the adapter off, scale it, subtract it", (ADAPTER,)),
+    "membership": Attack(membership.attack, "tell forget rows from unseen ones", ("unseen",)),
 }
 
 
-def choose_attacks(
-    names: Sequence[str], settings: "AttackSettings", *, has_adapter: bool = False
-) -> dict[str, Attack]:
+def register_attack(name: str, attack: Attack) -> None:
+    """Make an attack of your own available by name, in `choose_attacks`, the scripts, tables, cards and pages.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    if name in ATTACKS or name == NO_ATTACK:
+        raise UserError(f"There is an attack {name!r} already. Choose another name.")
+    ATTACKS[name] = attack
+
+
+def choose_attacks(names: Sequence[str], settings: AttackSettings, *, has_adapter: bool = False) -> dict[str, Attack]:
     """Attacks by their names, once it is clear that each has what it needs. No model need be loaded for that.
 
     Args:

@@ -26,13 +26,14 @@ from ..evaluation.results import Results, Run, parse_markdown_table
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import Facts
-from ..token_roles.labels import audit_html, label_roles
+from ..token_roles.labels import label_roles
 from ..token_roles.results import RoleReport
 from .markup import figure_text, seen_text
 from .model_card import CARD, RESULTS, chosen_run, data_name, drawn_recoveries, only_finite, template_path
 from .plots import plot_frontier, plot_losses, plot_tradeoff
 from .records import RECOVERY, load_recovery
 from .recovery_plots import Recoveries
+from .role_text import audit_html
 from .wording import METRICS
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"

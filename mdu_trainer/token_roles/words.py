@@ -1,7 +1,7 @@
 """Words of an answer as roles are given to them, and when two of them count as the same word.
 
-What a word is in any script stands in `mdu_trainer.provenance.words`. Here English has more: an apostrophe, a decimal point and
-the hyphen of "twenty-one" stand amid a word, and inflections of a word count as the same.
+What a word is in any script stands in `mdu_trainer.provenance.words`. Here English has more: an apostrophe, a decimal
+point and the hyphen of "twenty-one" stand amid a word, and inflections of a word count as the same.
 """
 
 from collections.abc import Iterator

@@ -27,8 +27,9 @@ class RougeL(RowMetric):
     the words of the reference, F1 the harmonic mean of that and its share of the words of the prediction. Recall is
     what unlearning papers call rL: how much of the true answer came out, whatever was said beside it.
 
-    Words are those of any script (`mdu_trainer.provenance.words`), English ones after Porter's stemmer, so figures on English
-    text are those of the `rouge_score` package. A reference without a word, as of punctuation alone, is not measured.
+    Words are those of any script (`mdu_trainer.provenance.words`), English ones after Porter's stemmer, so figures on
+    English text are those of the `rouge_score` package. A reference without a word, as of punctuation alone, is not
+    measured.
 
     Example:
 
@@ -71,7 +72,7 @@ class RougeL(RowMetric):
 
 
 class RougeTokenizer(Tokenizer):
-    """The words of `mdu_trainer.provenance.words`, cut and stemmed as the `rouge_score` package cuts and stems Latin letters.
+    """The words of `mdu_trainer.provenance.words`, cut and stemmed as `rouge_score` cuts and stems Latin letters.
 
     To that package a letter outside of a-z ends a word: "Beltrán" is "beltr" and "n". The pieces here are as many, so
     that published figures keep, but they hold the letter: "beltrá" and "n". A word without any of a-z is whole.

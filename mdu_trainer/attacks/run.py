@@ -1,0 +1,228 @@
+"""Attack several models, and compare how much of what they were made to forget comes back.
+
+recovery = run_attacks({"mdu tau=0": load_unlearned}, load_base, load_never, rows, settings, choose_attacks(...))
+print(recovery.text())
+"""
+
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.metrics import bootstrap_interval
+from ..evaluation.progress import SCORING, ProgressFile
+from ..evaluation.results import Estimate
+from ..evaluation.scoring import digest
+from ..files import UserError, typed
+from ..models import weights_fingerprint
+from .base import AttackScores, AttackSettings, Target, check_answers
+from .registry import ADAPTER, Attack
+from .results import BASE, NEVER, NO_ATTACK, AttackOutcome, Outcome, Recovery
+
+COLUMNS = ("question", "answer", "paraphrased_question")  # what attacks read of a row
+
+Loader = Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]
+
+
+class _Finished(NamedTuple):
+    """A finished attack on one model, or why it cannot be made."""
+
+    model: str
+    weights: str
+    attack: str
+    scores: AttackScores | ValueError
+
+
+def run_attacks(
+    unlearned: Mapping[str, Loader],
+    base: Loader,
+    never: Loader | None,
+    rows: Dataset,
+    settings: AttackSettings,
+    attacks: Mapping[str, Attack],
+    *,
+    dataset: str = "",
+    seed: int = 0,
+    progress_path: str | Path | None = None,
+    show_progress: bool = False,
+    left_out: Callable[[str, ValueError], None] | None = None,
+) -> Recovery:
+    """Attack every model, and compare.
+
+    One model is in memory at a time. An attack that needs an adapter leaves models without one as they are: with no
+    attack and under it their scores are the same.
+
+    Args:
+        unlearned: name -> what loads the model and its tokenizer.
+        base: loads the model before unlearning.
+        never: loads a model that was trained alike, but never on the rows; None leaves recoveries out.
+        rows: the forget rows: `question`, `answer`, and where the data has it `paraphrased_question`.
+        settings: how answers are decoded, and how hard attacks try.
+        attacks: as `choose_attacks` returns them.
+        dataset: what to call the rows.
+        seed: of the attacks.
+        progress_path: file that keeps finished attacks, as figures only. Given again after a kill, it saves repeating
+            them.
+        show_progress: show a progress bar over attacks and models.
+        left_out: called with the name of an attack that refuses the rows, and why; the attack is then left out. If not
+            given, the error is raised.
+
+    Raises:
+        ValueError: for no unlearned model or one of a reserved name, rows that cannot be asked, an attack that refuses
+            them, or a progress file of other models, rows or settings.
+    """
+    check_answers(rows)
+    reserved = [name for name in (BASE, NEVER) if name in unlearned]
+    if reserved or not unlearned:
+        raise UserError(f"Name at least one unlearned model, none of them {BASE!r} or {NEVER!r}.")
+    models = {BASE: base} | ({} if never is None else {NEVER: never}) | dict(unlearned)
+    attacks = {NO_ATTACK: Attack(_no_attack, "ask the plain question")} | dict(attacks)
+    said = _settings(settings)
+    content = [list(rows[column]) for column in COLUMNS if column in rows.column_names]
+    header = {
+        "progress": "attacks 1",
+        "scoring": SCORING,
+        "rows": digest(content),
+        "settings": said | _digests(settings),
+        "seed": seed,
+    }
+    scores: dict[tuple[str, str], AttackScores] = {}
+    bar = tqdm(total=len(models) * len(attacks), unit="attack", disable=not show_progress)
+    with ProgressFile(progress_path, "attack") as progress, bar:
+        done = {(one.model, one.attack): one for one in progress.resume(header, _finished)}
+        for name, load in models.items():
+            for one, seconds in _attack(name, load, rows, settings, attacks, seed, done, progress_path):
+                bar.update()
+                if isinstance(one.scores, ValueError):
+                    attacks = _without(attacks, one, left_out)
+                    continue
+                scores[name, one.attack] = one.scores
+                if (name, one.attack) not in done:
+                    progress.append([one._asdict() | {"scores": asdict(one.scores), "seconds": seconds}])
+    outcomes = {
+        name: _compare(attack.words, {model: scores[model, name] for model in models}, name)
+        for name, attack in attacks.items()
+    }
+    return Recovery(dataset, said | {"seed": seed}, outcomes)
+
+
+def recovery_of(unlearned: Sequence[float], never: Sequence[float], base: Sequence[float]) -> Estimate | None:
+    """(unlearned - never) / (base - never) of mean scores, with its 95 % interval.
+
+    The interval is of a paired bootstrap: a resample draws the same rows of all three models.
+
+    Args:
+        unlearned, never, base: scores of the same rows.
+
+    Returns:
+        The recovery; None where the interval of base - never reaches down to 0, for then nothing was there to recover.
+    """
+    columns = np.asarray([unlearned, never, base], dtype=np.float64)
+    told_apart, _ = bootstrap_interval(columns[2] - columns[1])
+    if told_apart is None or told_apart <= 0:
+        return None
+
+    def ratio(rows: np.ndarray, axis: int) -> np.ndarray:
+        one, floor, top = columns[:, rows.astype(int)].mean(axis=axis)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # a resample in which the base knows no more has no ratio: it goes to the end that its numerator points to
+            return np.where(top > floor, (one - floor) / (top - floor), np.copysign(np.inf, one - floor))
+
+    rows = np.arange(columns.shape[1])
+    value = float(ratio(rows, axis=-1))
+    low, high = bootstrap_interval(rows, ratio)
+    return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def _attack(
+    name: str,
+    load: Loader,
+    rows: Dataset,
+    settings: AttackSettings,
+    attacks: Mapping[str, Attack],
+    seed: int,
+    done: Mapping[tuple[str, str], _Finished],
+    progress_path: str | Path | None,
+) -> Iterator[tuple[_Finished, float]]:
+    """Every attack on one model, with its seconds; those that are done are not repeated."""
+    gc.collect()  # the model before
+    target = Target(*load(), rows, settings)
+    weights = weights_fingerprint(target.model)
+    for attack, entry in attacks.items():
+        before, start = done.get((name, attack)), time.perf_counter()
+        if before is not None and before.weights != weights:
+            raise UserError(
+                f"{progress_path} holds attacks on other weights under the name {name!r}. Choose another file, or "
+                "delete this one to start anew."
+            )
+        if before is None:
+            run = _no_attack if ADAPTER in entry.needs and not hasattr(target.model, "disable_adapter") else entry.run
+            try:
+                before = _Finished(name, weights, attack, run(target, seed))
+            except ValueError as error:  # it cannot be made on these rows
+                before = _Finished(name, weights, attack, error)
+        yield before, time.perf_counter() - start
+
+
+def _without(
+    attacks: Mapping[str, Attack], refused: _Finished, left_out: Callable[[str, ValueError], None] | None
+) -> dict[str, Attack]:
+    """The other attacks, once it is said why this one is left out."""
+    if left_out is None:
+        raise refused.scores
+    left_out(refused.attack, refused.scores)
+    return {name: attack for name, attack in attacks.items() if name != refused.attack}
+
+
+def _no_attack(target: Target, seed: int) -> AttackScores:
+    return AttackScores(list(range(len(target.rows))), target.plain, target.plain)
+
+
+def _compare(words: str, scores: Mapping[str, AttackScores], attack: str) -> AttackOutcome:
+    """The outcome of one attack, from the scores of each model."""
+    rows = scores[BASE].rows
+    outcomes = {}
+    for name, one in scores.items():
+        if one.rows != rows:
+            raise UserError(f"{attack} scored other rows of {name} than of {BASE}: they cannot be compared.")
+        recovery = None
+        if NEVER in scores and name not in (BASE, NEVER):
+            recovery = recovery_of(one.after, scores[NEVER].after, scores[BASE].after)
+        outcomes[name] = Outcome(_mean(one.before), _mean(one.after), recovery, one.path)
+    return AttackOutcome(words, len(rows), outcomes)
+
+
+def _mean(values: Sequence[float]) -> Estimate:
+    return Estimate(math.fsum(values) / len(values), *bootstrap_interval(values))
+
+
+def _settings(settings: AttackSettings) -> dict[str, Any]:
+    """Every setting as a figure; of rows, how many. The batch size of decoding is left out: it changes nothing."""
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    decoding = {name: value for name, value in asdict(values.pop("decoding")).items() if name != "batch_size"}
+    counted = {name: len(value) if isinstance(value, Dataset) else value for name, value in values.items()}
+    return {"decoding": decoding} | counted
+
+
+def _digests(settings: AttackSettings) -> dict[str, str]:
+    """The rows among the settings, as hashes."""
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return {
+        name: digest([list(value[column]) for column in COLUMNS if column in value.column_names])
+        for name, value in values.items()
+        if isinstance(value, Dataset)
+    }
+
+
+def _finished(line: dict[str, Any]) -> _Finished:
+    scores = typed(AttackScores, line["scores"])
+    return _Finished(*(typed(str, line[name]) for name in ("model", "weights", "attack")), scores)
