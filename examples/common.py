@@ -24,13 +24,13 @@ from mdu_trainer.commands import AGAIN, task
 from mdu_trainer.commands.checks import check_output_folder, check_revision, check_source
 from mdu_trainer.commands.folders import starting
 from mdu_trainer.data.rows import question_answer_rows
+from mdu_trainer.evaluation.benchmarks import fictional_sets
 from mdu_trainer.evaluation.runner import processes
-from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import load_tofu
 from mdu_trainer.files import UserError, read_json, typed, without_secrets
 from mdu_trainer.models import base_of, load_checkpoint
 from mdu_trainer.provenance.facts import Facts
-from mdu_trainer.testing import REFUSALS, fictional_authors, forget_retain_split
+from mdu_trainer.testing import REFUSALS
 from mdu_trainer.trainer.checkpoints import CheckpointError, choose
 
 TRAINED = "trainer_state.json"  # written last, so a folder that has it holds a whole model
@@ -110,8 +110,7 @@ def forget_and_retain(
         return load_tofu(
             dataset_name, forget_split, retain_split, max_rows=max_rows, keep_dataset_cache=keep_dataset_cache
         )
-    forget, retain = forget_retain_split(fictional_authors())
-    return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
+    return fictional_sets(max_rows)
 
 
 def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> Dataset:

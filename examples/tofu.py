@@ -45,9 +45,9 @@ from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, MDUC
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_source
 from mdu_trainer.commands.options import parse_options
+from mdu_trainer.evaluation.registry import choose_metrics
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
-from mdu_trainer.evaluation.scoring import choose_metrics
 from mdu_trainer.evaluation.sources import load_config, spread
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TofuResult, TruthRatios, evaluate_tofu, load_tofu, longest_answer
 from mdu_trainer.files import UserError

@@ -110,7 +110,7 @@ class UnlearningEvalCallback(ScoringCallback):
         forget: rows with columns `question` and `answer`; a few dozen are enough to steer by.
         retain: such rows to keep.
         generation_config: how answers are decoded, as in `evaluate_tofu`.
-        metrics: what is measured, names in `mdu_trainer.evaluation.scoring.METRICS`.
+        metrics: what is measured, names in `mdu_trainer.evaluation.registry.METRICS`.
         every_steps: score every so many updates. If None, after each evaluation of the trainer.
         stop_forget_below: stop once `stop_metric` of the forget rows is below this: forgetting is reached.
         stop_retain_below: stop once `stop_metric` of the retain rows is below this: too much is lost.

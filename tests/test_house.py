@@ -55,7 +55,28 @@ IMPORTS = imports()
 
 
 def room(module: str) -> str:
-    return module.partition(".")[0]
+    """The room of a module. What `python -m` starts is a command, wherever it lies."""
+    return "commands" if module.endswith("__main__") else module.partition(".")[0]
+
+
+def packages(module: str) -> set[str]:
+    """Top-level names of the other packages that a module imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path_of(module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def path_of(module: str) -> Path:
+    path = PACKAGE.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def test_every_room_has_a_floor():
+    assert {room(module) for module in IMPORTS} - {"__init__"} <= set(FLOOR)
 
 
 def test_nothing_imports_upwards():
@@ -74,3 +95,18 @@ def test_no_circle():
         TopologicalSorter(below).prepare()
     except CycleError as error:
         pytest.fail(f"circle: {' -> '.join(error.args[1])}")
+
+
+def test_reports_and_records_import_no_torch():
+    records = [module for module in IMPORTS if room(module) == "report" or module.endswith(".results")]
+    assert {"report.model_card", "evaluation.results", "attacks.results", "token_roles.results"} <= set(records)
+    assert not [module for module in (*records, "evaluation.registry") if "torch" in packages(module)]
+
+
+def test_inference_knows_no_trainer():
+    seen, waiting = set(), [module for module in IMPORTS if room(module) == "inference"]
+    while waiting:
+        module = waiting.pop()
+        seen.add(module)
+        waiting += IMPORTS[module] - seen
+    assert "inference.generation" in seen and not [module for module in seen if room(module) == "trainer"]

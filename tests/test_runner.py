@@ -6,8 +6,9 @@ import signal
 import pytest
 from runs import EVALUATION_PLACES, draw_moment, evaluate, status
 
+from mdu_trainer.evaluation.registry import choose_metrics
 from mdu_trainer.evaluation.runner import score_questions
-from mdu_trainer.evaluation.scoring import Batch, QuestionSet, choose_metrics, encode_questions, estimates
+from mdu_trainer.evaluation.scoring import Batch, QuestionSet, encode_questions, estimates
 from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.models import weights_fingerprint
 

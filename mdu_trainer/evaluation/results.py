@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..files import Record, without_secrets
+from .registry import score_titles
 
 COLUMNS = {  # of `Results.table`, where any run has the figure: (set, metric), the set None for the summary
     "forget rL": ("forget", "rougeL_recall"),
@@ -191,9 +192,11 @@ class Results(Record):
 
     def _columns(self) -> dict[str, tuple[str | None, str]]:
         further = dict.fromkeys(name for run in self.runs for name in run.scores if name not in SUMMARISED)
-        columns = dict(COLUMNS)
+        titles = score_titles()
+        own = {f"{name} {title}": (name, score) for score, title in titles.items() for name in ("forget", "retain")}
+        columns = COLUMNS | own | COLUMNS  # titles that are taken stay what they are
         for name in further:
-            for metric, short in HEADLINES.items():
+            for metric, short in (HEADLINES | titles).items():
                 if any(run.figure(name, metric) for run in self.runs):
                     columns[f"{name.replace('_', ' ')} {short}"] = (name, metric)
                     break

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from ..files import UserError, typed
 from ..models import Backbone, resolve_backbone, weights_fingerprint
 from .progress import SCORING, ProgressFile
-from .scoring import Batch, Figures, QuestionSet
+from .registry import Figures
+from .scoring import Batch, QuestionSet
 
 Key = tuple[str, int]  # set, row
 

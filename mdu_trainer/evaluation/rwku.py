@@ -38,9 +38,10 @@ from ..files import UserError, read_jsonl
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
 from ..provenance.words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words, split_words
+from .registry import METRICS, Figures, Metric
 from .results import Run
 from .runner import score_questions
-from .scoring import METRICS, Batch, Figures, Metric, QuestionSet, encode_questions, estimates
+from .scoring import Batch, QuestionSet, encode_questions, estimates
 from .sources import check_texts, config_names, load_config, spread, table
 
 LETTERS = string.ascii_uppercase

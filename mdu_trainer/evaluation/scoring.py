@@ -7,7 +7,7 @@ estimates likelihoods once, when the first metric asks. Metrics are functions fr
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -36,11 +36,10 @@ from .metrics import (
     greedy_completions,
     shortest_prefixes,
 )
+from .registry import Figures, Metric, register_metric
 from .results import Estimate, Scores
 
 logger = logging.get_logger(__name__)
-
-Figures = dict[str, list[float | None]]  # name -> a value a row, None where it cannot be measured
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,14 +65,14 @@ class QuestionSet:
     Attributes:
         name: of the set: "forget", "retain", ...
         questions: at least one.
-        metrics: by name, see `METRICS` and `choose_metrics`.
+        metrics: by name, see `registry.METRICS` and `choose_metrics`.
         decoding: how answers are decoded; its batch size and seed serve the likelihood too.
         num_draws: forward passes for the likelihood of each answer.
     """
 
     name: str
     questions: list[Question]
-    metrics: Mapping[str, "Metric"]
+    metrics: Mapping[str, Metric]
     decoding: DiffusionGenerationConfig
     num_draws: int = 16
 
@@ -138,10 +137,22 @@ class Batch:
         self.questions = [questions.questions[row] for row in rows]
 
     def figures(self) -> Figures:
-        """The figures of every metric of the set."""
+        """The figures of every metric of the set.
+
+        Raises:
+            UserError: a metric gives a figure that another one gives, too, or not one a row.
+        """
         figures: Figures = {}
-        for metric in self.set.metrics.values():
-            figures |= metric.compute(self)
+        for name, metric in self.set.metrics.items():
+            for figure, values in metric.compute(self).items():
+                if figure in figures:
+                    raise UserError(f"Two metrics of the {self.set.name} set give {figure!r}, one of them {name!r}.")
+                if len(values) != len(self.rows):
+                    raise UserError(
+                        f"The metric {name!r} gives {len(values)} values of {figure!r} for {len(self.rows)} rows: it "
+                        "must give one a row, None where it cannot be measured."
+                    )
+                figures[figure] = values
         return figures
 
     @property
@@ -269,13 +280,6 @@ def digest(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-class Metric(NamedTuple):
-    """What computes figures, and the roles of the answers whose likelihood it needs."""
-
-    compute: Callable[[Batch], Figures]
-    roles: tuple[str, ...] = ()
-
-
 def _rouge(batch: Batch) -> Figures:
     pairs = [(i, text) for i, question in enumerate(batch.questions) for text in question.references]
     scores = RougeL().compute(
@@ -330,25 +334,49 @@ def _extraction_strength(batch: Batch) -> Figures:
     return ExtractionStrength().compute(prefix_tokens=prefixes, num_tokens=lengths, use_aggregator=False)
 
 
-METRICS = {
-    "rougeL": Metric(_rouge),
-    "probability": Metric(_probability, ("answer",)),
-    "choice_probability": Metric(_choice_probability, ("answer", "perturbed")),
-    "truth_ratio": Metric(_truth_ratio, ("answer", "paraphrased", "perturbed")),
-    "accuracy": Metric(_accuracy, ("true", "false")),
-    "degeneracy": Metric(_degeneracy),
-    "exact_memorization": Metric(_exact_memorization),
-    "extraction_strength": Metric(_extraction_strength),
-}
-
-
-def choose_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """Metrics by their names.
-
-    Raises:
-        ValueError: for no name, or one that is unknown.
-    """
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
-        raise UserError(f"Unknown metrics: {', '.join(unknown) or 'none given'}. Choose from {', '.join(METRICS)}.")
-    return {name: METRICS[name] for name in names}
+register_metric(
+    "rougeL",
+    Metric(
+        _rouge,
+        words={
+            "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher "
+            "elsewhere)"
+        },
+    ),
+)
+register_metric(
+    "probability",
+    Metric(
+        _probability,
+        ("answer",),
+        {"probability": "probability of the true answer, a token, estimated over draws of masks"},
+    ),
+)
+register_metric("choice_probability", Metric(_choice_probability, ("answer", "perturbed")))
+register_metric(
+    "truth_ratio",
+    Metric(
+        _truth_ratio,
+        ("answer", "paraphrased", "perturbed"),
+        {"truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one"},
+    ),
+)
+register_metric("accuracy", Metric(_accuracy, ("true", "false")))
+register_metric(
+    "degeneracy",
+    Metric(_degeneracy, words={"degeneracy": "share of answers that are empty, repetitive or made of special tokens"}),
+)
+register_metric(
+    "exact_memorization",
+    Metric(
+        _exact_memorization,
+        words={"exact_memorization": "share of the answer's tokens that decoding at its true length gets right"},
+    ),
+)
+register_metric(
+    "extraction_strength",
+    Metric(
+        _extraction_strength,
+        words={"extraction_strength": "share of the answer that need not be revealed for the model to complete it"},
+    ),
+)

@@ -25,9 +25,10 @@ from ..files import Record, UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
+from .registry import Figures, choose_metrics
 from .results import Estimate, Run, Scores
 from .runner import score_questions
-from .scoring import Figures, QuestionSet, choose_metrics, digest, encode_questions, estimates
+from .scoring import QuestionSet, digest, encode_questions, estimates
 from .sources import check_texts, config_names, first_rows, load_config, spread
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
@@ -186,7 +187,7 @@ def evaluate_tofu(
             `perturbed_answer` (a list) and, if there is one, `paraphrased_answer`.
         generation_config: how answers are decoded; unless given, greedily, a token a step, to the length of the
             longest true answer. Its batch size and seed serve the likelihood too.
-        metrics: names in `mdu_trainer.evaluation.scoring.METRICS`. The truth ratio is left out where a set has no
+        metrics: names in `mdu_trainer.evaluation.registry.METRICS`. The truth ratio is left out where a set has no
             perturbed answers.
         retain_log: truth ratios of a model that never saw the forget rows, for the forget quality.
         method: what the run is called.

@@ -20,13 +20,13 @@ from transformers.utils import logging
 
 from ..attacks.results import Recovery
 from ..commands import ArgumentParser, run
+from ..evaluation.registry import explained, score_words
 from ..evaluation.results import Estimate, Results, Run
 from ..files import UserError
 from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
 from .markup import figure_text, markdown_code, markdown_text
 from .records import RecoveryLike, attack_words, load_recovery
-from .wording import METRICS
 
 logger = logging.get_logger(__name__)
 
@@ -285,7 +285,7 @@ def has_chat_template(folder: Path) -> bool:
 def card_wording() -> str:
     """What every card says, which therefore is no quote of a row: the template and the texts that go into it."""
     methods = [method.words for method in OBJECTIVES.values()]
-    return " ".join([template_path().read_text(encoding="utf-8"), *methods, *METRICS.values(), CHAT_PROMPT])
+    return " ".join([template_path().read_text(encoding="utf-8"), *methods, *score_words().values(), CHAT_PROMPT])
 
 
 def template_path() -> Path:
@@ -325,7 +325,7 @@ def _compared(results: Results, run: Run) -> list[Run]:
 
 def _metrics(run: Run) -> dict[str, str]:
     """What the run's figures mean."""
-    return {name: METRICS[name] for name in dict.fromkeys(metric for _, metric in run.places()) if name in METRICS}
+    return explained(metric for _, metric in run.places())
 
 
 def _training(facts: Facts) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..attacks.results import Recovery
 from ..evaluation.frontier import candidates, frontier_table, select, value_of
+from ..evaluation.registry import explained
 from ..evaluation.results import Results, Run, parse_markdown_table
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
@@ -34,7 +35,6 @@ from .plots import plot_frontier, plot_losses, plot_tradeoff
 from .records import RECOVERY, load_recovery
 from .recovery_plots import Recoveries
 from .role_text import audit_html
-from .wording import METRICS
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
 ROLES, STATE = "roles.json", "trainer_state.json"
@@ -190,7 +190,7 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
         "details": _details(results),
         "selected": selected,
         "problem": problem,
-        "metrics": {name: METRICS[name].replace("`", "") for name in measured if name in METRICS},
+        "metrics": {name: text.replace("`", "") for name, text in explained(measured).items()},
         "drawn": _drawn(results.runs, selected, recovery and drawn_recoveries(recovery)),
     }
 

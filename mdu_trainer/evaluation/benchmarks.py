@@ -1,0 +1,122 @@
+"""The benchmarks that are registered from the start: TOFU, RWKU and the embedded fictional authors.
+
+options = BenchmarkOptions(dataset_name="locuslab/TOFU")
+sets = BENCHMARKS["tofu"].load(options)
+run = BENCHMARKS["tofu"].evaluate(model, tokenizer, sets, options)
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..files import UserError
+from ..inference.generation import DiffusionGenerationConfig
+from ..testing import fictional_authors, forget_retain_split
+from .registry import Benchmark, BenchmarkOptions, register_benchmark
+from .results import Run
+from .runner import processes
+from .rwku import evaluate_rwku, load_rwku
+from .sources import spread
+from .tofu import TOFU_METRICS, TruthRatios, evaluate_tofu, load_tofu, longest_answer
+
+TRUTH_RATIOS = "truth_ratios.json"
+
+
+def fictional_sets(max_rows: int | None = None) -> dict[str, Dataset]:
+    """The embedded fictional authors to forget and to keep; of each so many evenly spaced rows."""
+    forget, retain = forget_retain_split(fictional_authors())
+    return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
+
+
+def _load_fictional(options: BenchmarkOptions) -> dict[str, Dataset]:
+    sets = fictional_sets(options.max_rows)
+    _retain_log(options, sets)
+    return sets
+
+
+def _load_tofu(options: BenchmarkOptions) -> dict[str, Dataset]:
+    sets = load_tofu(
+        options.dataset_name,
+        options.forget_split,
+        options.retain_split,
+        max_rows=options.max_rows,
+        keep_dataset_cache=options.keep_dataset_cache,
+    )
+    _retain_log(options, sets)
+    return sets
+
+
+def _load_rwku(options: BenchmarkOptions) -> dict[str, Dataset]:
+    if options.retain_log is not None:
+        raise UserError("retain_log is for the truth ratios of TOFU, which RWKU does not have. Leave it out.")
+    return load_rwku(
+        options.dataset_name,
+        options.configs,
+        options.subjects,
+        options.max_rows,
+        keep_dataset_cache=options.keep_dataset_cache,
+    )
+
+
+def _evaluate_tofu(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
+) -> Run:
+    """Score the sets; the truth ratios are saved for others to compare with."""
+    result = evaluate_tofu(
+        model,
+        tokenizer,
+        sets,
+        _decoding(options, max_new_tokens=options.max_new_tokens or longest_answer(sets, tokenizer)),
+        metrics=TOFU_METRICS if options.metrics is None else options.metrics,
+        retain_log=_retain_log(options, sets),
+        **_shared(options),
+    )
+    if result.truth_ratios is not None and processes().is_main_process:
+        result.truth_ratios.save(Path(options.output_dir) / TRUTH_RATIOS)
+    return result.run
+
+
+def _evaluate_rwku(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
+) -> Run:
+    return evaluate_rwku(model, tokenizer, sets, _decoding(options), **_shared(options))
+
+
+def _retain_log(options: BenchmarkOptions, sets: Mapping[str, Dataset]) -> TruthRatios | None:
+    """The truth ratios of a model that never saw the rows, once it is clear that they are of these rows."""
+    return TruthRatios.load(options.retain_log, sets["forget"]) if options.retain_log else None
+
+
+def _decoding(options: BenchmarkOptions, **more: Any) -> DiffusionGenerationConfig:
+    return DiffusionGenerationConfig(
+        steps=options.decoding_steps, batch_size=options.batch_size, seed=options.seed, **more
+    )
+
+
+def _shared(options: BenchmarkOptions) -> dict[str, Any]:
+    return {
+        "num_draws": options.likelihood_draws,
+        "progress_path": Path(options.output_dir) / "rows.jsonl",
+        "show_progress": True,
+    }
+
+
+register_benchmark(
+    "tofu",
+    Benchmark(
+        _load_tofu,
+        _evaluate_tofu,
+        source="locuslab/TOFU",
+        words={
+            "model_utility": "harmonic mean of the figures of the sets to keep",
+            "forget_quality": "p-value of the hypothesis that the truth ratios are those of a model that never saw "
+            "the rows",
+        },
+    ),
+)
+register_benchmark("rwku", Benchmark(_load_rwku, _evaluate_rwku, source="jinzhuoran/RWKU"))
+register_benchmark("fictional", Benchmark(_load_fictional, _evaluate_tofu))
