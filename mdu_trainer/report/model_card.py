@@ -290,8 +290,9 @@ def card_wording() -> str:
 
 def template_path() -> Path:
     """The card's template: inside the package when installed from a wheel, beside it in a clone."""
-    installed = Path(__file__).parent / "model_cards" / TEMPLATE
-    return installed if installed.is_file() else Path(__file__).parents[1] / "model_cards" / TEMPLATE
+    package = Path(__file__).parents[1]
+    installed = package / "model_cards" / TEMPLATE
+    return installed if installed.is_file() else package.parent / "model_cards" / TEMPLATE
 
 
 def _words(facts: Facts) -> dict[str, Any]:
