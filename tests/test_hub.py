@@ -30,10 +30,12 @@ from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer, quest
 from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
 from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.files import UserError
-from mdu_trainer.hub.files import check_texts, saved_tokenizer
+from mdu_trainer.hub.files import saved_tokenizer
+from mdu_trainer.hub.leak_scan import check_texts
 from mdu_trainer.hub.push import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
 from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
+from mdu_trainer.report.model_card import CardDetails
 from mdu_trainer.testing import dataset_texts, forget_retain_split, tiny_mdlm, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -465,12 +467,14 @@ def test_entries_of_a_base_on_the_hub_are_no_leak(hub, checkpoint, authors):
         api.create_repo(name, private=private)
         for path in saved_tokenizer(everything).items():
             api.upload_file(path_or_fileobj=path[1], path_in_repo=path[0], repo_id=name)
-    prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/base", private=False)
-    prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/private")
+    prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/base"), private=False)
+    prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/private"))
     with pytest.raises(LeakError, match="entries"):
-        prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/private", private=False)
+        prepare_push(
+            checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/private"), private=False
+        )
     with pytest.raises(LeakError, match="entries"):
-        prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/nothing")
+        prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/nothing"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "emptied", "cut"])

@@ -4,7 +4,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..files import Record, without_secrets
@@ -136,9 +135,9 @@ class Results(Record):
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all, of the figures that were measured, without secrets among the settings."""
-        super(Results, replace(self.finite(), settings=without_secrets(self.settings))).save(path)
+    def to_json(self) -> str:
+        """Return, as JSON, the figures that were measured, and the settings without the secrets among them."""
+        return super(Results, replace(self.finite(), settings=without_secrets(self.settings))).to_json()
 
     def check(self) -> None:
         """Refuse a comparison of nothing, and two runs of one name."""

@@ -6,11 +6,11 @@ It holds no script and asks for nothing outside of itself, and it quotes no row 
 """
 
 import base64
+import io
 import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,9 @@ from ..provenance.facts import Facts
 from ..token_roles.labels import audit_html, label_roles
 from ..token_roles.results import RoleReport
 from .markup import figure_text, seen_text
-from .model_card import CARD, RESULTS, chosen_run, data_name, drawn_recoveries, only_finite, template_path
+from .model_card import CARD, chosen_run, data_name, drawn_recoveries, only_finite, template_path
 from .plots import plot_frontier, plot_losses, plot_tradeoff
-from .records import RECOVERY, load_recovery
+from .records import RECOVERY, RESULTS, load_record
 from .recovery_plots import Recoveries
 from .wording import METRICS
 
@@ -118,12 +118,13 @@ def write_page(
     """
     folder = Path(folder)
     output = Path(output) if output is not None else folder / PAGE
-    results = only_finite(Results.load(folder / RESULTS)) if (folder / RESULTS).is_file() else None
+    results = load_record(Results, folder)
+    results = results and only_finite(results)
     found = [name for name in (RESULTS, ROLES, RECOVERY) if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
     models = find_models(folder, results)
-    recovery = load_recovery(folder, None)
+    recovery = load_record(Recovery, folder)
     rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
     others = [(row["question"], row["answer"]) for row in retain_rows or ()]
     template = _environment().get_template(TEMPLATE)
@@ -233,7 +234,7 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
             pictures.append(_draw(plot, chosen, alt=alt, caption=caption))
         pictures.append(
             _draw(
-                lambda runs, path, keep=keep: plot_frontier(runs, path, keep=keep, selected=selected),
+                lambda runs, file, keep=keep: plot_frontier(runs, file, keep=keep, selected=selected),
                 chosen,
                 alt=f"Forget ROUGE-L recall against {words}, with intervals and the Pareto front, a point a run.",
                 caption=f"Forgetting against {words}, with 95 % bootstrap intervals. No other run is better than one "
@@ -290,19 +291,19 @@ def _pictures(folder: Path, private: bool) -> dict[str, list[Picture]]:
     for name, (section, alt) in (PICTURES | (PRIVATE_PICTURES if private else {})).items():
         path = next((path for suffix in TYPES if (path := folder / f"{name}{suffix}").is_file()), None)
         if path is not None:
-            sections[section].append(Picture(_data_uri(path), alt))
+            sections[section].append(Picture(_data_uri(path.suffix, path.read_bytes()), alt))
     return sections
 
 
 def _draw(plot: Callable[..., None], figures: Any, alt: str, caption: str) -> Picture:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.svg"
-        plot(figures, path)
-        return Picture(_data_uri(path), alt, caption)
+    picture = io.BytesIO()
+    picture.name = "picture.svg"
+    plot(figures, picture)
+    return Picture(_data_uri(".svg", picture.getvalue()), alt, caption)
 
 
-def _data_uri(path: Path) -> str:
-    return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _data_uri(suffix: str, content: bytes) -> str:
+    return f"data:{TYPES[suffix]};base64,{base64.b64encode(content).decode()}"
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
