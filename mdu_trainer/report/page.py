@@ -21,8 +21,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from ..attacks.results import Recovery
-from ..evaluation.frontier import candidates, frontier_table, select, value_of
-from ..evaluation.results import Results, Run, parse_markdown_table
+from ..evaluation.frontier import candidates, frontier_cells, select, value_of
+from ..evaluation.results import Results, Run
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import Facts
@@ -133,7 +133,7 @@ def write_page(
         **_comparison(results, recovery),
         **_trained(models, output.parent),
         roles=_roles(folder),
-        recovery=recovery and parse_markdown_table(recovery.table()),
+        recovery=recovery and recovery.table_cells(),
         pictures=_pictures(folder, private=rows is not None),
         rows=rows,
         audit=_audit(folder, rows, others, tokenizer),
@@ -186,7 +186,7 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
         "settings": [
             (name, _shown(value)) for name, value in without_secrets(results.settings).items() if value is not None
         ],
-        "table": parse_markdown_table(frontier_table(results, selected)),
+        "table": frontier_cells(results, selected),
         "details": _details(results),
         "selected": selected,
         "problem": problem,
@@ -197,7 +197,7 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
 
 def _details(results: Results) -> list[list[str]]:
     """Every figure: the runs are the columns, or the rows if they are many."""
-    cells = parse_markdown_table(results.details())
+    cells = results.details_cells()
     if len(results.runs) <= MOST_COLUMNS:
         return cells
     columns = [[" ".join(row[:2]), *row[3:]] for row in cells]
@@ -272,7 +272,7 @@ def _roles(folder: Path) -> list[list[str]] | None:
     """The table of divergences by role."""
     if not (folder / ROLES).is_file():
         return None
-    return parse_markdown_table(RoleReport.load(folder / ROLES).details())
+    return RoleReport.load(folder / ROLES).details_cells()
 
 
 def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTrainedTokenizerBase | None) -> str | None:

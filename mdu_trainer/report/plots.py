@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
-from ..evaluation.results import Results, parse_markdown_table
+from ..evaluation.results import Results
 from ..files import UserError
+from .markup import plain_text
 from .recovery_plots import Recoveries, draw_recovery, strongest
 from .style import PictureFile, RunStyle, label_points, new_figure, run_styles, save_figure
 
@@ -156,15 +157,14 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], file: Pict
     save_figure(figure, file)
 
 
-def plot_table(results: Results, file: PictureFile, table: str | None = None) -> None:
+def plot_table(results: Results, file: PictureFile) -> None:
     """The comparison's table as a picture.
 
     Args:
         results: the comparison.
         file: the PNG or SVG to write, a path or a binary file with a name.
-        table: a Markdown table to draw instead of `results.table()`.
     """
-    head, *body = parse_markdown_table(table or results.table())
+    head, *body = ([plain_text(cell) for cell in row] for row in results.table_cells())
     cells = [[cell.replace(" ", "\n", 1) if i else cell for i, cell in enumerate(head)], *body]
     letters = [max(len(part) for row in cells for part in row[i].split("\n")) for i in range(len(head))]
     ends = [sum(letters[: i + 1]) + 2.5 * i for i in range(len(letters))]  # right end of each column, in letters
