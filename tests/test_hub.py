@@ -792,7 +792,11 @@ def test_unknown_details_are_named_before_anything_is_done(hub, checkpoint, rows
     ):
         with pytest.raises(TypeError, match="Unknown details of a card: licence, tag. There are repo_id"):
             publish(licence="mit", tag="x")
-    assert hub.requests == [] and not (tmp_path / "out").exists() and not (checkpoint / "README.md").exists()
+    assert (
+        hub.requests == []
+        and not (tmp_path / "out" / "model.safetensors").exists()
+        and not (checkpoint / "README.md").exists()
+    )
 
 
 def test_create_model_card_of_the_trainer(rows, tokenizer, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.evaluation.progress import ProgressFile
 from mdu_trainer.files import UserError, without_secrets
-from mdu_trainer.hub.files import LeakError, check_texts, text_of
+from mdu_trainer.hub.leak_scan import LeakError, check_texts, text_of
 from mdu_trainer.provenance.facts import Facts, SetFacts, set_facts, whole_hashes
 from mdu_trainer.provenance.forget_hashes import FORGET_COLUMNS, ForgetHashes, normalise, row_texts, words
 from mdu_trainer.testing import forget_retain_split
