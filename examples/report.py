@@ -22,8 +22,8 @@ from mdu_trainer import load_tokenizer
 from mdu_trainer.commands import ArgumentParser, run, task
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.files import UserError
-from mdu_trainer.report.model_card import RESULTS
 from mdu_trainer.report.page import write_page
+from mdu_trainer.report.records import RESULTS
 
 
 def load_private_rows(folder: Path) -> tuple[Dataset, Dataset]:

@@ -6,6 +6,7 @@ from typing import Any
 from . import models  # registers LLaDA and Dream with transformers' Auto classes
 
 __version__ = "0.1.0"
+__path__.append(f"{__path__[0]}/commands")  # so that users type `python -m mdu_trainer.leak_check`
 
 _ROOMS = {
     "MDLMConfig": "config",

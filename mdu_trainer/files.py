@@ -133,10 +133,14 @@ class Record:
     indent: ClassVar[int | None] = 2
     private: ClassVar[bool] = False
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all. JSON has no word for NaN and infinity: they are written as null."""
+    def to_json(self) -> str:
+        """Return the record as JSON, which has no word for NaN and infinity: they are written as null."""
         content = {"schema": self.schema} | _finite(asdict(self))
-        write_whole(path, json.dumps(content, indent=self.indent, allow_nan=False) + "\n", private=self.private)
+        return json.dumps(content, indent=self.indent, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_json`, whole or not at all."""
+        write_whole(path, self.to_json(), private=self.private)
 
     @classmethod
     def load(cls: type[R], path: str | Path) -> R:

@@ -30,10 +30,12 @@ from mdu_trainer import MDUConfig, MDUTrainer, load_model, load_tokenizer, quest
 from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
 from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.files import UserError
-from mdu_trainer.hub.files import check_texts, saved_tokenizer
+from mdu_trainer.hub.files import saved_tokenizer
+from mdu_trainer.hub.leak_scan import check_texts
 from mdu_trainer.hub.push import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
 from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
+from mdu_trainer.report.model_card import CardDetails, write_model_card
 from mdu_trainer.testing import dataset_texts, forget_retain_split, tiny_mdlm, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -465,12 +467,14 @@ def test_entries_of_a_base_on_the_hub_are_no_leak(hub, checkpoint, authors):
         api.create_repo(name, private=private)
         for path in saved_tokenizer(everything).items():
             api.upload_file(path_or_fileobj=path[1], path_in_repo=path[0], repo_id=name)
-    prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/base", private=False)
-    prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/private")
+    prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/base"), private=False)
+    prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/private"))
     with pytest.raises(LeakError, match="entries"):
-        prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/private", private=False)
+        prepare_push(
+            checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/private"), private=False
+        )
     with pytest.raises(LeakError, match="entries"):
-        prepare_push(checkpoint, REPO, tokenizer=everything, base_model="org/nothing")
+        prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/nothing"))
 
 
 @pytest.mark.parametrize("damage", ["missing", "emptied", "cut"])
@@ -583,11 +587,11 @@ def test_weights_that_are_not_whole(hub, checkpoint):
         with pytest.raises(UserError, match=words):
             push_unlearned_model(checkpoint, REPO)
 
-    refused(rf"lacks {norm}", {name: tensor for name, tensor in tensors.items() if name != norm})
-    refused("does not ask for, model.extra", tensors | {"model.extra": torch.zeros(2)})
+    refused(rf"lacks tensors .*{norm}", {name: tensor for name, tensor in tensors.items() if name != norm})
+    refused("does not have: model.extra", tensors | {"model.extra": torch.zeros(2)})
     refused("other shapes", tensors | {norm: torch.zeros(7)})
-    refused(r"lacks model\.layers\.2", num_hidden_layers=3)
-    refused(r"does not ask for, model\.layers\.1", num_hidden_layers=1)
+    refused(r"lacks tensors .*model\.layers\.2", num_hidden_layers=3)
+    refused(r"does not have: .*model\.layers\.1", num_hidden_layers=1)
     refused("holds no tensors", {})
     path.write_bytes(path.read_bytes()[:5])
     with pytest.raises(UserError, match="no safetensors file"):
@@ -666,7 +670,7 @@ def test_what_cannot_be_published(hub, checkpoint, results, tmp_path, make_model
     with pytest.raises(ValueError, match="0 runs instead of one"):
         push_unlearned_model(checkpoint, REPO, results=Results("m", "d", {}, results.runs[:1]))
     (checkpoint / "results.json").write_text(json.dumps({"schema": 2, "predictions": ["x"]}))
-    with pytest.raises(ValueError, match="no results file"):
+    with pytest.raises(ValueError, match="is not a results file"):
         push_unlearned_model(checkpoint, REPO)
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
@@ -776,6 +780,23 @@ def test_a_failed_push_costs_no_training(hub, rows, tokenizer, tmp_path, caplog)
     assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").is_file()
     with pytest.raises(PushError, match="may not write"):
         trainer.save_model()
+
+
+def test_unknown_details_are_named_before_anything_is_done(hub, checkpoint, rows, tokenizer, tmp_path):
+    trainer = make_trainer(tmp_path / "out", rows, tokenizer)
+    for publish in (
+        lambda **details: push_unlearned_model(checkpoint, REPO, **details),
+        lambda **details: write_model_card(checkpoint, **details),
+        trainer.create_model_card,
+        trainer.push_to_hub,
+    ):
+        with pytest.raises(TypeError, match="Unknown details of a card: licence, tag. There are repo_id"):
+            publish(licence="mit", tag="x")
+    assert (
+        hub.requests == []
+        and not (tmp_path / "out" / "model.safetensors").exists()
+        and not (checkpoint / "README.md").exists()
+    )
 
 
 def test_create_model_card_of_the_trainer(rows, tokenizer, tmp_path):

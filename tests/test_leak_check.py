@@ -12,8 +12,11 @@ from datasets import Dataset
 from runs import die_at, status
 
 from mdu_trainer import MDLMConfig, MDLMTrainer, question_answer_rows
-from mdu_trainer.attacks import Attack, AttackScores, Target, leak_check
-from mdu_trainer.attacks.leak_check import CHECKS, Leak, load_rows, main
+from mdu_trainer.attacks import Attack, AttackScores, Target
+from mdu_trainer.attacks import leak_check as measuring
+from mdu_trainer.attacks.leak_check import CHECKS, Leak, load_rows
+from mdu_trainer.commands import leak_check
+from mdu_trainer.commands.leak_check import main
 from mdu_trainer.evaluation import progress
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
@@ -133,7 +136,7 @@ def test_same_command_same_figures(folder, capsys, monkeypatch):
     def seeded(target, seed):
         return AttackScores([0], [0.0], [float(np.random.default_rng(seed).random())])
 
-    monkeypatch.setitem(leak_check.ATTACKS, "leak-at-k", Attack(seeded, ""))
+    monkeypatch.setitem(measuring.ATTACKS, "leak-at-k", Attack(seeded, ""))
     main(check(folder, "empty", "held.json", "--audit", "--seed", 7))
     found = json.loads(capsys.readouterr().out)
     assert found["seed"] == 7 and found["checks"]["leak-at-k"] == float(np.random.default_rng(7).random())
@@ -145,7 +148,7 @@ def test_text_is_shown_on_request_only(folder, tmp_path):
         output = tmp_path / "leak.json"
         arguments = check(folder, "full", "rows.jsonl", "--max-leak", 0.5, "--output", output, *flag)
         run = subprocess.run(
-            [sys.executable, "-m", "mdu_trainer.attacks.leak_check", *arguments],
+            [sys.executable, "-m", "mdu_trainer.leak_check", *arguments],
             capture_output=True,
             text=True,
             cwd=tmp_path,

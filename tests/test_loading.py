@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from mdu_trainer import MDUConfig, MDUTrainer, resolve_backbone
-from mdu_trainer.attacks.leak_check import main as leak_check
+from mdu_trainer.commands.leak_check import main as leak_check
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
 from mdu_trainer.models import load_checkpoint, load_model

@@ -17,15 +17,16 @@ from markdown_it import MarkdownIt
 
 from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
 from mdu_trainer.commands import run
+from mdu_trainer.commands.model_card import main
 from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.files import UserError
 from mdu_trainer.objectives import OBJECTIVES
 from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.report.markup import markdown_code, markdown_text
 from mdu_trainer.report.model_card import (
+    CardDetails,
     chosen_run,
     draw_picture,
-    main,
     template_path,
     unlearned_model_card,
     write_model_card,
@@ -56,10 +57,8 @@ def test_card_of_the_demo_is_the_golden_one(facts, results):
     card = unlearned_model_card(
         facts,
         results,
-        recovery=Recovery.load(DEMO / "recovery.json"),
-        repo_id="ORG/mdu-demo",
-        language="en",
-        license="mit",
+        Recovery.load(DEMO / "recovery.json"),
+        CardDetails(repo_id="ORG/mdu-demo", language="en", license="mit"),
         picture="mdu-demo_tradeoff.png",
     )
     picture = GOLDEN.with_name("mdu-demo_tradeoff.png")
@@ -75,10 +74,7 @@ def test_metadata(facts, results):
     card = unlearned_model_card(
         facts,
         replace(results, dataset="org/data forget10"),
-        repo_id="org/name",
-        license="mit",
-        language="en",
-        tags="x",
+        details=CardDetails(repo_id="org/name", license="mit", language="en", tags="x"),
     )
     data = metadata(card)
     assert data["base_model"] == "org/base" and data["base_model_relation"] == "finetune"
@@ -300,10 +296,9 @@ def filled(text, facts, results, recovery):
     ]
     recovery = replace(recovery, attacks={text: replace(next(iter(recovery.attacks.values())), words=text)})
     details = {"language": text, "license": text, "tags": [text], "datasets": text, "model_name": text}
-    shared = {"repo_id": f"org/{text}", "revision": text, "picture": f"{text}.png", "adapter": True}
-    return unlearned_model_card(
-        facts, replace(results, dataset=f"data {text}", runs=runs), recovery=recovery, **details, **shared
-    )
+    details = CardDetails(**details, repo_id=f"org/{text}", revision=text)
+    results = replace(results, dataset=f"data {text}", runs=runs)
+    return unlearned_model_card(facts, results, recovery, details, picture=f"{text}.png", adapter=True)
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
@@ -342,8 +337,8 @@ def metadata_of(card):
 
 def test_a_description_is_text(facts):
     for injection in INJECTIONS:
-        shown = rendered(unlearned_model_card(facts, description=injection))
-        assert shown.found == rendered(unlearned_model_card(facts, description="something")).found
+        shown = rendered(unlearned_model_card(facts, details=CardDetails(description=injection)))
+        assert shown.found == rendered(unlearned_model_card(facts, details=CardDetails(description="something"))).found
         assert as_typed(injection).rstrip(".") in " ".join(shown.text.split())
 
 

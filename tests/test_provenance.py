@@ -17,7 +17,7 @@ import pytest
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.evaluation.progress import ProgressFile
 from mdu_trainer.files import UserError, without_secrets
-from mdu_trainer.hub.files import LeakError, check_texts, text_of
+from mdu_trainer.hub.leak_scan import LeakError, check_texts, text_of
 from mdu_trainer.provenance.facts import Facts, SetFacts, set_facts, whole_hashes
 from mdu_trainer.provenance.forget_hashes import FORGET_COLUMNS, ForgetHashes, normalise, row_texts, words
 from mdu_trainer.testing import forget_retain_split
@@ -103,7 +103,7 @@ def test_file(tmp_path):
     assert not re.search("quill|velm|harbour", path.read_text(), re.I)
     assert ForgetHashes.of([SENTENCE]).requests[0] != HASHES.requests[0], "a key of its own"
     path.write_text('{"schema": 9}')
-    with pytest.raises(ValueError, match="schema 9"):
+    with pytest.raises(ValueError, match="another schema than 2"):
         ForgetHashes.load(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -328,7 +328,7 @@ def test_facts_of_an_earlier_version(trainer, tmp_path):
     with pytest.raises(UserError, match="an earlier version wrote unlearning.json.*--no-leak-scan"):
         whole_hashes(tmp_path / "out", facts)
     path.write_text(json.dumps({"schema": 2, "method": "mdu"}))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read|is not a file of facts"):
         Facts.load(tmp_path / "out")
 
 

@@ -17,6 +17,7 @@ from mdu_trainer.attacks import ATTACKS, AttackSettings, Target, leak_check
 from mdu_trainer.attacks.base import recall
 from mdu_trainer.attacks.prefix import WORD
 from mdu_trainer.callbacks import UnlearningEvalCallback
+from mdu_trainer.commands import leak_check as leak_command
 from mdu_trainer.evaluation.metrics import Degeneracy, RougeL, zlib_score
 from mdu_trainer.evaluation.metrics.text import RougeTokenizer
 from mdu_trainer.evaluation.rwku import ngram_entropy, word_match
@@ -247,7 +248,7 @@ def check(recited, capsys):
 
     def run(model, rows, *options):
         paths = ["--model", str(recited[0] / model), "--forget", str(recited[0] / rows)]
-        status = leak_check.main([*paths, *(options or ("--max-leak", "0.5"))])
+        status = leak_command.main([*paths, *(options or ("--max-leak", "0.5"))])
         return status, json.loads(capsys.readouterr().out)
 
     return run

@@ -94,7 +94,11 @@ class Recovery(Record):
         return {name: of_model for name, of_model in found.items() if of_model}
 
     def table(self) -> str:
-        """The attacks as a Markdown table, one a row: mean scores under the attack, and recoveries with intervals."""
+        """The cells of `table_cells` as a Markdown table."""
+        return markdown_table(self.table_cells())
+
+    def table_cells(self) -> list[list[str]]:
+        """The attacks, one a row, under a header: mean scores under the attack, and recoveries with intervals."""
         ends = [BASE, NEVER] if self.has_floor else [BASE]
         header = ["attack", *ends]
         for name in self.models:
@@ -108,7 +112,7 @@ class Recovery(Record):
                 if self.has_floor:
                     cells.append("" if one.recovery is None else _short(one.recovery))
             rows.append([attack, *cells])
-        return markdown_table(rows)
+        return rows
 
     def text(self) -> str:
         """The table, and what its figures mean."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..files import UserError
-from .results import Estimate, Results, Run
+from .results import Estimate, Results, Run, markdown_table
 
 FIGURES: dict[str, tuple[str | None, str]] = {  # by short name: (set, metric), the set None for the model as a whole
     "forget": ("forget", "rougeL_recall"),
@@ -182,14 +182,19 @@ def parse_conditions(text: str) -> list[Condition]:
 
 
 def frontier_table(results: Results, selected: Run | None = None, keep: str = "retain") -> str:
-    """`Results.table` with a column that says where each run lies, and which one is selected (*).
+    """The cells of `frontier_cells` as a Markdown table."""
+    return markdown_table(frontier_cells(results, selected, keep))
+
+
+def frontier_cells(results: Results, selected: Run | None = None, keep: str = "retain") -> list[list[str]]:
+    """`Results.table_cells` with a column that says where each run lies, and which one is selected (*).
 
     Without the column where no run has both figures.
     """
     words = {mark.run.name: mark.status for mark in frontier(results.runs, keep=keep)}
     if selected is not None:
         words[selected.name] = f"{words.get(selected.name, '')} *".strip()
-    return results.table({"front": words} if words else None)
+    return results.table_cells({"front": words} if words else None)
 
 
 def _dominates(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:

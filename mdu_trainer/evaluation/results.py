@@ -1,10 +1,8 @@
 """The outcome of a comparison: one typed record, tables to read, a JSON file to keep. Figures only, never texts."""
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..files import Record, without_secrets
@@ -137,9 +135,9 @@ class Results(Record):
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
 
-    def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all, of the figures that were measured, without secrets among the settings."""
-        super(Results, replace(self.finite(), settings=without_secrets(self.settings))).save(path)
+    def to_json(self) -> str:
+        """Return, as JSON, the figures that were measured, and the settings without the secrets among them."""
+        return super(Results, replace(self.finite(), settings=without_secrets(self.settings))).to_json()
 
     def check(self) -> None:
         """Refuse a comparison of nothing, and two runs of one name."""
@@ -162,7 +160,11 @@ class Results(Record):
         return replace(self, runs=runs)
 
     def table(self, further: dict[str, dict[str, str]] | None = None) -> str:
-        """The runs as a Markdown table, one a row. Columns that no run has a figure for are left out.
+        """The cells of `table_cells` as a Markdown table."""
+        return markdown_table(self.table_cells(further))
+
+    def table_cells(self, further: dict[str, dict[str, str]] | None = None) -> list[list[str]]:
+        """The runs, one a row, under a header. Columns that no run has a figure for are left out.
 
         Args:
             further: columns at the end: title -> name of a run -> text.
@@ -177,10 +179,14 @@ class Results(Record):
             figures = ["" if figure is None else _figure(figure.value) for figure in found]
             texts = [texts.get(run.name, "") for texts in further.values()]
             rows.append([run.name, *figures, f"{run.train_seconds:.0f}", *texts])
-        return markdown_table(rows)
+        return rows
 
     def details(self) -> str:
-        """Every figure with its interval as a Markdown table, one a row; the runs are the columns."""
+        """The cells of `details_cells` as a Markdown table."""
+        return markdown_table(self.details_cells(), text_columns=2)
+
+    def details_cells(self) -> list[list[str]]:
+        """Every figure with its interval, one a row, under a header; the runs are the columns."""
         places = dict.fromkeys(place for run in self.runs for place in run.places())
         rows = [["set", "metric", "rows", *(run.name for run in self.runs)]]
         for name, metric in sorted(places, key=lambda place: place[0] is None):  # the summary last
@@ -188,7 +194,7 @@ class Results(Record):
             found = [run.figure(name, metric) for run in self.runs]
             figures = ["" if figure is None else str(figure) for figure in found]
             rows.append([name or "model", metric, ", ".join(map(str, counts)), *figures])
-        return markdown_table(rows, text_columns=2)
+        return rows
 
     def _columns(self) -> dict[str, tuple[str | None, str]]:
         further = dict.fromkeys(name for run in self.runs for name in run.scores if name not in SUMMARISED)
@@ -221,13 +227,6 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     ]
     rule = "|" + "|".join("-" * (w + 2) if t else "-" * (w + 1) + ":" for w, t in zip(widths, text, strict=True)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
-
-
-def parse_markdown_table(text: str) -> list[list[str]]:
-    """The cells of a table of `markdown_table`, the header first."""
-    lines = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in text.strip().splitlines()]
-    rows = [[cell.strip().replace("\\|", "|") for cell in line] for line in lines]
-    return [rows[0], *rows[2:]]
 
 
 def _setting(value: Any) -> str:

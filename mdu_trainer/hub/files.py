@@ -1,26 +1,22 @@
-"""What is uploaded of a checkpoint: an explicit list of files, rid of local paths, and the checks that they pass."""
+"""What is uploaded of a checkpoint: an explicit list of files, rid of local paths."""
 
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
-from ..attacks.results import Recovery
-from ..evaluation.results import Results
-from ..files import UserError, looks_like_secret
+from ..files import UserError
 from ..provenance.facts import Facts
-from ..provenance.forget_hashes import ForgetHashes
-from ..report.model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, card_wording, data_name, only_finite
-from ..report.records import RECOVERY, RecoveryLike, public
-from .scanned_text import Source, content_of, text_of, vocabulary
-from .weight_check import check_adapter_complete, check_complete, check_finite
+from ..report.attack_words import public
+from ..report.model_card import CARD, LOCAL_BASE, PICTURE, CardDetails, checkpoint_card, data_name
+from ..report.records import RECOVERY, RESULTS, Checkpoint
+
+Source = Path | bytes
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
@@ -43,13 +39,6 @@ TEMPLATES = "additional_chat_templates"
 LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file")  # paths of the machine that saved it
 
 
-class LeakError(UserError):
-    """A file that was to be published quotes a row to forget. Nothing was sent. The message names the file only."""
-
-
-# The list
-
-
 def regular_file(folder: Path, name: str) -> Path | None:
     """A file of a folder by its name, None if there is none.
 
@@ -68,13 +57,31 @@ def regular_file(folder: Path, name: str) -> Path | None:
     return path
 
 
-def _present(folder: Path, *names: str) -> dict[str, Source]:
+def regular_files(folder: Path, *names: str) -> dict[str, Source]:
+    """The files of a folder by their names, without those that it does not have.
+
+    Raises:
+        ValueError: as `regular_file`.
+    """
     found = {name: regular_file(folder, name) for name in names}
     return {name: path for name, path in found.items() if path is not None}
 
 
-def model_files(folder: Path, base_model: str | None, facts: Facts) -> dict[str, Source]:
+def content_of(source: Source) -> bytes:
+    """The bytes of a file or content."""
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
+def model_files(
+    folder: Path, facts: Facts, base_model: str | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> dict[str, Source]:
     """Weights, configs and tokenizer, by their paths in the repository.
+
+    Args:
+        folder: that they lie in.
+        facts: of the checkpoint.
+        base_model: Hub id of the model at the start, None if it has none.
+        tokenizer: in place of the folder's.
 
     Raises:
         FileNotFoundError: some are missing.
@@ -87,7 +94,7 @@ def model_files(folder: Path, base_model: str | None, facts: Facts) -> dict[str,
     else:
         wanted = ("config.json", "model.safetensors")
     optional = () if ADAPTER_CONFIG in wanted else CONFIGS
-    files = _present(folder, *dict.fromkeys((*optional, *wanted)))
+    files = regular_files(folder, *dict.fromkeys((*optional, *wanted)))
     missing = [name for name in wanted if name not in files]
     if missing:
         raise FileNotFoundError(
@@ -98,7 +105,7 @@ def model_files(folder: Path, base_model: str | None, facts: Facts) -> dict[str,
         files[ADAPTER_CONFIG] = _adapter_config(folder, base_model, facts)
     else:
         files["config.json"] = _config(folder / "config.json")
-    return files | tokenizer_files(folder)
+    return files | (tokenizer_files(folder) if tokenizer is None else saved_tokenizer(tokenizer))
 
 
 def _shards(index: Path) -> list[str]:
@@ -122,15 +129,10 @@ def _shards(index: Path) -> list[str]:
 def tokenizer_files(folder: Path) -> dict[str, Source]:
     """The tokenizer of a checkpoint, by its paths in the repository."""
     templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
-    files = _present(folder, *TOKENIZER, *templates)
+    files = regular_files(folder, *TOKENIZER, *templates)
     if "tokenizer_config.json" in files:
         files["tokenizer_config.json"] = _without(read_json(folder / "tokenizer_config.json"), *LOCAL_KEYS, "auto_map")
     return files
-
-
-def is_tokenizer_file(name: str) -> bool:
-    """Whether a path in the repository belongs to a tokenizer."""
-    return name in TOKENIZER or name.startswith(f"{TEMPLATES}/")
 
 
 def saved_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Source]:
@@ -167,49 +169,35 @@ def _adapter_config(folder: Path, base_model: str | None, facts: Facts) -> bytes
             "(adapter='merge'), or pass base_model='ORG/NAME' if the base is on the Hub."
         )
     config["base_model_name_or_path"] = base_model
-    config["revision"] = facts.base_revision if base_model == facts.base_model else None
+    config["revision"] = facts.revision_of(base_model)
     return _without(config, "auto_mapping")
 
 
-def extra_files(
-    card: ModelCard,
-    results: Results | None,
-    recovery: Recovery | None,
-    picture: bytes | None,
-    base_model: str | None,
+def card_files(
+    checkpoint: Checkpoint, details: CardDetails, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Source]:
-    """Card, picture and figures, by their paths in the repository."""
+    """Card, picture and figures, by their paths in the repository.
+
+    Args:
+        checkpoint: what is on record of the model.
+        details: what else the card says.
+        folder: with the model's files.
+        tokenizer: in place of the folder's.
+    """
+    card, picture = checkpoint_card(
+        checkpoint, details, folder, chats=None if tokenizer is None else bool(tokenizer.chat_template)
+    )
     files: dict[str, Source] = {CARD: str(card).encode()}
     if picture is not None:
         files[PICTURE] = picture
-    if results is not None:
+    if checkpoint.results is not None:
         # The settings of a run can hold paths and names of the machine: only figures are published
-        figures = replace(
-            only_finite(results), model=base_model or LOCAL_BASE, dataset=data_name(results), settings={}
-        )
-        files[RESULTS] = _saved(figures)
-    if recovery is not None:
-        files[RECOVERY] = _saved(public(recovery, data_name(recovery)))
+        base, data = details.base_model or checkpoint.facts.base_model, data_name(checkpoint.results)
+        figures = replace(checkpoint.results, model=base or LOCAL_BASE, dataset=data, settings={})
+        files[RESULTS] = figures.to_json().encode()
+    if checkpoint.recovery is not None:
+        files[RECOVERY] = public(checkpoint.recovery, data_name(checkpoint.recovery)).to_json().encode()
     return files
-
-
-def _saved(record: Results | Recovery) -> bytes:
-    with tempfile.TemporaryDirectory() as folder:
-        record.save(Path(folder) / "record.json")
-        return (Path(folder) / "record.json").read_bytes()
-
-
-def given_records(folder: Path, results: ResultsLike, recovery: RecoveryLike) -> dict[str, Source]:
-    """The texts of the records before they are reduced to figures: what leaks in is found, and not just dropped."""
-    found: dict[str, Source] = {}
-    for name, record in ((RESULTS, results), (RECOVERY, recovery)):
-        if isinstance(record, Results | Recovery):
-            found[f"{name} as given"] = json.dumps(asdict(record), default=str).encode()
-        elif record is not False:
-            path = regular_file(folder, name) if record is None else Path(record)
-            if path is not None and path.is_file():
-                found[f"{name} as given"] = path.read_bytes()
-    return found
 
 
 def read_json(path: Path) -> dict:
@@ -236,88 +224,3 @@ def _cut(value: Any, keys: tuple[str, ...]) -> Any:
     if isinstance(value, dict):
         return {name: _cut(part, keys) for name, part in value.items() if name not in keys}
     return [_cut(part, keys) for part in value] if isinstance(value, list) else value
-
-
-# The checks
-
-
-def check_weights(folder: Path, files: dict[str, Source]) -> None:
-    """Refuse weights that are not whole: tensors that are missing, of another shape than the config says, or NaN.
-
-    Raises:
-        ValueError: such weights; the message names file and tensor.
-    """
-    weight_map = read_json(folder / WEIGHTS_INDEX)["weight_map"] if WEIGHTS_INDEX in files else None
-    check_finite([source for name, source in files.items() if name.endswith(".safetensors")], weight_map)
-    if ADAPTER_CONFIG in files:
-        check_adapter_complete(folder)
-    else:
-        check_complete(folder)
-
-
-def check_texts(files: dict[str, Source], hashes: ForgetHashes, names: Mapping[str, str | None] | None = None) -> None:
-    """Scan every text, and the names of the files, for sentences of the rows to forget.
-
-    Args:
-        files: path in the repository -> file or content.
-        hashes: of the rows.
-        names: what else is sent, by what a message calls it: the repository's name, say.
-
-    Raises:
-        LeakError: one was found; the message names the file, never the sentence.
-    """
-    quoting = {
-        name: f"the name of file {i} of {len(files)}" for i, name in enumerate(files, 1) if hashes.found_in(name)
-    }
-    found = [
-        quoting.get(name, name)
-        for name, source in files.items()
-        if name in quoting or hashes.found_in(text_of(name, source), card_wording() if name == CARD else "")
-    ]
-    found += [where for where, text in (names or {}).items() if text and hashes.found_in(text)]
-    if found:
-        raise LeakError(
-            f"{', '.join(found)} {'quotes' if len(found) == 1 else 'quote'} rows that were to be forgotten. Nothing "
-            "was sent. Remove the text there; in a tokenizer, look at the chat template and the added tokens."
-        )
-
-
-def check_vocabulary(files: dict[str, Source], hashes: ForgetHashes, published: Callable[[], set[str]]) -> None:
-    """Scan the vocabulary of a tokenizer for words that only the rows to forget hold.
-
-    Entries that the base's published vocabulary has, too, say nothing of the rows.
-
-    Args:
-        files: path in the repository -> file or content.
-        hashes: of the rows.
-        published: gives the entries of the base's tokenizer; called only if something is found.
-
-    Raises:
-        LeakError: there are such entries; the message counts them, and names none.
-    """
-    entries = {name: found for name, source in files.items() if (found := vocabulary(name, source))}
-    suspects = hashes.terms_in(set().union(*entries.values()))
-    if suspects:
-        suspects -= published()
-    where = [name for name, found in entries.items() if found & suspects]
-    if where:
-        raise LeakError(
-            f"{', '.join(where)}: {len(suspects)} entries of the vocabulary are or hold words that only the rows to "
-            "forget hold: the tokenizer learned them there. Nothing was sent. Train it on the rows to keep only. "
-            "If it is the public one of a base on the Hub, pass base_model='ORG/NAME'."
-        )
-
-
-def check_secrets(files: dict[str, Source]) -> None:
-    """Refuse what looks like an access token or a password, outside of weights and vocabularies.
-
-    Raises:
-        ValueError: there is one; the message names the file only.
-    """
-    words = (CARD, RESULTS, RECOVERY, ADAPTER_CONFIG, *CONFIGS, "tokenizer_config.json", "chat_template.jinja")
-    found = [name for name in words if name in files and looks_like_secret(text_of(name, files[name]))]
-    if found:
-        raise UserError(
-            f"{', '.join(found)} holds what looks like an access token or a password. Nothing was sent. Remove it, "
-            "and have it revoked if it is a real one."
-        )

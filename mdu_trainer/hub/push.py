@@ -12,9 +12,9 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from peft import PeftModel
@@ -24,36 +24,23 @@ from transformers.utils import logging
 from .. import __version__
 from ..files import UserError
 from ..models import load_model, load_tokenizer
-from ..provenance.facts import FACTS_FILE, Facts, whole_hashes
+from ..provenance.facts import FACTS_FILE, Facts
 from ..provenance.forget_hashes import ForgetHashes
-from ..report.model_card import (
-    CARD,
-    PICTURE,
-    RESULTS,
-    ResultsLike,
-    draw_picture,
-    has_chat_template,
-    load_results,
-    unlearned_model_card,
-)
-from ..report.records import RECOVERY, RecoveryLike, load_recovery
+from ..report.model_card import CARD, PICTURE, CardDetails
+from ..report.records import RECOVERY, RESULTS, Checkpoint, RecoveryLike, ResultsLike
 from ..trainer.run_lock import LOCK
 from .files import (
     ADAPTER_CONFIG,
-    LeakError,
-    check_secrets,
-    check_texts,
-    check_vocabulary,
-    check_weights,
-    extra_files,
-    given_records,
-    is_tokenizer_file,
+    Source,
+    card_files,
+    content_of,
     model_files,
     read_json,
-    saved_tokenizer,
+    regular_files,
     tokenizer_files,
 )
-from .scanned_text import Source, content_of
+from .leak_scan import LeakError, check_files
+from .weight_check import check_weights
 
 __all__ = ["LeakError", "Push", "PushError", "prepare_push", "push_unlearned_model"]
 
@@ -169,15 +156,14 @@ def push_unlearned_model(
     tokenizer: PreTrainedTokenizerBase | None = None,
     results: ResultsLike = None,
     recovery: RecoveryLike = None,
-    base_model: str | None = None,
     adapter: Literal["keep", "merge"] = "keep",
     private: bool = True,
     revision: str | None = None,
     create_pr: bool = False,
     token: str | None = None,
     dry_run: bool = False,
-    description: str | None = None,
     leak_scan: bool = True,
+    **details: Any,
 ) -> CommitInfo | None:
     """Publish an unlearned model, with a card that holds its measured figures, in one commit.
 
@@ -195,16 +181,16 @@ def push_unlearned_model(
         results: the comparison that holds the model's figures, or its file; by default `results.json` in the
             checkpoint, False for none.
         recovery: attacks on the model, or their file; by default `recovery.json` in the checkpoint, False for none.
-        base_model: Hub id of the model at the start, if the checkpoint does not know it.
         adapter: for a checkpoint that holds an adapter: publish that, or the base with the adapter merged into it.
         private: whether the repository is private. A public one is not written to unless this is False.
         revision: branch to push to, created if it does not exist.
         create_pr: open a pull request instead of committing.
         token: by default the one that `hf auth login` stored.
         dry_run: print the files with sizes and the card, and send nothing.
-        description: one line on what was to be forgotten, in place of the checkpoint's. It is published.
         leak_scan: False publishes without looking for rows to forget, also where the hashes are missing or damaged.
             The log says so.
+        **details: of the card, the fields of `mdu_trainer.report.model_card.CardDetails`: `base_model`, the Hub id of
+            the model at the start if the checkpoint does not know it, `description`, `license`, `tags`, ...
 
     Returns:
         What was committed, None for a dry run.
@@ -216,8 +202,10 @@ def push_unlearned_model(
             that is a link, an adapter on a base that nobody else has, results of another model, or a public repository
             where a private one was asked for. Nothing was sent.
         FileNotFoundError: weights, or the facts of `MDUTrainer`, are missing.
+        TypeError: for a keyword that is no detail of a card.
     """
     _check_arguments(repo_id, adapter, revision, create_pr)
+    said = CardDetails.of(**details)
     with tempfile.TemporaryDirectory() as stage:
         source = checkpoint_folder(model_or_path)
         folder = source
@@ -232,13 +220,12 @@ def push_unlearned_model(
             tokenizer=tokenizer,
             results=results,
             recovery=recovery,
-            base_model=base_model,
-            description=description,
             private=private,
             revision=revision,
             create_pr=create_pr,
             token=token,
             leak_scan=leak_scan,
+            details=said,
         )
         if dry_run:
             print(push.summary())
@@ -254,7 +241,6 @@ def prepare_push(
     tokenizer: PreTrainedTokenizerBase | None = None,
     results: ResultsLike = None,
     recovery: RecoveryLike = None,
-    base_model: str | None = None,
     private: bool = True,
     revision: str | None = None,
     create_pr: bool = False,
@@ -262,7 +248,7 @@ def prepare_push(
     commit_message: str = "Upload unlearned model",
     copy_to: str | None = None,
     leak_scan: bool = True,
-    **card_details: str | list[str] | None,
+    details: CardDetails | None = None,
 ) -> Push:
     """Collect, render and check everything that a push sends; nothing is sent before the `Push` is called.
 
@@ -270,45 +256,24 @@ def prepare_push(
         folder: the files of the model.
         source: the checkpoint that holds facts, hashes and results, where that is another folder.
         copy_to: also put the model's files into this folder of the repository, in a second commit.
-        **card_details: as `unlearned_model_card` takes them.
+        details: what else the card says; where the model is comes from the arguments.
 
     The other arguments, and what is raised, are those of `push_unlearned_model`.
     """
-    folder = Path(folder)
-    source = source or folder
-    facts = Facts.load(source)
-    base = base_model or facts.base_model
-    hashes = whole_hashes(source, facts) if leak_scan else None
-    files = model_files(folder, base, facts)
-    if tokenizer is not None:
-        files = {name: s for name, s in files.items() if not is_tokenizer_file(name)} | saved_tokenizer(tokenizer)
-    check_weights(folder, files)
-    given = given_records(source, results, recovery)
-    results, recovery = load_results(source, results), load_recovery(source, recovery)
-    picture = draw_picture(results, recovery)
-    card = unlearned_model_card(
-        facts,
-        results,
-        recovery=recovery,
-        repo_id=repo_id,
-        revision=revision,
-        base_model=base_model,
-        adapter=ADAPTER_CONFIG in files,
-        chats=bool(tokenizer.chat_template) if tokenizer is not None else has_chat_template(folder),
-        picture=PICTURE if picture is not None else None,
-        token=token,
-        **card_details,
-    )
-    files |= extra_files(card, results, recovery, picture, base)
-    check_secrets(files)
-    if hashes is not None:
-        names = {"repo_id": repo_id, "revision": revision, "commit_message": commit_message, "copy_to": copy_to}
-        check_texts(files | given, hashes, names)
-        revision_of_base = facts.base_revision if base == facts.base_model else None
-        check_vocabulary(files, hashes, lambda: _published_vocabulary(base, revision_of_base, token, private))
-    left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
+    folder, source = Path(folder), source or Path(folder)
     target = Target(repo_id, private, revision, create_pr, token, commit_message, copy_to)
-    return Push(target, source, files, left, _scan_words(source, hashes))
+    details = replace(details or CardDetails(), repo_id=repo_id, revision=revision, token=token)
+    regular_files(source, *(name for name, given in ((RESULTS, results), (RECOVERY, recovery)) if given is None))
+
+    checkpoint = Checkpoint.read(source, results, recovery, scan=leak_scan)
+    base = details.base_model or checkpoint.facts.base_model
+    files = model_files(folder, checkpoint.facts, base, tokenizer)
+    check_weights(folder, files)  # before the card, which may ask the Hub for that of the base
+    files |= card_files(checkpoint, details, folder, tokenizer)
+    names = {name: getattr(target, name) for name in ("repo_id", "revision", "commit_message", "copy_to")}
+    check_files(files, checkpoint, names, lambda: _published_vocabulary(base, checkpoint.facts, target))
+    left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
+    return Push(target, source, files, left, _scan_words(source, checkpoint.hashes))
 
 
 def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
@@ -326,14 +291,15 @@ def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
     return words
 
 
-def _published_vocabulary(base: str | None, revision: str | None, token: str | None, private: bool) -> set[str]:
+def _published_vocabulary(base: str | None, facts: Facts, target: Target) -> set[str]:
     """The entries of the base's tokenizer, if whoever will see the model can see the base."""
     if base is None:
         return set()
     try:
-        if not private and hub_api().model_info(base, token=token).private:
+        if not target.private and hub_api().model_info(base, token=target.token).private:
             return set()
-        return set(load_tokenizer(base, revision=revision or "main", token=token).get_vocab())
+        revision = facts.revision_of(base) or "main"
+        return set(load_tokenizer(base, revision=revision, token=target.token).get_vocab())
     except (OSError, ValueError, KeyError, ImportError) as error:
         logger.warning(f"The tokenizer of {base} cannot be read to compare vocabularies ({type(error).__name__}).")
         return set()

@@ -1,7 +1,7 @@
 """Publishing from a trainer: its card, its pushes, and those of its checkpoints while it trains.
 
-What is uploaded is the list of `mdu_trainer.hub.push`: weights, config, tokenizer, card and figures. It has no state of
-optimizer, scheduler or random numbers, so the strategies "checkpoint" and "all_checkpoints" publish the weights of
+What is uploaded is the list of `mdu_trainer.hub.push`: weights, config, tokenizer, card and figures. It has no state
+of optimizer, scheduler or random numbers, so the strategies "checkpoint" and "all_checkpoints" publish the weights of
 checkpoints in folders of their own, from which a run cannot be resumed: resume from `output_dir`.
 """
 
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
-from transformers import Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from ..report.model_card import CardDetails, write_model_card
+from ..report.records import RecoveryLike, ResultsLike
 from ..trainer.checkpoints import SNAPSHOT
 from ..trainer.run_lock import FolderInUseError, check_free
 from ..trainer.run_record import RUN_FILE
@@ -40,6 +42,11 @@ def push(
     token: str | None = None,
     revision: str | None = None,
     private: bool | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    results: ResultsLike = None,
+    recovery: RecoveryLike = None,
+    leak_scan: bool = True,
     **details: Any,
 ) -> CommitInfo | Future | None:
     """Save a trainer's model in `args.output_dir` and publish it as `mdu_trainer.push_unlearned_model` does.
@@ -48,8 +55,9 @@ def push(
         trainer: a `MDUTrainer`.
         commit_message, blocking, token, revision: as in `Trainer.push_to_hub`.
         private: whether a new repository is private; by default `args.hub_private_repo`, or True.
-        **details: for the card, as in `MDUTrainer.create_model_card`; `leak_scan=False` publishes without the scan for
-            rows to forget, and says so in the log.
+        tokenizer, results, recovery: as in `mdu_trainer.push_unlearned_model`.
+        leak_scan: False publishes without the scan for rows to forget, and says so in the log.
+        **details: for the card, the fields of `CardDetails`.
 
     Returns:
         What was committed, or a `Future` of it if not `blocking`; None on processes other than the first.
@@ -57,8 +65,9 @@ def push(
     Raises:
         LeakError: a file quotes a row to forget. Nothing was sent.
         PushError: the Hub could not be reached or refused.
+        TypeError: for a keyword that is no detail of a card.
     """
-    args = trainer.args
+    args, said = trainer.args, CardDetails.of(**details)
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
     token = token or args.hub_token
     if trainer.hub_model_id is None:
@@ -75,9 +84,25 @@ def push(
         token=token,
         revision=revision or args.hub_revision,
         private=is_private(trainer, private),
-        **details,
+        tokenizer=tokenizer,
+        results=results,
+        recovery=recovery,
+        leak_scan=leak_scan,
+        details=said,
     )
     return commit() if blocking else hub_api().run_as_future(commit)
+
+
+def write_card(trainer: Trainer, **details: Any) -> None:
+    """Write the card of a trainer's model into `args.output_dir`, and the picture that it shows.
+
+    Args:
+        trainer: a `MDUTrainer`.
+        **details: as in `mdu_trainer.write_model_card`.
+    """
+    if trainer.is_world_process_zero():
+        facts = trainer.provenance.facts(trainer._run())
+        write_model_card(trainer.args.output_dir, facts, repo_id=trainer.hub_model_id, **details)
 
 
 def push_checkpoint(trainer: Trainer, checkpoint_folder: str) -> None:

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..files import UserError
 from ..models.backbone import backbone_name
 from ..models.loading import check_tensors, load_config
+from .files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, WEIGHTS_INDEX, Source, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -22,6 +23,20 @@ EMBEDDINGS = (
     "embeddings.weight",
     "decoder.weight",
 )  # PEFT may save them, too
+
+
+def check_weights(folder: Path, files: dict[str, Source]) -> None:
+    """Refuse weights that are not whole: tensors that are missing, of another shape than the config says, or NaN.
+
+    Raises:
+        ValueError: such weights; the message names file and tensor.
+    """
+    weight_map = read_json(folder / WEIGHTS_INDEX)["weight_map"] if WEIGHTS_INDEX in files else None
+    check_finite([source for name, source in files.items() if name.endswith(".safetensors")], weight_map)
+    if ADAPTER_CONFIG in files:
+        check_adapter_complete(folder)
+    else:
+        check_complete(folder)
 
 
 def check_finite(files: list[Path], weight_map: dict[str, str] | None = None) -> None:
@@ -98,7 +113,7 @@ def check_adapter_complete(folder: Path) -> None:
             f"its config ({type(error).__name__})."
         )
         return
-    with safe_open(folder / "adapter_model.safetensors", "pt") as tensors:
+    with safe_open(folder / ADAPTER_WEIGHTS, "pt") as tensors:
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
     further = {name for name in shapes.keys() - expected.keys() if not name.endswith(EMBEDDINGS)}
     _refuse(folder, expected.keys() - shapes.keys(), further)

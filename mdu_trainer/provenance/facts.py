@@ -106,6 +106,10 @@ class Facts:
         """What tables and pictures call the model, as `Run.name` does."""
         return self.method if self.tau is None else f"{self.method} tau={self.tau:g}"
 
+    def revision_of(self, base: str | None) -> str | None:
+        """Return the commit of a base on the Hub, None unless it is the one on record."""
+        return self.base_revision if base == self.base_model else None
+
     def save(self, folder: str | Path) -> None:
         """Write `unlearning.json`, whole or not at all, readable by its owner alone."""
         content = asdict(self)

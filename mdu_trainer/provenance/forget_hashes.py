@@ -101,8 +101,8 @@ class ForgetHashes:
     A sequence is `SEQUENCE_WORDS` words long, or a whole text if that is shorter. A text of fewer than
     `SHORTEST_ROW_WORDS` words is looked for behind the end of the text before it in its row: an answer with its
     question. What the retain rows hold, too, is ordinary wording and not kept. Words are compared as `normalise` reads
-    them, without case, punctuation and the marks that tokenizers put for a space (`mdu_trainer.provenance.words`); a character of
-    a script without spaces, or of Korean, counts as a word.
+    them, without case, punctuation and the marks that tokenizers put for a space (`mdu_trainer.provenance.words`); a
+    character of a script without spaces, or of Korean, counts as a word.
 
     Attributes:
         requests: of each request, its hashes.

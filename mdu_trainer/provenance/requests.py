@@ -1,4 +1,4 @@
-"""What a run leaves beside its weights: the facts of this request to forget and of those before it, and their hashes."""
+"""What a run leaves beside its weights: facts of this request to forget and of those before it, and their hashes."""
 
 import secrets
 from collections.abc import Mapping, Sequence

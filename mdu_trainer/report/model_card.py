@@ -1,44 +1,41 @@
 """The model card of an unlearned model: metadata and text from a checkpoint's facts and measured figures.
 
-    python -m mdu_trainer.report.model_card FOLDER
+    python -m mdu_trainer.model_card FOLDER
 
 writes `README.md`, and the picture it shows, from what the folder holds. Only measured figures appear; a missing one
 is left out.
 """
 
+import io
 import json
 import re
-import sys
-import tempfile
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
 
 from ..attacks.results import Recovery
-from ..commands import ArgumentParser, run
 from ..evaluation.registry import explained, score_words
 from ..evaluation.results import Estimate, Results, Run
 from ..files import UserError
 from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
+from .attack_words import attack_words
 from .markup import figure_text, markdown_code, markdown_text
-from .records import RecoveryLike, attack_words, load_recovery
+from .records import Checkpoint, RecoveryLike, ResultsLike
 
 logger = logging.get_logger(__name__)
 
-CARD, PICTURE, RESULTS = "README.md", "tradeoff.png", "results.json"
+CARD, PICTURE = "README.md", "tradeoff.png"
 TEMPLATE = "unlearned_model.md.jinja"
 TAGS = ("unlearning", "machine-unlearning", "masked-diffusion", "diffusion-language-model", "mdu_trainer")
 TAKEN_OVER = ("license", "license_name", "license_link", "language")  # from the card of the base
 LOCAL_BASE = "a local model"
 SWEPT = {"steps": "max_steps", "epochs": "num_train_epochs"}  # facts of a training, as the configuration calls them
-
-ResultsLike = Results | str | Path | Literal[False] | None
-
 
 NEVER_TRAINED = "retain model"  # the run of a model that never saw the rows to forget
 RETAIN_LOSSES = {"nelbo": "the masked-diffusion bound a token", "kl": "the divergence from the model at the start"}
@@ -48,58 +45,84 @@ CHAT_PROMPT = '[{"role": "user", "content": "Say hello."}]'
 TEXT_PROMPT = '"The sea is"'
 
 
+@dataclass(frozen=True)
+class CardDetails:
+    """What a card says that is neither in the facts nor measured.
+
+    Attributes:
+        repo_id, revision: where the model is, or will be, on the Hub.
+        base_model: Hub id of the model at the start, if the facts do not know it.
+        description: one line on what was to be forgotten, in place of the facts'. It is published.
+        datasets: Hub ids of the data, by default the one that the results name.
+        license, language: by default those of the base's card, or none.
+        tags: further ones.
+        model_name: what to call the model, by default the repository's name.
+        token: for the card of a private base.
+    """
+
+    repo_id: str | None = None
+    revision: str | None = None
+    base_model: str | None = None
+    description: str | None = None
+    datasets: str | list[str] | None = None
+    license: str | None = None
+    language: str | list[str] | None = None
+    tags: str | list[str] | None = None
+    model_name: str | None = None
+    token: str | None = None
+
+    @classmethod
+    def of(cls, **given: Any) -> "CardDetails":
+        """Return the details that keywords give.
+
+        Raises:
+            TypeError: some are no details of a card; the message names them.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(given.keys() - set(known))
+        if unknown:
+            raise TypeError(f"Unknown details of a card: {', '.join(unknown)}. There are {', '.join(known)}.")
+        return cls(**given)
+
+
 def unlearned_model_card(
     facts: Facts,
     results: Results | None = None,
-    *,
     recovery: Recovery | None = None,
-    repo_id: str | None = None,
-    revision: str | None = None,
-    base_model: str | None = None,
+    details: CardDetails | None = None,
+    *,
     adapter: bool = False,
     chats: bool = True,
     picture: str | None = None,
-    description: str | None = None,
-    datasets: str | list[str] | None = None,
-    license: str | None = None,
-    language: str | list[str] | None = None,
-    tags: str | list[str] | None = None,
-    model_name: str | None = None,
-    token: str | None = None,
 ) -> ModelCard:
-    """The card of an unlearned model.
+    """Render the card of an unlearned model.
 
     Args:
         facts: of the checkpoint.
         results: a comparison that holds the model's run, and "base".
         recovery: attacks on the model, and on the base.
-        repo_id, revision: where the model is, or will be, on the Hub.
-        base_model: Hub id of the model at the start, if the facts do not know it.
+        details: what else the card says.
         adapter: the repository holds an adapter, not the whole model.
         chats: the tokenizer has a chat template.
         picture: file name of the trade-off picture in the repository, if there is one.
-        description: one line on what was to be forgotten, in place of the facts'.
-        datasets: Hub ids of the data, by default the one that `results` names.
-        license, language: by default those of the base's card, or none.
-        tags, model_name: further tags; what to call the model, by default the repository's name.
-        token: for the card of a private base.
 
     Raises:
         ValueError: no run of `results` is this model's, or `recovery` is of other models.
     """
+    details = details or CardDetails()
     results = results and only_finite(results)
     run = None if results is None else chosen_run(results, facts)
-    base = base_model or facts.base_model
-    title = model_name or (repo_id or "unlearned-model").split("/")[-1]
-    given = {"license": license, "language": language}
-    known = base_metadata(facts, base, token) | {name: value for name, value in given.items() if value is not None}
+    base = details.base_model or facts.base_model
+    title = details.model_name or (details.repo_id or "unlearned-model").split("/")[-1]
+    given = {"license": details.license, "language": details.language}
+    known = base_metadata(facts, base, details.token) | {k: value for k, value in given.items() if value is not None}
     data = ModelCardData(
         base_model=base,
         base_model_relation=("adapter" if adapter else "finetune") if base else None,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="fill-mask" if facts.backbone == "masked_lm" else "text-generation",
-        tags=list(dict.fromkeys([*TAGS, facts.method, *_listed(tags)])),
-        datasets=_listed(datasets) or hub_datasets(results) or None,
+        tags=list(dict.fromkeys([*TAGS, facts.method, *_listed(details.tags)])),
+        datasets=_listed(details.datasets) or hub_datasets(results) or None,
         model_name=title,
         eval_results=None if run is None else eval_results(run, data_name(results)),
         **known,
@@ -111,7 +134,7 @@ def unlearned_model_card(
         what=f"{_linked(base)} that was trained to forget a part of what it had learned"
         + (", as an adapter." if adapter else "."),
         facts=facts,
-        forget=markdown_text(description or facts.description or str(facts.forget)).rstrip("."),
+        forget=markdown_text(details.description or facts.description or str(facts.forget)).rstrip("."),
         retain=markdown_text(facts.retain),
         versions={markdown_text(name): markdown_text(value) for name, value in facts.versions.items()},
         **_words(facts),
@@ -120,12 +143,37 @@ def unlearned_model_card(
         picture=picture and quote(picture),
         adapter=adapter,
         newest=markdown_text(facts.versions["mdu_trainer"]),
-        repo=_string(repo_id or "PATH"),
-        where=_revision(revision),
+        repo=_string(details.repo_id or "PATH"),
+        where=_revision(details.revision),
         base=_string(base),
-        base_where=_revision(facts.base_revision if base == facts.base_model else None),
+        base_where=_revision(facts.revision_of(base)),
         prompt=CHAT_PROMPT if chats else TEXT_PROMPT,
     )
+
+
+def checkpoint_card(
+    checkpoint: Checkpoint, details: CardDetails, folder: Path | None = None, chats: bool | None = None
+) -> tuple[ModelCard, bytes | None]:
+    """Render the card of a checkpoint, and draw the picture it shows, if there is something to draw.
+
+    Args:
+        checkpoint: what is on record of the model.
+        details: what else the card says.
+        folder: with the model's files, if that is another one than the checkpoint's.
+        chats: whether the tokenizer has a chat template, by default as in the folder.
+    """
+    folder = folder or checkpoint.folder
+    picture = draw_picture(checkpoint.results, checkpoint.recovery)
+    card = unlearned_model_card(
+        checkpoint.facts,
+        checkpoint.results,
+        checkpoint.recovery,
+        details,
+        adapter=(folder / "adapter_config.json").is_file(),
+        chats=has_chat_template(folder) if chats is None else chats,
+        picture=None if picture is None else PICTURE,
+    )
+    return card, picture
 
 
 def write_model_card(
@@ -142,36 +190,17 @@ def write_model_card(
         facts: of the checkpoint, by default those it holds.
         results: the comparison or its file, by default `results.json` in the folder; False for none.
         recovery: attacks or their file, by default `recovery.json` in the folder; False for none.
-        **details: as `unlearned_model_card` takes them.
-    """
-    folder = Path(folder)
-    results = load_results(folder, results)
-    details["recovery"] = recovery = load_recovery(folder, recovery)
-    picture = draw_picture(results, recovery)
-    details = {"adapter": (folder / "adapter_config.json").is_file(), "chats": has_chat_template(folder)} | details
-    card = unlearned_model_card(
-        facts or Facts.load(folder), results, picture=PICTURE if picture is not None else None, **details
-    )
-    if picture is not None:
-        (folder / PICTURE).write_bytes(picture)
-    card.save(folder / CARD)
-    return card
-
-
-def load_results(folder: Path, results: ResultsLike) -> Results | None:
-    """The comparison that `results` names: itself, a file, the folder's `results.json` (None), or none (False).
+        **details: the fields of `CardDetails`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not one of `Results.save`.
+        TypeError: for a keyword that is none of them.
     """
-    if results is None:
-        results = folder / RESULTS if (folder / RESULTS).is_file() else False
-    if results is False or isinstance(results, Results):
-        return results or None
-    if not Path(results).is_file():
-        raise FileNotFoundError(f"There is no results file {results}.")
-    return Results.load(results)
+    checkpoint = Checkpoint.read(folder, results, recovery, facts=facts)
+    card, picture = checkpoint_card(checkpoint, CardDetails.of(**details))
+    if picture is not None:
+        (checkpoint.folder / PICTURE).write_bytes(picture)
+    card.save(checkpoint.folder / CARD)
+    return card
 
 
 def chosen_run(results: Results, facts: Facts) -> Run:
@@ -205,11 +234,10 @@ def draw_picture(results: Results | None, recovery: Recovery | None = None) -> b
     runs = [run for run in results.runs if all(run.figure(side, "rougeL_recall") for side in sides)]
     if not runs:
         return None
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / PICTURE
-        runs = [run.renamed(figure_text) for run in runs]
-        plot_tradeoff(runs, path, recovery and drawn_recoveries(recovery))
-        return path.read_bytes()
+    picture = io.BytesIO()
+    picture.name = PICTURE
+    plot_tradeoff([run.renamed(figure_text) for run in runs], picture, recovery and drawn_recoveries(recovery))
+    return picture.getvalue()
 
 
 def drawn_recoveries(recovery: Recovery) -> dict[str, dict[str, Estimate]]:
@@ -258,8 +286,7 @@ def base_metadata(facts: Facts, base: str | None, token: str | None = None) -> d
     """License and language of the base, as its own card says; empty where it has none or cannot be read."""
     try:
         if base is not None:
-            revision = facts.base_revision if base == facts.base_model else None
-            path = hf_hub_download(base, CARD, revision=revision, token=token)
+            path = hf_hub_download(base, CARD, revision=facts.revision_of(base), token=token)
         elif facts.base_path and (Path(facts.base_path) / CARD).is_file():
             path = str(Path(facts.base_path) / CARD)
         else:
@@ -357,24 +384,3 @@ def _string(text: str | None) -> str:
 
 def _listed(value: str | list[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Write the card of a checkpoint."""
-    parser = ArgumentParser(prog="python -m mdu_trainer.report.model_card", description="Write a checkpoint's card.")
-    parser.add_argument("folder", help="a checkpoint of MDUTrainer")
-    parser.add_argument("--results", help="results.json of a comparison; by default the one in the folder")
-    parser.add_argument("--recovery", help="recovery.json of attacks; by default the one in the folder")
-    parser.add_argument("--repo_id", help="where the model is, or will be, on the Hub")
-    parser.add_argument("--base_model", help="Hub id of the base, if the checkpoint does not know it")
-    parser.add_argument("--description", help="one line on what was to be forgotten; it is published")
-    parser.add_argument("--license", help="by default the base's")
-    options = vars(parser.parse_args(arguments))
-    folder = Path(options.pop("folder"))
-    write_model_card(folder, **options)
-    print(f"Written to {folder / CARD}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

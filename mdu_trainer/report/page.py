@@ -6,11 +6,11 @@ It holds no script and asks for nothing outside of itself, and it quotes no row 
 """
 
 import base64
+import io
 import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,18 +21,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from ..attacks.results import Recovery
-from ..evaluation.frontier import candidates, frontier_table, select, value_of
+from ..evaluation.frontier import candidates, frontier_cells, select, value_of
 from ..evaluation.registry import explained
-from ..evaluation.results import Results, Run, parse_markdown_table
+from ..evaluation.results import Results, Run
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import Facts
 from ..token_roles.labels import label_roles
 from ..token_roles.results import RoleReport
 from .markup import figure_text, seen_text
-from .model_card import CARD, RESULTS, chosen_run, data_name, drawn_recoveries, only_finite, template_path
+from .model_card import CARD, chosen_run, data_name, drawn_recoveries, only_finite, template_path
 from .plots import plot_frontier, plot_losses, plot_tradeoff
-from .records import RECOVERY, load_recovery
+from .records import RECOVERY, RESULTS, load_record
 from .recovery_plots import Recoveries
 from .role_text import audit_html
 
@@ -119,12 +119,13 @@ def write_page(
     """
     folder = Path(folder)
     output = Path(output) if output is not None else folder / PAGE
-    results = only_finite(Results.load(folder / RESULTS)) if (folder / RESULTS).is_file() else None
+    results = load_record(Results, folder)
+    results = results and only_finite(results)
     found = [name for name in (RESULTS, ROLES, RECOVERY) if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
     models = find_models(folder, results)
-    recovery = load_recovery(folder, None)
+    recovery = load_record(Recovery, folder)
     rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
     others = [(row["question"], row["answer"]) for row in retain_rows or ()]
     template = _environment().get_template(TEMPLATE)
@@ -133,7 +134,7 @@ def write_page(
         **_comparison(results, recovery),
         **_trained(models, output.parent),
         roles=_roles(folder),
-        recovery=recovery and parse_markdown_table(recovery.table()),
+        recovery=recovery and recovery.table_cells(),
         pictures=_pictures(folder, private=rows is not None),
         rows=rows,
         audit=_audit(folder, rows, others, tokenizer),
@@ -186,7 +187,7 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
         "settings": [
             (name, _shown(value)) for name, value in without_secrets(results.settings).items() if value is not None
         ],
-        "table": parse_markdown_table(frontier_table(results, selected)),
+        "table": frontier_cells(results, selected),
         "details": _details(results),
         "selected": selected,
         "problem": problem,
@@ -197,7 +198,7 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
 
 def _details(results: Results) -> list[list[str]]:
     """Every figure: the runs are the columns, or the rows if they are many."""
-    cells = parse_markdown_table(results.details())
+    cells = results.details_cells()
     if len(results.runs) <= MOST_COLUMNS:
         return cells
     columns = [[" ".join(row[:2]), *row[3:]] for row in cells]
@@ -234,7 +235,7 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
             pictures.append(_draw(plot, chosen, alt=alt, caption=caption))
         pictures.append(
             _draw(
-                lambda runs, path, keep=keep: plot_frontier(runs, path, keep=keep, selected=selected),
+                lambda runs, file, keep=keep: plot_frontier(runs, file, keep=keep, selected=selected),
                 chosen,
                 alt=f"Forget ROUGE-L recall against {words}, with intervals and the Pareto front, a point a run.",
                 caption=f"Forgetting against {words}, with 95 % bootstrap intervals. No other run is better than one "
@@ -272,7 +273,7 @@ def _roles(folder: Path) -> list[list[str]] | None:
     """The table of divergences by role."""
     if not (folder / ROLES).is_file():
         return None
-    return parse_markdown_table(RoleReport.load(folder / ROLES).details())
+    return RoleReport.load(folder / ROLES).details_cells()
 
 
 def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
@@ -291,19 +292,19 @@ def _pictures(folder: Path, private: bool) -> dict[str, list[Picture]]:
     for name, (section, alt) in (PICTURES | (PRIVATE_PICTURES if private else {})).items():
         path = next((path for suffix in TYPES if (path := folder / f"{name}{suffix}").is_file()), None)
         if path is not None:
-            sections[section].append(Picture(_data_uri(path), alt))
+            sections[section].append(Picture(_data_uri(path.suffix, path.read_bytes()), alt))
     return sections
 
 
 def _draw(plot: Callable[..., None], figures: Any, alt: str, caption: str) -> Picture:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "picture.svg"
-        plot(figures, path)
-        return Picture(_data_uri(path), alt, caption)
+    picture = io.BytesIO()
+    picture.name = "picture.svg"
+    plot(figures, picture)
+    return Picture(_data_uri(".svg", picture.getvalue()), alt, caption)
 
 
-def _data_uri(path: Path) -> str:
-    return f"data:{TYPES[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _data_uri(suffix: str, content: bytes) -> str:
+    return f"data:{TYPES[suffix]};base64,{base64.b64encode(content).decode()}"
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
-from ..evaluation.results import Results, parse_markdown_table
+from ..evaluation.results import Results
 from ..files import UserError
+from .markup import plain_text
 from .recovery_plots import Recoveries, draw_recovery, strongest
-from .style import RunStyle, label_points, new_figure, run_styles, save_figure
+from .style import PictureFile, RunStyle, label_points, new_figure, run_styles, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,14 +35,14 @@ LONG_LEGEND = 8  # runs that a legend beside the points holds
 PANEL_ATTACKS = 6
 
 
-def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recoveries: Recoveries | None = None) -> None:
+def plot_tradeoff(runs: Sequence["Run"], file: PictureFile, recoveries: Recoveries | None = None) -> None:
     """ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
 
     The best corner is at the top left: everything forgotten, nothing else lost.
 
     Args:
         runs: the base and the unlearned models.
-        path: of the PNG or SVG to write.
+        file: the PNG or SVG to write, a path or a binary file with a name.
         recoveries: what attacks bring back, as `Recovery.recoveries` returns it: a second panel shows the attacks that
             bring back most.
     """
@@ -65,12 +65,12 @@ def plot_tradeoff(runs: Sequence["Run"], path: str | Path, recoveries: Recoverie
     if is_path:  # last, where all has found its place
         others = [_point(run) for run in runs if run.tau is None]
         label_points(axes, [_point(run) for run in of_tau], [f"\u03c4={run.tau:g}" for run in of_tau], others)
-    save_figure(figure, path)
+    save_figure(figure, file)
 
 
 def plot_frontier(
     runs: Sequence["Run"],
-    path: str | Path,
+    file: PictureFile,
     *,
     forget: str = "forget",
     keep: str = "retain",
@@ -82,7 +82,7 @@ def plot_frontier(
 
     Args:
         runs: of one comparison. The base and a retain model are drawn to compare with.
-        path: of the PNG or SVG to write.
+        file: the PNG or SVG to write, a path or a binary file with a name.
         forget, keep: names of the figures, see `mdu_trainer.evaluation.frontier.place_of`.
         selected: the run to draw a ring around.
 
@@ -109,15 +109,15 @@ def plot_frontier(
         axes.plot(value_of(selected, forget), value_of(selected, keep), **ring)
     handles = _frontier_key(styles, set(status.values()), front, selected is not None)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, file)
 
 
-def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
+def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], file: PictureFile) -> None:
     """What the runs logged along their steps, a panel each: losses, KL, entropy, and figures of evaluations.
 
     Args:
         histories: name of the run -> `trainer.state.log_history`.
-        path: of the PNG or SVG to write.
+        file: the PNG or SVG to write, a path or a binary file with a name.
     """
     logged = dict.fromkeys(key for history in histories.values() for entry in history for key in entry)
     curves = {key: title for key, title in CURVES.items() if key in logged}
@@ -154,18 +154,17 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], path: str 
         axes.tick_params(labelbottom=True)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, ncols=columns, frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, file)
 
 
-def plot_table(results: Results, path: str | Path, table: str | None = None) -> None:
+def plot_table(results: Results, file: PictureFile) -> None:
     """The comparison's table as a picture.
 
     Args:
         results: the comparison.
-        path: of the PNG or SVG to write.
-        table: a Markdown table to draw instead of `results.table()`.
+        file: the PNG or SVG to write, a path or a binary file with a name.
     """
-    head, *body = parse_markdown_table(table or results.table())
+    head, *body = ([plain_text(cell) for cell in row] for row in results.table_cells())
     cells = [[cell.replace(" ", "\n", 1) if i else cell for i, cell in enumerate(head)], *body]
     letters = [max(len(part) for row in cells for part in row[i].split("\n")) for i in range(len(head))]
     ends = [sum(letters[: i + 1]) + 2.5 * i for i in range(len(letters))]  # right end of each column, in letters
@@ -182,7 +181,7 @@ def plot_table(results: Results, path: str | Path, table: str | None = None) -> 
             axes.text(ends[j] if j else 0, i - 0.5 if i else -0.75, cell, fontweight=weight, **place)
     for y, thickness in ((-1.6, 1.2), (0, 0.7), (rows, 1.2)):
         axes.axhline(y, color="black", linewidth=thickness)
-    save_figure(figure, path)
+    save_figure(figure, file)
 
 
 def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], style: RunStyle, status: str) -> None:

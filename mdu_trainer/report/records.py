@@ -1,90 +1,89 @@
-"""What a model card says of attacks, and what of them is published."""
+"""What is on record of an unlearned model, read once: its facts, the hashes of the rows, its figures, the attacks."""
 
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
-from ..attacks.results import BASE, NEVER, NO_ATTACK, Outcome, Recovery
-from ..evaluation.results import markdown_table
-from ..files import UserError
-from ..provenance.facts import Facts
-from .markup import markdown_text
+from ..attacks.results import Recovery
+from ..evaluation.results import Results
+from ..files import Record
+from ..provenance.facts import Facts, whole_hashes
+from ..provenance.forget_hashes import ForgetHashes
 
-RECOVERY = "recovery.json"
+RESULTS, RECOVERY = "results.json", "recovery.json"
 
+ResultsLike = Results | str | Path | Literal[False] | None
 RecoveryLike = Recovery | str | Path | Literal[False] | None
 
+R = TypeVar("R", bound=Record)
 
-def load_recovery(folder: Path, recovery: RecoveryLike) -> Recovery | None:
-    """The attacks that `recovery` names: itself, a file, the folder's `recovery.json` (None), or none (False).
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An unlearned model's folder, as far as cards and pushes read it.
+
+    Attributes:
+        folder: where the records lie.
+        facts: of the unlearning.
+        hashes: of the rows to forget, None where nothing is to be scanned for them.
+        results: the comparison that holds the model's figures, None without one.
+        recovery: the attacks on the model, None without any.
+    """
+
+    folder: Path
+    facts: Facts
+    hashes: ForgetHashes | None
+    results: Results | None
+    recovery: Recovery | None
+
+    @classmethod
+    def read(
+        cls,
+        folder: str | Path,
+        results: ResultsLike = None,
+        recovery: RecoveryLike = None,
+        *,
+        facts: Facts | None = None,
+        scan: bool = False,
+    ) -> "Checkpoint":
+        """Read a folder.
+
+        Args:
+            folder: of a checkpoint of `MDUTrainer`.
+            results, recovery: the record, or its file; by default `results.json` and `recovery.json` in the folder,
+                False for none.
+            facts: by default those of the folder.
+            scan: read the hashes, too.
+
+        Raises:
+            FileNotFoundError: there are no facts, or a file that was named is not there.
+            ValueError: a file is not what its name says, or the hashes are not those that the trainer wrote.
+        """
+        folder = Path(folder)
+        facts = facts or Facts.load(folder)
+        hashes = whole_hashes(folder, facts) if scan else None
+        return cls(
+            folder, facts, hashes, load_record(Results, folder, results), load_record(Recovery, folder, recovery)
+        )
+
+
+def load_record(kind: type[R], folder: Path, given: R | str | Path | Literal[False] | None = None) -> R | None:
+    """Return the record that `given` names: itself, a file, the folder's own (None), or none (False).
+
+    Args:
+        kind: `Results` or `Recovery`.
+        folder: where the folder's own lies, if it has one.
+        given: see above.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not one of `Recovery.save`.
+        ValueError: the file is not one of `kind.save`.
     """
-    if recovery is None:
-        recovery = folder / RECOVERY if (folder / RECOVERY).is_file() else False
-    if recovery is False or isinstance(recovery, Recovery):
-        return recovery or None
-    if not Path(recovery).is_file():
-        raise FileNotFoundError(f"There is no recovery file {recovery}.")
-    return Recovery.load(recovery)
-
-
-def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
-    """What the card's template says of the attacks on a checkpoint: a table and a sentence; nothing without attacks.
-
-    Raises:
-        ValueError: the checkpoint is none of the models that were attacked.
-    """
-    if recovery is None:
-        return {}
-    name = facts.name
-    if name not in recovery.models:
-        raise UserError(
-            f"The checkpoint is {name}, and the attacks were on {', '.join(recovery.models)}. Pass the recovery of "
-            "this checkpoint, or recovery=False."
-        )
-    return {"attacks": _table(recovery, name), "attack_sentence": _sentence(recovery, name)}
-
-
-def public(recovery: Recovery, dataset: str) -> Recovery:
-    """What is published: figures, with nothing but numbers among the settings, and another name for the data."""
-    settings = recovery.settings | recovery.settings.get("decoding", {})
-    return replace(
-        recovery, dataset=dataset, settings={k: v for k, v in settings.items() if isinstance(v, int | float)}
-    )
-
-
-def _table(recovery: Recovery, name: str) -> str:
-    ends = [BASE, NEVER] if recovery.has_floor else [BASE]
-    rows = [["attack", "what it does", *ends, "this model", *(["recovery"] if recovery.has_floor else [])]]
-    for attack, outcome in recovery.attacks.items():
-        one = outcome.models[name]
-        cells = [str(outcome.models[end].after) for end in ends] + [str(one.after)]
-        if recovery.has_floor:
-            cells.append("" if one.recovery is None else str(one.recovery))
-        rows.append([markdown_text(attack), markdown_text(outcome.words), *cells])
-    return markdown_table(rows, text_columns=2)
-
-
-def _sentence(recovery: Recovery, name: str) -> str:
-    found: dict[str, Any] = recovery.recoveries().get(name, {})
-    found = {attack: estimate for attack, estimate in found.items() if attack != NO_ATTACK}
-    if not recovery.has_floor:
-        return (
-            "No model that never saw the rows was attacked beside it, so it is not known how much of these scores is "
-            "guessing or relearning that works on any model."
-        )
-    if not found:
-        return (
-            "Under none of these attacks can the base be told from a model that never saw the rows, so nothing "
-            "follows from them."
-        )
-    attack = max(found, key=lambda one: found[one].value)
-    outcome: Outcome = recovery.attacks[attack].models[name]
-    return (
-        "Recovery is 0 where an attack brings back no more than it gets out of a model that never saw the rows, and 1 "
-        f"where it brings back all that the base knew; the strongest here, {markdown_text(attack)}, reached "
-        f"{outcome.recovery}."
-    )
+    own = folder / (RESULTS if kind is Results else RECOVERY)
+    if given is None:
+        given = own if own.is_file() else False
+    if given is False or isinstance(given, kind):
+        return given or None
+    if not Path(given).is_file():
+        raise FileNotFoundError(f"There is no {kind.kind} {given}.")
+    return kind.load(given)

@@ -1,12 +1,11 @@
 """What attacks bring back, as a picture of its own or a panel of another."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..evaluation.results import Estimate
 from ..files import UserError
-from .style import new_figure, run_styles, save_figure
+from .style import PictureFile, new_figure, run_styles, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,14 +17,14 @@ MARGIN = 0.08
 BAND = 0.7  # share of a row's height that its points take
 
 
-def plot_recovery(recoveries: Recoveries, path: str | Path) -> None:
+def plot_recovery(recoveries: Recoveries, file: PictureFile) -> None:
     """Recovery by attack and model with intervals, a row an attack, between never trained (0) and the base (1).
 
     Intervals that leave the picture are cut.
 
     Args:
         recoveries: of a model at least, under an attack at least, as `Recovery.recoveries` returns them.
-        path: of the PNG or SVG to write.
+        file: the PNG or SVG to write, a path or a binary file with a name.
 
     Raises:
         ValueError: there are none.
@@ -38,7 +37,7 @@ def plot_recovery(recoveries: Recoveries, path: str | Path) -> None:
     figure, axes = new_figure(size=(6.4, 1.3 + len(attacks) * (0.2 + 0.09 * len(recoveries))))
     draw_recovery(axes, recoveries, attacks)
     figure.legend(loc="outside lower center", ncols=min(3, len(recoveries)), frameon=False)
-    save_figure(figure, path)
+    save_figure(figure, file)
 
 
 def attacks_in(recoveries: Recoveries) -> list[str]:

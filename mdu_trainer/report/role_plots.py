@@ -1,14 +1,13 @@
 """Pictures of what was forgotten, token by token: figures by role, along the path, and token by token."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from ..files import UserError
 from ..token_roles.labels import ROLES
 from ..token_roles.results import OWN, TRUE, RoleReport, role_words
-from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, new_figure, save_figure
+from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, PictureFile, new_figure, save_figure
 
 LABELS = {
     "kl": "KL to the prompt-masked\nprediction (nats)",
@@ -19,12 +18,12 @@ LABELS = {
 AXES = {TRUE: "share of the true answer revealed", OWN: "share of the own answer revealed"}
 
 
-def plot_roles(report: RoleReport, path: str | Path, figure: str = "kl") -> None:
+def plot_roles(report: RoleReport, file: PictureFile, figure: str = "kl") -> None:
     """A figure by role, a bar a model with its 95 % interval, and the change from the base in percent.
 
     Args:
         report: base and unlearned models.
-        path: of the PNG or SVG to write.
+        file: the PNG or SVG to write, a path or a binary file with a name.
         figure: "kl", "entropy" or "probability", on the ground-truth path.
     """
     base, runs = report.runs[0], report.runs
@@ -58,17 +57,17 @@ def plot_roles(report: RoleReport, path: str | Path, figure: str = "kl") -> None
     axes.set_axisbelow(True)
     axes.set(ylabel=LABELS[figure].replace("\n", " "))
     axes.margins(y=0.1)
-    save_figure(canvas, path)
+    save_figure(canvas, file)
 
 
 def plot_path(
-    report: RoleReport, path: str | Path, kind: str = TRUE, figures: Sequence[str] = ("kl", "entropy", "probability")
+    report: RoleReport, file: PictureFile, kind: str = TRUE, figures: Sequence[str] = ("kl", "entropy", "probability")
 ) -> None:
     """Figures along the denoising steps by role, a column a model, with bands of one standard error over rows.
 
     Args:
         report: base and unlearned models.
-        path: of the PNG or SVG to write.
+        file: the PNG or SVG to write, a path or a binary file with a name.
         kind: "true" for the ground-truth path, the same for all models, or "own" for each model's own decoding.
         figures: a row of axes each.
     """
@@ -92,17 +91,17 @@ def plot_path(
         axes.xaxis.label.set_fontsize(8)
     handles, labels = grid[0][0].get_legend_handles_labels()
     canvas.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=9, frameon=False)
-    save_figure(canvas, path)
+    save_figure(canvas, file)
 
 
-def plot_heatmap(report: RoleReport, path: str | Path, tokens: Sequence[str] | None = None) -> None:
+def plot_heatmap(report: RoleReport, file: PictureFile, tokens: Sequence[str] | None = None) -> None:
     """The divergence of every token of one answer at every step of a ground-truth path, a panel a model.
 
     White is what was revealed already.
 
     Args:
         report: base and unlearned models.
-        path: of the PNG or SVG to write.
+        file: the PNG or SVG to write, a path or a binary file with a name.
         tokens: text of each token, for the axis. It shows the answer, which is forget data: without it the axis has
             positions and roles.
 
@@ -133,4 +132,4 @@ def plot_heatmap(report: RoleReport, path: str | Path, tokens: Sequence[str] | N
         label.set_fontweight("bold" if role == "stored" else "normal")
     grid[0][0].set_ylabel("role and position of each token" if tokens is None else "tokens")
     canvas.colorbar(image, ax=list(grid[0]), label=LABELS["kl"].replace("\n", " "), fraction=0.05, pad=0.02)
-    save_figure(canvas, path)
+    save_figure(canvas, file)

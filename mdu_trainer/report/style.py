@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +21,9 @@ ROLE_HATCHES = {"stored": "///", "in_context": "...", "structural": ""}
 OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100")  # Tol (2021), muted
 OTHER_MARKERS = ("h", "<", ">", "p", "d", "H")
 PALEST = 0.55  # how far the last of several runs of one method is mixed with white
+
+
+PictureFile = str | Path | BinaryIO  # of a file object, the `name` ends in .png or .svg
 
 
 class RunStyle(NamedTuple):
@@ -156,9 +159,17 @@ def new_figure(
     return figure, axes
 
 
-def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write PNG or SVG, as the suffix says, without date or random ids: the same figures give the same bytes."""
+def save_figure(figure: "Figure", file: PictureFile) -> None:
+    """Write PNG or SVG, without date or random ids: the same figures give the same bytes.
+
+    Args:
+        figure: what to write.
+        file: a path, or a binary file with a name. The suffix says what to write.
+    """
     from matplotlib import rc_context
 
+    suffix = Path(file if isinstance(file, str | Path) else file.name).suffix
     with rc_context({"svg.hashsalt": "mdu_trainer"}):
-        figure.savefig(path, metadata={"Software": None} if Path(path).suffix == ".png" else {"Date": None})
+        figure.savefig(
+            file, format=suffix[1:] or None, metadata={"Software": None} if suffix == ".png" else {"Date": None}
+        )

@@ -137,7 +137,11 @@ class RoleReport(Record):
             raise ValueError("it does not count every role")
 
     def details(self, figure: str = "kl") -> str:
-        """A Markdown table of a figure by role, before and after, with intervals and the change.
+        """The cells of `details_cells` as a Markdown table."""
+        return markdown_table(self.details_cells(figure), text_columns=2)
+
+    def details_cells(self, figure: str = "kl") -> list[list[str]]:
+        """A figure by role under a header, before and after, with intervals and the change.
 
         Args:
             figure: "kl", "entropy" or "probability".
@@ -155,7 +159,7 @@ class RoleReport(Record):
                 figures = [base.figures[figure][role], run.figures[figure][role], change.difference]
                 percent = "" if change.percent is None else _percent(change.percent)
                 rows.append([run.name, role_words(role), str(self.tokens[role]), *map(str, figures), percent])
-        return markdown_table(rows, text_columns=2)
+        return rows
 
     def order_table(self) -> str:
         """A Markdown table of each model's own decoding: tokens of each role, and when they are revealed."""

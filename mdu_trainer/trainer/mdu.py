@@ -294,7 +294,7 @@ class MDUTrainer(MDLMTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """As in `EvaluatingTrainer`; with a "forget" and a "retain" set also L, the loss of the one plus the other's."""
+        """As in `EvaluatingTrainer`; with a "forget" and a "retain" set also L, the sum of the two losses."""
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         if has_both(self.eval_dataset if eval_dataset is None else eval_dataset):
             forget, retain = (metrics[f"{metric_key_prefix}_{name}_loss"] for name in ("forget", "retain"))
@@ -367,14 +367,12 @@ class MDUTrainer(MDLMTrainer):
         """Write `README.md`, and the picture that it shows, into `args.output_dir`.
 
         Args:
-            **details: what the run does not know; see `mdu_trainer.report.model_card.unlearned_model_card`. Results
-                and attacks are by default those of the folder.
+            **details: what the run does not know; the fields of
+                `mdu_trainer.report.model_card.CardDetails`. Results and attacks are by default those of the folder.
         """
-        from ..report.model_card import write_model_card
+        from ..hub.trainer_side import write_card
 
-        if self.is_world_process_zero():
-            facts = self.provenance.facts(self._run())
-            write_model_card(self.args.output_dir, facts, repo_id=self.hub_model_id, **details)
+        write_card(self, **details)
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", **options: Any

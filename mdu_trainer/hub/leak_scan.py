@@ -1,16 +1,19 @@
-"""The text in a file that is to be published: all of it, wherever a format keeps text."""
+"""Scan what is to be published for rows to forget and for secrets, in all the text that a file's format keeps."""
 
 import io
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 from tokenizers.decoders import ByteLevel
 
-from ..files import UserError
-
-Source = Path | bytes
+from ..files import UserError, looks_like_secret
+from ..provenance.forget_hashes import ForgetHashes
+from ..report.model_card import CARD, card_wording
+from ..report.records import RECOVERY, RESULTS, Checkpoint
+from .files import ADAPTER_CONFIG, CONFIGS, Source, content_of
 
 VOCABULARIES = (
     "tokenizer.json",
@@ -28,9 +31,106 @@ SPACES = "\u0120\u010a\u2581"  # what stands for a space or a line break at the 
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors allows
 
 
-def content_of(source: Source) -> bytes:
-    """The bytes of a file or content."""
-    return source if isinstance(source, bytes) else source.read_bytes()
+class LeakError(UserError):
+    """A file that was to be published quotes a row to forget. Nothing was sent. The message names the file only."""
+
+
+def check_files(
+    files: dict[str, Source],
+    checkpoint: Checkpoint,
+    names: Mapping[str, str | None],
+    published: Callable[[], set[str]],
+) -> None:
+    """Refuse files that hold a secret, or something of the rows to forget.
+
+    Args:
+        files: path in the repository -> file or content.
+        checkpoint: what is on record of the model. Without hashes nothing is scanned for rows to forget.
+        names: as in `check_texts`.
+        published: as in `check_vocabulary`.
+    """
+    check_secrets(files)
+    if checkpoint.hashes is not None:
+        check_texts(files | records_as_given(checkpoint), checkpoint.hashes, names)
+        check_vocabulary(files, checkpoint.hashes, published)
+
+
+def records_as_given(checkpoint: Checkpoint) -> dict[str, Source]:
+    """The records before they are reduced to figures: what leaks in is found, and not just dropped."""
+    records = {RESULTS: checkpoint.results, RECOVERY: checkpoint.recovery}
+    return {
+        f"{name} as given": json.dumps(asdict(record), default=str).encode()
+        for name, record in records.items()
+        if record is not None
+    }
+
+
+def check_texts(files: dict[str, Source], hashes: ForgetHashes, names: Mapping[str, str | None] | None = None) -> None:
+    """Scan every text, and the names of the files, for sentences of the rows to forget.
+
+    Args:
+        files: path in the repository -> file or content.
+        hashes: of the rows.
+        names: what else is sent, by what a message calls it: the repository's name, say.
+
+    Raises:
+        LeakError: one was found; the message names the file, never the sentence.
+    """
+    quoting = {
+        name: f"the name of file {i} of {len(files)}" for i, name in enumerate(files, 1) if hashes.found_in(name)
+    }
+    found = [
+        quoting.get(name, name)
+        for name, source in files.items()
+        if name in quoting or hashes.found_in(text_of(name, source), card_wording() if name == CARD else "")
+    ]
+    found += [where for where, text in (names or {}).items() if text and hashes.found_in(text)]
+    if found:
+        raise LeakError(
+            f"{', '.join(found)} {'quotes' if len(found) == 1 else 'quote'} rows that were to be forgotten. Nothing "
+            "was sent. Remove the text there; in a tokenizer, look at the chat template and the added tokens."
+        )
+
+
+def check_vocabulary(files: dict[str, Source], hashes: ForgetHashes, published: Callable[[], set[str]]) -> None:
+    """Scan the vocabulary of a tokenizer for words that only the rows to forget hold.
+
+    Entries that the base's published vocabulary has, too, say nothing of the rows.
+
+    Args:
+        files: path in the repository -> file or content.
+        hashes: of the rows.
+        published: gives the entries of the base's tokenizer; called only if something is found.
+
+    Raises:
+        LeakError: there are such entries; the message counts them, and names none.
+    """
+    entries = {name: found for name, source in files.items() if (found := vocabulary(name, source))}
+    suspects = hashes.terms_in(set().union(*entries.values()))
+    if suspects:
+        suspects -= published()
+    where = [name for name, found in entries.items() if found & suspects]
+    if where:
+        raise LeakError(
+            f"{', '.join(where)}: {len(suspects)} entries of the vocabulary are or hold words that only the rows to "
+            "forget hold: the tokenizer learned them there. Nothing was sent. Train it on the rows to keep only. "
+            "If it is the public one of a base on the Hub, pass base_model='ORG/NAME'."
+        )
+
+
+def check_secrets(files: dict[str, Source]) -> None:
+    """Refuse what looks like an access token or a password, outside of weights and vocabularies.
+
+    Raises:
+        ValueError: there is one; the message names the file only.
+    """
+    words = (CARD, RESULTS, RECOVERY, ADAPTER_CONFIG, *CONFIGS, "tokenizer_config.json", "chat_template.jinja")
+    found = [name for name in words if name in files and looks_like_secret(text_of(name, files[name]))]
+    if found:
+        raise UserError(
+            f"{', '.join(found)} holds what looks like an access token or a password. Nothing was sent. Remove it, "
+            "and have it revoked if it is a real one."
+        )
 
 
 def text_of(name: str, source: Source) -> str:

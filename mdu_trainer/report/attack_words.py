@@ -1,0 +1,69 @@
+"""What a model card says of attacks, and what of them is published."""
+
+from dataclasses import replace
+from typing import Any
+
+from ..attacks.results import BASE, NEVER, NO_ATTACK, Outcome, Recovery
+from ..evaluation.results import markdown_table
+from ..files import UserError
+from ..provenance.facts import Facts
+from .markup import markdown_text
+
+
+def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
+    """What the card's template says of the attacks on a checkpoint: a table and a sentence; nothing without attacks.
+
+    Raises:
+        ValueError: the checkpoint is none of the models that were attacked.
+    """
+    if recovery is None:
+        return {}
+    name = facts.name
+    if name not in recovery.models:
+        raise UserError(
+            f"The checkpoint is {name}, and the attacks were on {', '.join(recovery.models)}. Pass the recovery of "
+            "this checkpoint, or recovery=False."
+        )
+    return {"attacks": _table(recovery, name), "attack_sentence": _sentence(recovery, name)}
+
+
+def public(recovery: Recovery, dataset: str) -> Recovery:
+    """What is published: figures, with nothing but numbers among the settings, and another name for the data."""
+    settings = recovery.settings | recovery.settings.get("decoding", {})
+    return replace(
+        recovery, dataset=dataset, settings={k: v for k, v in settings.items() if isinstance(v, int | float)}
+    )
+
+
+def _table(recovery: Recovery, name: str) -> str:
+    ends = [BASE, NEVER] if recovery.has_floor else [BASE]
+    rows = [["attack", "what it does", *ends, "this model", *(["recovery"] if recovery.has_floor else [])]]
+    for attack, outcome in recovery.attacks.items():
+        one = outcome.models[name]
+        cells = [str(outcome.models[end].after) for end in ends] + [str(one.after)]
+        if recovery.has_floor:
+            cells.append("" if one.recovery is None else str(one.recovery))
+        rows.append([markdown_text(attack), markdown_text(outcome.words), *cells])
+    return markdown_table(rows, text_columns=2)
+
+
+def _sentence(recovery: Recovery, name: str) -> str:
+    found: dict[str, Any] = recovery.recoveries().get(name, {})
+    found = {attack: estimate for attack, estimate in found.items() if attack != NO_ATTACK}
+    if not recovery.has_floor:
+        return (
+            "No model that never saw the rows was attacked beside it, so it is not known how much of these scores is "
+            "guessing or relearning that works on any model."
+        )
+    if not found:
+        return (
+            "Under none of these attacks can the base be told from a model that never saw the rows, so nothing "
+            "follows from them."
+        )
+    attack = max(found, key=lambda one: found[one].value)
+    outcome: Outcome = recovery.attacks[attack].models[name]
+    return (
+        "Recovery is 0 where an attack brings back no more than it gets out of a model that never saw the rows, and 1 "
+        f"where it brings back all that the base knew; the strongest here, {markdown_text(attack)}, reached "
+        f"{outcome.recovery}."
+    )
