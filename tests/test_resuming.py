@@ -9,9 +9,7 @@ import re
 import shutil
 import signal
 import stat
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +18,8 @@ from transformers.trainer_utils import HubStrategy
 
 from mdu_trainer import CheckpointError, MDUConfig, UnlearningEvalCallback, run_lock
 from mdu_trainer.checkpoints import MANIFEST, complete_checkpoints, write_manifest
+from mdu_trainer.commands.folders import starting
+from mdu_trainer.files import UserError
 from mdu_trainer.hub import prepare_push
 from mdu_trainer.run_lock import LOCK, FolderInUseError, check_free, sole_run
 from mdu_trainer.run_record import DERIVED, RUN_FILE, SELECTION, UNCOMPARED, RunRecord
@@ -336,17 +336,15 @@ def test_two_trainers_of_one_process(tmp_path, monkeypatch):
     check_free(tmp_path)
 
 
-def test_lock_is_no_content_of_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "examples"), *sys.path])
-    import common
-
+def test_lock_is_no_content_of_a_folder(tmp_path):
     with sole_run(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / LOCK).is_file()
-    common.claim(tmp_path / "out", [], None, overwrite=False)
-    (tmp_path / "out" / "results.json").write_text("{}")
-    with pytest.raises(SystemExit, match="is not empty"):
-        common.claim(tmp_path / "out", [], None, overwrite=False)
+    with starting(tmp_path / "out", [], [], resume=False, overwrite=False):
+        (tmp_path / "out" / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="is not empty"):
+        with starting(tmp_path / "out", [], [], resume=False, overwrite=False):
+            pass
 
 
 @pytest.mark.parametrize("act", ["train", "push"])
