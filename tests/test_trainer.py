@@ -554,7 +554,7 @@ def test_non_finite_loss_stops_before_anything_is_saved(make_trainer, tmp_path):
         trainer.train()
     checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2"]
-    good = make_trainer(max_steps=3, save_strategy="no")
+    good = make_trainer(max_steps=6, save_strategy="no")
     good.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.isfinite(weights(good)).all()
 
