@@ -103,7 +103,7 @@ def test_file(tmp_path):
     assert not re.search("quill|velm|harbour", path.read_text(), re.I)
     assert ForgetHashes.of([SENTENCE]).requests[0] != HASHES.requests[0], "a key of its own"
     path.write_text('{"schema": 9}')
-    with pytest.raises(ValueError, match="schema 9"):
+    with pytest.raises(ValueError, match="another schema than 2"):
         ForgetHashes.load(tmp_path)
     path.write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
@@ -328,7 +328,7 @@ def test_facts_of_an_earlier_version(trainer, tmp_path):
     with pytest.raises(UserError, match="an earlier version wrote unlearning.json.*--no-leak-scan"):
         whole_hashes(tmp_path / "out", facts)
     path.write_text(json.dumps({"schema": 2, "method": "mdu"}))
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is not a file of facts: it has no tau"):
         Facts.load(tmp_path / "out")
 
 
