@@ -583,11 +583,11 @@ def test_weights_that_are_not_whole(hub, checkpoint):
         with pytest.raises(UserError, match=words):
             push_unlearned_model(checkpoint, REPO)
 
-    refused(rf"lacks {norm}", {name: tensor for name, tensor in tensors.items() if name != norm})
-    refused("does not ask for, model.extra", tensors | {"model.extra": torch.zeros(2)})
+    refused(rf"lacks tensors .*{norm}", {name: tensor for name, tensor in tensors.items() if name != norm})
+    refused("does not have: model.extra", tensors | {"model.extra": torch.zeros(2)})
     refused("other shapes", tensors | {norm: torch.zeros(7)})
-    refused(r"lacks model\.layers\.2", num_hidden_layers=3)
-    refused(r"does not ask for, model\.layers\.1", num_hidden_layers=1)
+    refused(r"lacks tensors .*model\.layers\.2", num_hidden_layers=3)
+    refused(r"does not have: .*model\.layers\.1", num_hidden_layers=1)
     refused("holds no tensors", {})
     path.write_bytes(path.read_bytes()[:5])
     with pytest.raises(UserError, match="no safetensors file"):
@@ -666,7 +666,7 @@ def test_what_cannot_be_published(hub, checkpoint, results, tmp_path, make_model
     with pytest.raises(ValueError, match="0 runs instead of one"):
         push_unlearned_model(checkpoint, REPO, results=Results("m", "d", {}, results.runs[:1]))
     (checkpoint / "results.json").write_text(json.dumps({"schema": 2, "predictions": ["x"]}))
-    with pytest.raises(ValueError, match="no results file"):
+    with pytest.raises(ValueError, match="is not a results file"):
         push_unlearned_model(checkpoint, REPO)
     (checkpoint / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"lacks model\.safetensors"):
