@@ -188,7 +188,8 @@ def settings(*arguments) -> dict:
             value = getattr(values, f.name)
             given = value is not None or NoneType in get_args(hints[f.name])  # or the parser's word for left out
             if f.init and f.name not in PRIVATE + THIS_TIME and given and value != default:
-                changed[f.name] = value.value if isinstance(value, Enum) else value
+                plain = value.to_dict() if hasattr(value, "to_dict") else value
+                changed[f.name] = plain.value if isinstance(plain, Enum) else plain
     return without_secrets(changed)
 
 

@@ -53,6 +53,7 @@ class SafeTrainingMixin(CheckpointMixin):
     """
 
     _made_optimizer = False  # by the trainer, not by the user
+    _resumed_from: str | None = None  # the checkpoint that this call of `train` goes on from
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -82,8 +83,7 @@ class SafeTrainingMixin(CheckpointMixin):
         if self.args.should_save:
             clear_leftovers(Path(self._get_output_dir(trial)))
         self.accelerator.wait_for_everyone()
-        checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
-        self.guard.ended = self._open_record(checkpoint)
+        self._resumed_from = checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
         if self.model_init is None:  # or else the Trainer makes the model first
             self._begin()
         self._written = Path(checkpoint) if checkpoint else None
@@ -96,6 +96,7 @@ class SafeTrainingMixin(CheckpointMixin):
         """Look at the run and its weights before the first of them is changed."""
         check_trainable(self.model)
         self._check_run()
+        self.guard.ended = self._open_record(self._resumed_from)
         check_weights(self.model, self.accelerator, "before training; no update was made")
         self._prepare_training()
 

@@ -101,7 +101,7 @@ def test_killed_evaluation_ends_with_the_same_figures(undisturbed, tmp_path, see
 
 def test_a_header_cut_short_starts_anew(model, tokenizer, make_set, tmp_path):
     path = tmp_path / "rows.jsonl"
-    path.write_text('{"progress": 1, "mo')
+    path.write_text('{"progress": 1, "sc')
     score_questions(model, tokenizer, [make_set(rows=2)], progress_path=path)
     assert len(path.read_text().splitlines()) == 3
 

@@ -19,6 +19,7 @@ from trl import ModelConfig, get_peft_config
 from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError, divergence
 from mdu_trainer.data import question_answer_rows
 from mdu_trainer.files import UserError
+from mdu_trainer.models.head import head_way
 from mdu_trainer.testing import forget_retain_split
 from mdu_trainer.updates import fingerprint
 
@@ -282,6 +283,7 @@ def test_mdu_flattens_forget_rows_and_keeps_the_rest(make_trainer, make_model, s
 class PassCounter:
     def __init__(self, model):
         self.count = 0
+        head_way(model)  # tried once for each model, on five tokens
         model.get_base_model().register_forward_hook(self) if isinstance(
             model, PeftModel
         ) else model.register_forward_hook(self)
@@ -933,7 +935,7 @@ def search(make_trainer, make_model, sets, tokenizer, space, **options):
     """A search over what `space` names; the trainer and what it found."""
     held_out = dict(zip(("forget", "retain"), sets, strict=True))
     trainer = MDUTrainer(
-        args=make_trainer(**options).args,
+        args=make_trainer(eval_dataset=held_out, **options).args,
         train_dataset=sets[0],
         retain_dataset=sets[1],
         eval_dataset=held_out,
