@@ -215,7 +215,7 @@ def test_readme_script(tofu_path, tmp_path):
 def test_tofu_data_from_a_folder(tofu_path, tmp_path):
     log = tofu(
         *("--dataset_name", tofu_path, "--forget_split", "forget01", "--retain_split", "retain99"),
-        *("--max_retain_rows", "4", "--hidden_size", "32", "--finetune_epochs", "0.2", "--vocab_size", "300"),
+        *("--max_retain_rows", "4", "--hidden_size", "32", "--finetune_epochs", "1", "--vocab_size", "300"),
         *("--output_dir", tmp_path / "out", "--max_new_tokens", "8", *QUICK),
     )
     assert "mdu tau=0" in log
