@@ -19,26 +19,14 @@ from .files import UserError, looks_like_secret
 from .forget_hashes import ForgetHashes
 from .model_card import CARD, LOCAL_BASE, PICTURE, RESULTS, ResultsLike, card_wording, data_name, only_finite
 from .provenance import Facts
-from .scanned_text import Source, content_of, text_of, vocabulary
+from .scanned_text import VOCABULARIES, Source, content_of, text_of, vocabulary
 from .weight_check import check_adapter_complete, check_complete, check_finite
 
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
+TOKENIZER = (*VOCABULARIES, "chat_template.jinja")
 TEMPLATES = "additional_chat_templates"
 LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file")  # paths of the machine that saved it
 

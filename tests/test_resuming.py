@@ -267,7 +267,8 @@ def test_other_model_at_the_start_is_refused_where_it_is_read_again(trained, tmp
 def test_model_at_the_start_does_not_matter_where_the_checkpoint_replaces_it(trained, tmp_path):
     uniform = {"loss_type": "mdu", "tau": 0.0}
     model = other_model(make_trainer(tmp_path, FULL, **uniform))
-    resuming(trained(FULL, **uniform), FULL, **uniform, model=model)
+    trainer = resuming(trained(FULL, **uniform), FULL, **uniform, model=model)
+    assert not trainer._settings_changed and trainer._run_record.start is not None
 
 
 def test_record_and_lock_are_not_published(trained, tmp_path):
