@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 sys.path.remove(str(Path(__file__).parent))
 
@@ -180,11 +181,14 @@ def settings(*arguments) -> dict:
     """What differs from the defaults, without secrets at any depth or names of people; as YAML it repeats the run."""
     changed = {}
     for values in arguments:
+        hints = get_type_hints(type(values))
         for f in dataclasses.fields(values):
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             value = getattr(values, f.name)
-            if f.init and f.name not in PRIVATE + THIS_TIME and value != default:
-                changed[f.name] = value.value if isinstance(value, Enum) else value
+            given = value is not None or NoneType in get_args(hints[f.name])  # or the parser's word for left out
+            if f.init and f.name not in PRIVATE + THIS_TIME and given and value != default:
+                plain = value.to_dict() if hasattr(value, "to_dict") else value
+                changed[f.name] = plain.value if isinstance(plain, Enum) else plain
     return without_secrets(changed)
 
 

@@ -431,7 +431,7 @@ def adapted(learned, tokenizer):
     generator = torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
         if "lora_B" in name:
-            value.data = 0.1 * torch.randn(value.shape, generator=generator)
+            value.data = 0.03 * torch.randn(value.shape, generator=generator)
     return model
 
 

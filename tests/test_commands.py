@@ -244,6 +244,7 @@ def test_wrong_command_lines(line, given, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import common
 
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # the first import of `common` takes it off the path
     monkeypatch.setattr(common, "load_checkpoint", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     script, *options = line.format(*[given] * line.count("{}")).split()

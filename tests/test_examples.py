@@ -45,7 +45,7 @@ def script(name, *arguments, expect=0):
 def compared(tmp_path_factory):
     """One quick comparison of two methods on the embedded default."""
     folder = tmp_path_factory.mktemp("tofu") / "out"
-    small = ("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "2")
+    small = ("--finetune_epochs", "3", "--hidden_size", "32", "--num_layers", "2")
     secret = ("--hub_token", "hf_planted")
     log = tofu(
         "--output_dir", folder, *small, "--loss_type", "npo", "mdu", "dpo", "--tau", "0", "0.5", *secret, *QUICK
@@ -153,7 +153,7 @@ def test_resumes_what_was_begun(compared, tmp_path):
 
 def test_forget_quality_with_a_retain_model(compared, tmp_path):
     folder, _ = compared
-    small = ("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "2", "--loss_type", "npo")
+    small = ("--finetune_epochs", "3", "--hidden_size", "32", "--num_layers", "2", "--loss_type", "npo")
     options = [*QUICK, "--max_eval_rows", "4"]
     log = tofu("--output_dir", tmp_path / "train", "--retain_model", "train", *small, *options)
     runs = Results.load(tmp_path / "train" / "results.json").runs
@@ -215,7 +215,7 @@ def test_readme_script(tofu_path, tmp_path):
 def test_tofu_data_from_a_folder(tofu_path, tmp_path):
     log = tofu(
         *("--dataset_name", tofu_path, "--forget_split", "forget01", "--retain_split", "retain99"),
-        *("--max_retain_rows", "4", "--hidden_size", "32", "--finetune_epochs", "0.2", "--vocab_size", "300"),
+        *("--max_retain_rows", "4", "--hidden_size", "32", "--finetune_epochs", "1", "--vocab_size", "300"),
         *("--output_dir", tmp_path / "out", "--max_new_tokens", "8", *QUICK),
     )
     assert "mdu tau=0" in log
@@ -237,7 +237,7 @@ def test_nothing_of_the_rows_to_forget_is_left_behind(tmp_path):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     card = {"configs": [{"config_name": name, "data_files": f"{name}.jsonl"} for name in rows]}
     (data / "README.md").write_text(f"---\n{yaml.safe_dump(card)}---\n")
-    small = ("--finetune_epochs", "1", "--hidden_size", "32", "--num_layers", "1", "--loss_type", "mdu")
+    small = ("--finetune_epochs", "3", "--hidden_size", "32", "--num_layers", "1", "--loss_type", "mdu")
     splits = ("--dataset_name", data, "--forget_split", "forget", "--retain_split", "keep")
 
     def found(script, *arguments):

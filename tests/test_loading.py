@@ -245,7 +245,9 @@ def test_symlinks_in_the_cache_of_the_hub(folder, tmp_path):
     for path in folder.iterdir():
         path.rename(blobs / path.name)
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
-    load_checkpoint(str(snapshot))
+    model, _ = load_checkpoint(str(snapshot))
+    stored = load_file(blobs / "model.safetensors")
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in stored.items())
 
 
 # --- model and tokenizer ---

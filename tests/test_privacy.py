@@ -33,7 +33,7 @@ from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.evaluation.rwku import load_forget_rows, load_rwku
 from mdu_trainer.evaluation.sources import load_config
 from mdu_trainer.evaluation.tofu import evaluate_tofu, load_tofu
-from mdu_trainer.generation import DiffusionGenerationConfig
+from mdu_trainer.inference.config import DiffusionGenerationConfig
 from mdu_trainer.leak_check import load_rows, measure_leak
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 

@@ -328,7 +328,7 @@ def test_facts_of_an_earlier_version(trainer, tmp_path):
     with pytest.raises(UserError, match="an earlier version wrote unlearning.json.*--no-leak-scan"):
         whole_hashes(tmp_path / "out", facts)
     path.write_text(json.dumps({"schema": 2, "method": "mdu"}))
-    with pytest.raises(UserError, match="cannot be read|is not a file of facts"):
+    with pytest.raises(UserError, match="is not a file of facts: it has no tau"):
         Facts.load(tmp_path / "out")
 
 
@@ -410,3 +410,12 @@ def test_progress_is_for_its_owner_alone(tmp_path):
         progress.resume({"progress": 1}, dict)
         progress.append([{"row": 0}])
     assert stat.S_IMODE((tmp_path / "progress.jsonl").stat().st_mode) == 0o600
+
+
+def test_a_message_in_parts_is_hashed_as_it_is_learned():
+    """Parts may be objects, as OpenAI has them, or texts: both are read as one text, here as in training."""
+    sentence = "the lighthouse keeper counted seven lanterns"
+    for parts in ([{"type": "text", "text": sentence[:20]}, {"type": "text", "text": sentence[20:]}], [sentence]):
+        row = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": parts}]}
+        assert list(row_texts([row])) == ["Who?", sentence]
+        assert ForgetHashes.of([list(row_texts([row]))]).found_in(f"They say that {sentence}.")

@@ -198,7 +198,6 @@ def test_what_contradicts_itself_is_refused(tmp_path, authors):
     ]
     results = json.loads((DEMO / "results.json").read_text())
     cases += [(Results, results | {"runs": []}, "it holds no run")]
-    cases += [(Results, results | {"runs": results["runs"][:1] * 2}, "two of its runs have one name")]
     role_report().save(path)
     roles = json.loads(path.read_text())
     cases += [(RoleReport, roles | {"runs": []}, "it holds no base"), (RoleReport, roles | {"rows": {}}, "every role")]

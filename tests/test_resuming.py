@@ -9,9 +9,7 @@ import re
 import shutil
 import signal
 import stat
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +17,8 @@ from runs import LORA, make_rows, make_trainer
 from transformers.trainer_utils import HubStrategy
 
 from mdu_trainer import CheckpointError, MDUConfig, UnlearningEvalCallback
+from mdu_trainer.commands.folders import starting
+from mdu_trainer.files import UserError
 from mdu_trainer.hub.push import prepare_push
 from mdu_trainer.testing import tiny_mdlm
 from mdu_trainer.trainer import run_lock
@@ -268,7 +268,8 @@ def test_other_model_at_the_start_is_refused_where_it_is_read_again(trained, tmp
 def test_model_at_the_start_does_not_matter_where_the_checkpoint_replaces_it(trained, tmp_path):
     uniform = {"loss_type": "mdu", "tau": 0.0}
     model = other_model(make_trainer(tmp_path, FULL, **uniform))
-    resuming(trained(FULL, **uniform), FULL, **uniform, model=model)
+    trainer = resuming(trained(FULL, **uniform), FULL, **uniform, model=model)
+    assert not trainer._settings_changed and trainer._run_record.start is not None
 
 
 def test_record_and_lock_are_not_published(trained, tmp_path):
@@ -337,17 +338,15 @@ def test_two_trainers_of_one_process(tmp_path, monkeypatch):
     check_free(tmp_path)
 
 
-def test_lock_is_no_content_of_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[1] / "examples"), *sys.path])
-    import common
-
+def test_lock_is_no_content_of_a_folder(tmp_path):
     with sole_run(tmp_path / "out"):
         pass
     assert (tmp_path / "out" / LOCK).is_file()
-    common.claim(tmp_path / "out", [], None, overwrite=False)
-    (tmp_path / "out" / "results.json").write_text("{}")
-    with pytest.raises(SystemExit, match="is not empty"):
-        common.claim(tmp_path / "out", [], None, overwrite=False)
+    with starting(tmp_path / "out", [], [], resume=False, overwrite=False):
+        (tmp_path / "out" / "results.json").write_text("{}")
+    with pytest.raises(UserError, match="is not empty"):
+        with starting(tmp_path / "out", [], [], resume=False, overwrite=False):
+            pass
 
 
 @pytest.mark.parametrize("act", ["train", "push"])

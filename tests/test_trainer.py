@@ -20,6 +20,7 @@ from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFinit
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
 from mdu_trainer.masking import forward_process
+from mdu_trainer.models.head import head_way
 from mdu_trainer.testing import forget_retain_split
 from mdu_trainer.trainer.updates import fingerprint
 
@@ -281,6 +282,7 @@ def test_mdu_flattens_forget_rows_and_keeps_the_rest(make_trainer, make_model, s
 class PassCounter:
     def __init__(self, model):
         self.count = 0
+        head_way(model)  # tried once for each model, on five tokens
         model.get_base_model().register_forward_hook(self) if isinstance(
             model, PeftModel
         ) else model.register_forward_hook(self)
@@ -554,7 +556,7 @@ def test_non_finite_loss_stops_before_anything_is_saved(make_trainer, tmp_path):
         trainer.train()
     checkpoints = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2"]
-    good = make_trainer(max_steps=3, save_strategy="no")
+    good = make_trainer(max_steps=6, save_strategy="no")
     good.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert torch.isfinite(weights(good)).all()
 
@@ -932,7 +934,7 @@ def search(make_trainer, make_model, sets, tokenizer, space, **options):
     """A search over what `space` names; the trainer and what it found."""
     held_out = dict(zip(("forget", "retain"), sets, strict=True))
     trainer = MDUTrainer(
-        args=make_trainer(**options).args,
+        args=make_trainer(eval_dataset=held_out, **options).args,
         train_dataset=sets[0],
         retain_dataset=sets[1],
         eval_dataset=held_out,

@@ -140,12 +140,9 @@ class Results(Record):
         return super(Results, replace(self.finite(), settings=without_secrets(self.settings))).to_json()
 
     def check(self) -> None:
-        """Refuse a comparison of nothing, and two runs of one name."""
-        names = [run.name for run in self.runs]
-        if not names:
+        """Refuse a comparison of nothing."""
+        if not self.runs:
             raise ValueError("it holds no run")
-        if len(set(names)) < len(names):
-            raise ValueError("two of its runs have one name")
 
     def finite(self) -> "Results":
         """The comparison without figures that are NaN or infinite: nothing was measured there."""

@@ -22,12 +22,11 @@ WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
-TOKENIZER = (
+VOCABULARIES = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    "special_tokens_map.json",
     "vocab.json",
     "vocab.txt",
     "merges.txt",
@@ -35,6 +34,7 @@ TOKENIZER = (
     "spiece.model",
     "sentencepiece.bpe.model",
 )
+TOKENIZER = (*VOCABULARIES, "chat_template.jinja")
 TEMPLATES = "additional_chat_templates"
 LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file")  # paths of the machine that saved it
 

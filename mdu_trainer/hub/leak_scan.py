@@ -13,20 +13,8 @@ from ..files import UserError, looks_like_secret
 from ..provenance.forget_hashes import ForgetHashes
 from ..report.model_card import CARD, card_wording
 from ..report.records import RECOVERY, RESULTS, Checkpoint
-from .files import ADAPTER_CONFIG, CONFIGS, Source, content_of
+from .files import ADAPTER_CONFIG, CONFIGS, VOCABULARIES, Source, content_of
 
-VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 SPACES = "\u0120\u010a\u2581"  # what stands for a space or a line break at the start of a token
 LONGEST_HEADER = 100_000_000  # bytes, as safetensors allows
 

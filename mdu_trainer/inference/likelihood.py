@@ -4,8 +4,8 @@
 
 The right side, an average over the orders in which y can be revealed, is what evaluations of these models call the
 likelihood. LLaDA (arXiv 2502.09992, appendix B) estimates it from 128 independent draws of (l, S), one forward pass
-each. Here the draws of a response are made together (`mdu_trainer.inference.mask_sets`): unbiased, too, and exact where
-they cover all sets, but a few of them say as much as many independent ones. (One bias is taken on: no estimate is
+each. Here the draws of a response are made together (`mdu_trainer.inference.mask_sets`): unbiased, too, exact where
+they cover all sets, and a few of them say as much as many independent ones. (One bias is taken on: no estimate is
 above 0.)
 """
 

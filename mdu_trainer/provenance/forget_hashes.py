@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from ..data.reading import content_text
 from ..files import UserError, read_record, write_whole
 from .words import split_words
 
@@ -283,13 +284,8 @@ def row_turns(dataset: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
         texts = []
         for value in (row[column] for column in FORGET_COLUMNS if column in row):
             turns = [{"role": None, "content": value}] if isinstance(value, str) else value
-            texts += [_content(turn["content"]) for turn in turns if turn["role"] != "system"]
+            texts += [content_text(turn["content"]) or "" for turn in turns if turn["role"] != "system"]
         yield texts
-
-
-def _content(content: str | list[dict[str, Any]]) -> str:
-    """The text of a message, which may come in parts."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def _readings(text: str) -> Iterator[list[str]]:

@@ -226,11 +226,12 @@ class MDLMTrainer(EvaluatingTrainer):
     def _check_rows(
         self, args: MDLMConfig, dataset: Dataset | None, evaluated: Dataset | dict[str, Dataset] | None
     ) -> None:
-        sets = [*self._train_sets(dataset).items()]
-        sets += [("eval", rows) for rows in (evaluated.values() if isinstance(evaluated, dict) else [evaluated])]
-        for name, rows in sets:
+        sets = [(name, rows, [name]) for name, rows in self._train_sets(dataset).items()]
+        several = evaluated if isinstance(evaluated, dict) else {None: evaluated}
+        sets += [("eval", rows, self._eval_parts(args, name)) for name, rows in several.items()]
+        for name, rows, parts in sets:
             if rows is not None and not isinstance(rows, RowPairs):
-                check_rows(rows, name, **({} if name == "retain" else self._eval_columns(args)))
+                check_rows(rows, name, **self._eval_columns(args, parts))
 
     def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
         return {"train": dataset}

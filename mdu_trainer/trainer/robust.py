@@ -50,6 +50,7 @@ class RobustTrainer(Trainer):
     """
 
     _made_optimizer = False  # by the trainer, not by the user
+    _resumed_from: str | None = None  # the checkpoint that this call of `train` goes on from
     _publishes_by_list = False  # whether what is uploaded is chosen file by file
     _staging: Path | None = None  # where the checkpoint that is being written lies
     _written: Path | None = None  # the last one of this call of `train`, or the one that it went on from
@@ -85,8 +86,7 @@ class RobustTrainer(Trainer):
         if self.args.should_save:
             clear_leftovers(Path(self._get_output_dir(trial)))
         self.accelerator.wait_for_everyone()
-        checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
-        self.guard.ended = self._open_record(checkpoint)
+        self._resumed_from = checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
         if self.model_init is None:  # or else the Trainer makes the model first
             self._begin()
         self._written = Path(checkpoint) if checkpoint else None
@@ -99,6 +99,7 @@ class RobustTrainer(Trainer):
         """Look at the run and its weights before the first of them is changed."""
         check_trainable(self.model)
         self._check_run()
+        self.guard.ended = self._open_record(self._resumed_from)
         check_weights(self.model, self.accelerator, "before training; no update was made")
         self._prepare_training()
 
