@@ -24,7 +24,7 @@ from mdu_trainer.testing import tiny_mdlm
 from mdu_trainer.trainer import run_lock
 from mdu_trainer.trainer.checkpoints import MANIFEST, complete_checkpoints, write_manifest
 from mdu_trainer.trainer.run_lock import LOCK, FolderInUseError, check_free, sole_run
-from mdu_trainer.trainer.run_record import DERIVED, RUN_FILE, SELECTION, UNCOMPARED, RunRecord
+from mdu_trainer.trainer.run_record import DERIVED, RUN_FILE, SELECTION, UNCOMPARED
 
 KIND = "LoRA with dropout"
 FULL = "full, frozen copy"
@@ -142,7 +142,7 @@ def test_every_field_of_the_configuration_is_compared_or_known_to_change_no_weig
         retain_weight reference_precision
     """.split()
     assert fields - UNCOMPARED - DERIVED - SELECTION == set(compared), "decide whether a new field changes weights"
-    record = RunRecord.of(make_trainer(tmp_path, KIND), None)
+    record = make_trainer(tmp_path, KIND)._record()
     assert set(compared) - record.settings.keys() == {"gamma", "alpha"}, "not read by loss_type 'mdu'"
     assert "hub_token" not in json.dumps(record.settings) and "model_init_kwargs" not in json.dumps(record.settings)
 
@@ -248,9 +248,9 @@ def test_record_confirms_no_guess_of_a_row_without_its_key(trained, tmp_path):
     digests = [part["digest"] for part in record["data"].values()]
     assert len(digests) == 2 and not quoted(json.dumps(record["data"]))
     trainer = make_trainer(tmp_path, KIND)
-    others = RunRecord.of(trainer, None), RunRecord.of(trainer, None)
+    others = trainer._record(), trainer._record()
     assert len({*digests, *(part["digest"] for other in others for part in other.data.values())}) == 6
-    same = RunRecord.of(trainer, None, record["key"])
+    same = trainer._record(record["key"])
     assert [part["digest"] for part in same.data.values()] == digests
 
 

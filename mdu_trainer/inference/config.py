@@ -3,10 +3,11 @@
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..files import UserError
-from .sampling import SCORES
+
+Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DiffusionGenerationConfig:
     steps: int | None = None
     block_length: int | None = None
     schedule: Literal["linear", "dream"] = "linear"
-    remasking: Literal["low_confidence", "margin", "entropy", "random"] = "low_confidence"
+    remasking: Remasking = "low_confidence"
     position_temperature: float = 0.0
     temperature: float = 0.0
     top_p: float | None = None
@@ -63,8 +64,8 @@ class DiffusionGenerationConfig:
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        if self.remasking not in SCORES:
-            raise UserError(f"remasking must be one of {', '.join(SCORES)}, got {self.remasking!r}.")
+        if self.remasking not in get_args(Remasking):
+            raise UserError(f"remasking must be one of {', '.join(get_args(Remasking))}, got {self.remasking!r}.")
         if self.schedule not in ("linear", "dream"):
             raise UserError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
         if self.remasking == "random" and self.position_temperature:

@@ -1,21 +1,17 @@
 """What a step of decoding reveals: a token for each position, how sure the model is of it, and which positions."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..masking import counter_uniform
-
-if TYPE_CHECKING:
-    from .config import DiffusionGenerationConfig
-    from .schedule import Step
+from .config import DiffusionGenerationConfig
+from .schedule import Step
 
 SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions
 
 
 def propose(
-    logits: Tensor, row: Tensor, step: int, position: Tensor, config: "DiffusionGenerationConfig"
+    logits: Tensor, row: Tensor, step: int, position: Tensor, config: DiffusionGenerationConfig
 ) -> tuple[Tensor, Tensor]:
     """A token for each of `[N, V]` logits, and the score of its position: `[N]`, `[N]`."""
     sharpened = logits / config.temperature if config.temperature else logits
@@ -31,7 +27,7 @@ def propose(
     return tokens, score(sharpened if config.schedule == "dream" else logits, tokens)
 
 
-def random_positions(masked: Tensor, row: Tensor, step: "Step", config: "DiffusionGenerationConfig") -> Tensor:
+def random_positions(masked: Tensor, row: Tensor, step: Step, config: DiffusionGenerationConfig) -> Tensor:
     """The positions of bool `[B, N]` that random remasking reveals."""
     position = torch.arange(masked.shape[1], device=masked.device)
     noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
@@ -41,7 +37,7 @@ def random_positions(masked: Tensor, row: Tensor, step: "Step", config: "Diffusi
 
 
 def best_positions(
-    masked: Tensor, scores: Tensor, row: Tensor, step: "Step", config: "DiffusionGenerationConfig"
+    masked: Tensor, scores: Tensor, row: Tensor, step: Step, config: DiffusionGenerationConfig
 ) -> Tensor:
     """The positions of bool `[B, N]` with the highest of the scores `[M]`, or sampled by them."""
     position = torch.arange(masked.shape[1], device=masked.device)

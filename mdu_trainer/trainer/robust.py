@@ -240,8 +240,7 @@ class RobustTrainer(Trainer):
         answer: list[Any] = [[], None]
         if PartialState().is_main_process:
             stored = RunRecord.of_checkpoint(checkpoint) if checkpoint else None
-            self._start_digest = self._start_digest or start_digest(self)
-            self._run_record = RunRecord.of(self, self._start_digest, stored.key if stored else None)
+            self._run_record = self._record(stored.key if stored else None)
             if stored:
                 answer = [stored.differences(self._run_record, steps_of(checkpoint)), stored.ended]
             elif checkpoint:
@@ -257,6 +256,15 @@ class RobustTrainer(Trainer):
         if found:
             logger.warning(f"{differences} force_resume: it goes on with the new ones.")
         return None if self.args.force_resume else ended
+
+    def _record(self, key: str | None = None) -> RunRecord:
+        """What this run is made of, its data sets' digests under the key, or under a new one."""
+        reference, loss_options = getattr(self, "reference", None), getattr(self, "loss_options", {})
+        self._start_digest = self._start_digest or start_digest(self.model, reference)
+        model = self.accelerator.unwrap_model(self.model)
+        return RunRecord.of(
+            self.args, model, self.train_dataset, self._eval_sets, loss_options, self._start_digest, key
+        )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, which takes learning rate and decay from the checkpoint; forced, from the new settings."""

@@ -15,19 +15,17 @@ from array import array
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
 from torch import nn
 
+from ..config import MDLMConfig
 from ..data.rows import RowPairs, TokenizedRows
 from ..files import Record
 from ..objectives import OBJECTIVES
 from .distributed import is_partitioned
-
-if TYPE_CHECKING:
-    from .mdlm import MDLMTrainer
 
 RUN_FILE = "run.json"
 ROWS_AN_UPDATE = "rows an update (per_device_train_batch_size x gradient_accumulation_steps x processes)"
@@ -102,24 +100,35 @@ class RunRecord(Record):
     ended: str | None = None
 
     @classmethod
-    def of(cls, trainer: "MDLMTrainer", start: str | None, key: str | None = None) -> "RunRecord":
-        """The record of a trainer that is about to train.
+    def of(
+        cls,
+        args: MDLMConfig,
+        model: nn.Module,
+        train_set: RowPairs | None,
+        eval_sets: dict[str, Any],
+        loss_options: dict[str, Any],
+        start: str | None,
+        key: str | None = None,
+    ) -> "RunRecord":
+        """Return the record of a run that is about to train.
 
         Args:
-            trainer: the trainer.
+            args: its configuration.
+            model: the model in training, unwrapped.
+            train_set: the rows that it learns from.
+            eval_sets: those that it is evaluated on, by name; they count where evaluations have a say in the weights.
+            loss_options: what the loss reads beside the configuration's own fields.
             start: see `start_digest`.
             key: of the record that this one is compared with; a new one if None.
         """
         key = key or secrets.token_hex(16)
-        sets = {"train": trainer.train_dataset}
-        if _selects(trainer.args):
-            sets |= trainer._eval_sets
+        sets = {"train": train_set} | (eval_sets if _selects(args) else {})
         data = {}
         for stage, dataset in sets.items():
             for name, rows in dataset.parts.items() if isinstance(dataset, RowPairs) else ():
                 name = name if stage == "train" else f"{stage} {name}"
                 data[name] = {"rows": len(rows), "digest": rows_digest(rows, key)}
-        return cls(_settings(trainer), _updates(trainer), data, start, key)
+        return cls(_settings(args, model, loss_options), _updates(args, len(train_set or ())), data, start, key)
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> "RunRecord | None":
@@ -178,13 +187,16 @@ def rows_digest(rows: TokenizedRows, key: str) -> str:
     return digest.hexdigest()
 
 
-def start_digest(trainer: "MDLMTrainer") -> str | None:
-    """A digest of the weights at the start that a resumed run reads again, None if they are not whole here.
+def start_digest(model: nn.Module, reference: Any = None) -> str | None:
+    """Return a digest of the weights at the start that a resumed run reads again, None if they are not whole here.
 
     Others are overwritten by the checkpoint's. Each weight counts with the sum of its bits, taken as integers: that
     costs no more than reading it.
+
+    Args:
+        model: the model in training.
+        reference: the `ReferenceModel` that the loss compares with, if there is one.
     """
-    model, reference = trainer.model, getattr(trainer, "reference", None)
     everything = reference is not None and not (isinstance(model, PeftModel) and not reference.first_adapter)
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in model.named_parameters():
@@ -210,8 +222,7 @@ def _selects(args: Any) -> bool:
     return args.load_best_model_at_end or best or _plain(args.lr_scheduler_type) in WATCHES_METRICS
 
 
-def _settings(trainer: "MDLMTrainer") -> dict[str, Any]:
-    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+def _settings(args: MDLMConfig, model: nn.Module, loss_options: dict[str, Any]) -> dict[str, Any]:
     unread = _unread_options(args)
     left_out = UNCOMPARED | DERIVED | unread | (frozenset() if _selects(args) else SELECTION)
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in left_out}
@@ -221,7 +232,7 @@ def _settings(trainer: "MDLMTrainer") -> dict[str, Any]:
         settings["rows a micro-batch (per_device_train_batch_size x processes)"] = micro_batch
     if args.pad_with_end_tokens:  # a row's loss depends on the rows beside it
         settings["per_device_train_batch_size"] = args.train_batch_size
-    settings |= getattr(trainer, "loss_options", {})
+    settings |= loss_options
     settings["precision of the weights"] = str(model.dtype)
     settings["number of trained tensors"] = sum(p.requires_grad for p in model.parameters())
     adapters = getattr(model, "peft_config", {})
@@ -242,8 +253,7 @@ def _unread_options(args: Any) -> frozenset[str]:
     return frozenset(unread | (set() if getattr(args, "retain_weight", 0) else {"retain_loss_type"}))
 
 
-def _updates(trainer: "MDLMTrainer") -> int:
-    args, size = trainer.args, len(trainer.train_dataset or ())
+def _updates(args: MDLMConfig, size: int) -> int:
     batches = size / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)
