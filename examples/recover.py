@@ -34,7 +34,7 @@ from mdu_trainer.commands import run, task
 from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_output_folder, check_source
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.runner import processes
-from mdu_trainer.evaluation.sources import load_config as load_rows
+from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.files import UserError
 from mdu_trainer.models import base_of, is_adapter
@@ -108,7 +108,7 @@ def load_sets(args: RecoveryArguments) -> tuple[dict[str, Dataset], Dataset | No
     splits, cache = (args.forget_split, args.retain_split), {"keep_dataset_cache": args.keep_dataset_cache}
     sets = forget_and_retain(args.dataset_name, *splits, args.max_rows, **cache)
     if args.dataset_name is not None:
-        return sets, args.unseen_split and load_rows(args.dataset_name, args.unseen_split, **cache)
+        return sets, args.unseen_split and load_split(args.dataset_name, args.unseen_split, **cache)
     return sets, unseen_answers(sets["forget"])
 
 

@@ -28,7 +28,7 @@ from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_once, check_output_folder, check_source
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.runner import processes
-from mdu_trainer.evaluation.sources import load_config, spread
+from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.files import UserError
 from mdu_trainer.report.role_plots import plot_heatmap, plot_path, plot_roles
 from mdu_trainer.report.role_text import audit_view
@@ -68,8 +68,8 @@ def load_rows(args: RolesArguments) -> tuple[Dataset, Dataset | None]:
         forget, retain = forget_retain_split(fictional_authors())
     else:
         cache = {"keep_dataset_cache": args.keep_dataset_cache}
-        forget = load_config(args.dataset_name, args.forget_split, **cache)
-        retain = load_config(args.dataset_name, args.retain_split, **cache) if args.retain_split else None
+        forget = load_split(args.dataset_name, args.forget_split, **cache)
+        retain = load_split(args.dataset_name, args.retain_split, **cache) if args.retain_split else None
     return spread(forget, args.max_rows), retain
 
 
@@ -107,9 +107,9 @@ def main(args: RolesArguments, model_args: ModelConfig) -> None:
     tokens = None
     if args.show_forget_text:
         data = role_data(forget, tokenizer, resolve_backbone(base, tokenizer), retain)
-        shown = data.answers, data.responses, data.roles
+        shown = data.answers, data.completion_ids, data.roles
         print(audit_view(*shown, tokenizer, colour=sys.stdout.isatty()))
-        tokens = token_texts(data.answers[args.example_row], data.responses[args.example_row], tokenizer)
+        tokens = token_texts(data.answers[args.example_row], data.completion_ids[args.example_row], tokenizer)
     report = analyse_roles(
         base, models(), tokenizer, forget, retain, settings, path=folder / "roles.json", show_progress=True
     )

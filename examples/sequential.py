@@ -43,7 +43,7 @@ from mdu_trainer.commands.checks import check_least, check_once, check_source
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.results import Results, Run
 from mdu_trainer.evaluation.runner import processes
-from mdu_trainer.evaluation.sources import load_config, spread
+from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.evaluation.tofu import evaluate_tofu, longest_answer
 from mdu_trainer.files import UserError
 from mdu_trainer.testing import fictional_authors
@@ -94,7 +94,7 @@ def load_requests(args: SequentialArguments) -> tuple[list[Dataset], Dataset]:
     """The rows of each request, and those that no request names."""
     if args.dataset_name is not None:
         cache = {"keep_dataset_cache": args.keep_dataset_cache}
-        loaded = [load_config(args.dataset_name, name, **cache) for name in (*args.requests, args.retain_split)]
+        loaded = [load_split(args.dataset_name, name, **cache) for name in (*args.requests, args.retain_split)]
         rows = [part.select_columns(["question", "answer"]) for part in loaded]
         return rows[:-1], rows[-1]
     authors = fictional_authors()

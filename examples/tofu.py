@@ -48,7 +48,7 @@ from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.registry import choose_metrics
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
-from mdu_trainer.evaluation.sources import load_config, spread
+from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.evaluation.tofu import TOFU_METRICS, TofuResult, TruthRatios, evaluate_tofu, load_tofu, longest_answer
 from mdu_trainer.files import UserError
 from mdu_trainer.report.model_card import write_model_card
@@ -144,8 +144,8 @@ def load_rows(args: TofuArguments, from_scratch: bool) -> tuple[Dataset, Dataset
             {name: spread(rows, args.max_eval_rows) for name, rows in (("forget", forget), ("retain", retain))},
         )
     cache = {"keep_dataset_cache": args.keep_dataset_cache}
-    forget = load_config(args.dataset_name, args.forget_split, **cache)
-    retain = load_config(args.dataset_name, args.retain_split, **cache)
+    forget = load_split(args.dataset_name, args.forget_split, **cache)
+    retain = load_split(args.dataset_name, args.retain_split, **cache)
     retain = retain.select(range(min(len(retain), args.max_retain_rows or len(retain))))
     sets = load_tofu(
         args.dataset_name,

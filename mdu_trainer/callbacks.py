@@ -242,8 +242,8 @@ class TokenRoleCallback(ScoringCallback):
         for name, (rows, others) in sets.items():
             data = role_data(rows, tokenizer, backbone, others, labeller=labeller)
             self.paths[name] = true_paths(
-                data.prompts,
-                data.responses,
+                data.prompt_ids,
+                data.completion_ids,
                 data.roles,
                 num_paths=self.settings.num_paths,
                 seed=self.settings.seed,

@@ -46,7 +46,7 @@ class Projection(NamedTuple):
 Prediction = Projection | Tensor  # head input, or logits [N, V]
 
 
-class TokenFigures(NamedTuple):
+class TokenValues(NamedTuple):
     """What is known of each predicted token, in nats, float32: all `[N]`."""
 
     value: Tensor  # the divergence, which carries the gradient
@@ -102,16 +102,16 @@ class AnchorKL:
                 f"tau = {self.tau:g} needs the anchor's logits; only tau = 0 (the uniform anchor) does without."
             )
 
-    def __call__(self, prediction: Prediction) -> TokenFigures:
+    def __call__(self, prediction: Prediction) -> TokenValues:
         """Figures of `[N]` tokens."""
         if isinstance(prediction, Projection):
             return _fused(prediction, self)
         log_p = _log_softmax(prediction)
         token_entropy = _entropy(log_p)
         if self.tau == 0:
-            return TokenFigures(math.log(prediction.shape[-1]) - token_entropy, token_entropy.detach())
+            return TokenValues(math.log(prediction.shape[-1]) - token_entropy, token_entropy.detach())
         log_q = (self.tau * self.anchor.to(log_p.dtype)).log_softmax(dim=-1)
-        return TokenFigures((log_p.exp() * (log_p - log_q)).sum(dim=-1), token_entropy.detach())
+        return TokenValues((log_p.exp() * (log_p - log_q)).sum(dim=-1), token_entropy.detach())
 
     def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Values, entropies, and the values' gradient with respect to the logits `[C, V]`.
@@ -147,12 +147,12 @@ class TokenNLL:
     targets: Tensor
     token_weight: Tensor | None = None
 
-    def __call__(self, prediction: Prediction) -> TokenFigures:
+    def __call__(self, prediction: Prediction) -> TokenValues:
         """Figures of `[N]` tokens."""
         if isinstance(prediction, Projection):
             return _fused(prediction, self)
         log_p = _log_softmax(prediction)
-        return TokenFigures(-log_p.gather(1, self.targets[:, None])[:, 0], _entropy(log_p.detach()))
+        return TokenValues(-log_p.gather(1, self.targets[:, None])[:, 0], _entropy(log_p.detach()))
 
     def fused(self, logits: Tensor, anchor: None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Values, entropies, and the values' gradient with respect to the logits, as in `AnchorKL.fused`."""
@@ -176,23 +176,23 @@ class Joint:
     counts: Sequence[int]
     measures: Sequence["AnchorKL | TokenNLL"]
 
-    def __call__(self, prediction: Prediction) -> TokenFigures:
+    def __call__(self, prediction: Prediction) -> TokenValues:
         """Figures of all tokens, `[N]`."""
         figures, start = [], 0
         for count, measure in zip(self.counts, self.measures, strict=True):
             rows = slice(start, start + count)
             figures.append(measure(prediction[rows] if isinstance(prediction, Tensor) else prediction.select(rows)))
             start += count
-        return TokenFigures(*(torch.cat(columns) for columns in zip(*figures, strict=True)))
+        return TokenValues(*(torch.cat(columns) for columns in zip(*figures, strict=True)))
 
 
 Measure = AnchorKL | TokenNLL | Joint
 
 
-def _fused(prediction: Projection, measure: Measure) -> TokenFigures:
+def _fused(prediction: Projection, measure: Measure) -> TokenValues:
     prediction = _autocast(prediction)
     with torch.autocast(prediction.hidden.device.type, enabled=False):
-        return TokenFigures(*_FusedHead.apply(*prediction, measure))
+        return TokenValues(*_FusedHead.apply(*prediction, measure))
 
 
 def _autocast(head: Projection) -> Projection:

@@ -115,10 +115,10 @@ def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
     """Mask the responses of a batch, as its times and noise say.
 
     Args:
-        batch: `input_ids`, `attention_mask`, `response_mask` and `noise` `[B, L]`, and `t` `[B]`.
+        batch: `input_ids`, `attention_mask`, `completion_mask` and `noise` `[B, L]`, and `t` `[B]`.
         mask_token_id: id of [MASK].
     """
-    ids, response, attention_mask = (batch[name] for name in ("input_ids", "response_mask", "attention_mask"))
+    ids, response, attention_mask = (batch[name] for name in ("input_ids", "completion_mask", "attention_mask"))
     corruption, drew_nothing = _corrupt(ids, response, attention_mask, mask_token_id, batch["t"], batch["noise"])
     masked = corruption.masked
     return Noised(

@@ -56,7 +56,7 @@ PLACES = {  # what is called, how often in a run
 EVALUATION_PLACES = {  # 16 rows, 2 a batch
     "in a pass for a likelihood": (likelihood, "_fill_log_p", 30),
     "in a decoding step": (generation, "_predict", 60),
-    "a batch scored": (runner.Batch, "figures", 8),
+    "a batch scored": (runner.QuestionBatch, "figures", 8),
     "a batch kept, or the header": (runner.ProgressFile, "_write", 9),
 }
 

@@ -15,7 +15,7 @@ from mdu_trainer import MDUConfig, MDUTrainer, divergence
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.divergence import AnchorKL, TokenNLL
 from mdu_trainer.masking import forward_process
-from mdu_trainer.models import row_figures, row_logits, row_projection
+from mdu_trainer.models import hidden_at, logits_at, measure_at
 from mdu_trainer.testing import forget_retain_split
 from mdu_trainer.trainer.anchor_cache import FOLDER
 
@@ -298,7 +298,7 @@ def passes(model, seed=0):
 
 def step(model, measure, inputs):
     model.zero_grad()
-    figures = row_figures(model, *inputs, measure)
+    figures = measure_at(model, *inputs, measure)
     figures.value.mean().backward()
     return figures, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -322,9 +322,9 @@ def test_soft_capped_logits_take_the_other_path(make_model):
     targets = inputs[0][inputs[2]]
     capped = Capped(model, 30.0)
     for _ in range(2):
-        expected = divergence.cross_entropy(row_logits(capped, *inputs), targets)
-        torch.testing.assert_close(row_figures(capped, *inputs, TokenNLL(targets)).value, expected)
-    assert isinstance(row_projection(capped, *inputs), torch.Tensor)
+        expected = divergence.cross_entropy(logits_at(capped, *inputs), targets)
+        torch.testing.assert_close(measure_at(capped, *inputs, TokenNLL(targets)).value, expected)
+    assert isinstance(hidden_at(capped, *inputs), torch.Tensor)
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5])
@@ -334,7 +334,7 @@ def test_compiled_models_give_the_same_loss_and_gradients(make_model, tau):
     graphs = []
     for seed in range(3):  # other rows and other numbers of them than the graph was made with
         inputs = passes(model, seed)
-        anchor = row_projection(model, inputs[0] * 0 + 1, *inputs[1:])
+        anchor = hidden_at(model, inputs[0] * 0 + 1, *inputs[1:])
         figures, grads = step(compiled, AnchorKL(tau, anchor), inputs)
         expected, expected_grads = step(model, AnchorKL(tau, anchor), inputs)
         torch.testing.assert_close(figures.value, expected.value)

@@ -244,7 +244,7 @@ def test_tokens_of_every_part_are_counted(rows, make_model, tokenizer, tmp_path,
     trainer = MDUTrainer(make_model(), config, *rows, processing_class=tokenizer)
     trainer.train()
     lengths = [
-        [len(item[part]["prompt"]) + len(item[part]["response"]) for part in ("forget", "retain")]
+        [len(item[part]["prompt_ids"]) + len(item[part]["completion_ids"]) for part in ("forget", "retain")]
         for item in (trainer.train_dataset[i] for i in range(11))
     ]
     lengths = torch.tensor(lengths)

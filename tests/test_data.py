@@ -53,15 +53,15 @@ def turn(role, text):
 
 def test_text_rows_end_with_the_end_token(tokenize, tokenizer):
     rows = tokenize([{"prompt": "Who wrote it? ", "completion": "Nobody."}])
-    assert tokenizer.decode(rows.prompts[0]) == "Who wrote it? "
-    assert rows.responses[0] == [*tokenizer("Nobody.")["input_ids"], tokenizer.eos_token_id]
+    assert tokenizer.decode(rows.prompt_ids[0]) == "Who wrote it? "
+    assert rows.completion_ids[0] == [*tokenizer("Nobody.")["input_ids"], tokenizer.eos_token_id]
 
 
 def test_conversations_and_messages_are_the_same_rows(tokenize, tokenizer):
     user, answer = turn("user", "Who wrote it?"), turn("assistant", "Nobody.")
     conversation = tokenize([{"prompt": [user], "completion": [answer]}])
-    assert tokenizer.decode(conversation.prompts[0]) == "<|user|>Who wrote it?<|end|><|assistant|>"
-    assert tokenizer.decode(conversation.responses[0]) == "Nobody.<|end|>"
+    assert tokenizer.decode(conversation.prompt_ids[0]) == "<|user|>Who wrote it?<|end|><|assistant|>"
+    assert tokenizer.decode(conversation.completion_ids[0]) == "Nobody.<|end|>"
     assert tokenize([{"messages": [user, answer]}]) == conversation
 
 
@@ -79,7 +79,7 @@ def test_question_answer_rows(authors, tokenize):
 
 def test_preference_rows(tokenize, tokenizer):
     rows = tokenize([{"prompt": "Who?", "rejected": "Somebody.", "chosen": "No idea."}], preferred=True)
-    assert tokenizer.decode(rows.responses[0]) == "Somebody.<|end|>"
+    assert tokenizer.decode(rows.completion_ids[0]) == "Somebody.<|end|>"
     assert tokenizer.decode(rows.preferred[0]) == "No idea.<|end|>"
 
 
@@ -88,7 +88,7 @@ def test_max_length_truncates_responses_never_prompts(tokenize, tokenizer, caplo
     prompt = tokenizer("a b")["input_ids"]
     with caplog.at_level(logging.WARNING, logger="mdu_trainer"):
         rows = tokenize(long, max_length=len(prompt) + 5)
-    assert rows.prompts == [prompt] and len(rows.responses[0]) == 5
+    assert rows.prompt_ids == [prompt] and len(rows.completion_ids[0]) == 5
     assert "1 of 2 rows dropped" in caplog.text and "1 responses truncated" in caplog.text
     assert SECRET not in caplog.text
 
@@ -157,7 +157,7 @@ def test_special_tokens_of_bert(backbone):
     facts = dataclasses.replace(backbone, mask_token_id=4, end_token_ids=(3,), pad_token_id=0)
     run = functools.partial(tokenize_rows, tokenizer=bert, backbone=facts, name="forget")
     rows = run([{"prompt": "who", "completion": "nobody [sep] zebra"}])  # a word, brackets and an unknown one
-    assert rows.responses == [[8, 5, 9, 6, 1, 3]]
+    assert rows.completion_ids == [[8, 5, 9, 6, 1, 3]]
     for token in ("[SEP]", "[MASK]", "[PAD]", "[CLS]"):
         with pytest.raises(ValueError, match=rf"Row 0 of the forget set: completion holds '\[{token[1:-1]}\]'"):
             run([{"prompt": "who", "completion": f"nobody {token} who"}])
@@ -183,7 +183,7 @@ def test_tools_and_template_options_reach_the_template(tokenizer, backbone):
         row | {"tools": json.dumps(tools), "chat_template_kwargs": None},
         row | {"tools": None, "chat_template_kwargs": {"loud": None}},
     ]
-    shown = [reads.decode(ids) for ids in tokenize_rows(rows, reads, backbone, name="forget").prompts]
+    shown = [reads.decode(ids) for ids in tokenize_rows(rows, reads, backbone, name="forget").prompt_ids]
     plain = "<|user|>Who?<|end|><|assistant|>"
     assert shown == ["clock!yes" + plain, "clock" + plain, plain]
     for columns in ({"tools": tools}, {"chat_template_kwargs": {"loud": "yes"}}):
@@ -311,7 +311,7 @@ def test_overlap():
 @pytest.fixture
 def features():
     rows = TokenizedRows([[5, 6], [7]], [[8, 9, 2], [8]], preferred=[[3, 2], [3, 3, 3, 2]])
-    parts = {"forget": rows, "retain": TokenizedRows(rows.prompts, rows.responses)}
+    parts = {"forget": rows, "retain": TokenizedRows(rows.prompt_ids, rows.completion_ids)}
     pairs = RowPairs(parts, 0, in_order, schedules(forget=2, retain=2))
     return [pairs[0], pairs[1]]
 
@@ -322,18 +322,18 @@ def test_collator_pads_right(features):
     forget = batch["forget"]
     assert forget["input_ids"].tolist() == [[5, 6, 8, 9, 2], [7, 8, 0, 0, 0]]
     assert forget["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]
-    assert forget["response_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
+    assert forget["completion_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 0, 0, 0]]
     visit, row = torch.tensor([0, 0]), torch.tensor([0, 1])
     for name in ("forget", "retain"):
         t, noise, _ = MaskSchedule(0, name, 2).draw(visit, row, 5)
         assert torch.equal(batch[name]["t"], t) and torch.equal(batch[name]["noise"], noise)
     assert torch.equal(batch["preferred"]["noise"], forget["noise"]), "masked as the response to forget"
     assert batch["preferred"]["input_ids"].tolist() == [[5, 6, 3, 2, 0], [7, 3, 3, 3, 2]]
-    assert all(torch.equal(forget[k], batch["retain"][k]) for k in ("input_ids", "attention_mask", "response_mask"))
+    assert all(torch.equal(forget[k], batch["retain"][k]) for k in ("input_ids", "attention_mask", "completion_mask"))
 
 
 def test_collator_pads_with_end_tokens(features):
     batch = DataCollatorForUnlearning(pad_token_id=0, end_token_id=2)(features)["forget"]
     assert batch["input_ids"].tolist() == [[5, 6, 8, 9, 2], [7, 8, 2, 2, 2]]
     assert batch["attention_mask"].min() == 1
-    assert batch["response_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    assert batch["completion_mask"].tolist() == [[0, 0, 1, 1, 1], [0, 1, 1, 1, 1]]

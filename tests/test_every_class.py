@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_
 
 from mdu_trainer.divergence import TokenNLL, cross_entropy
 from mdu_trainer.files import UserError
-from mdu_trainer.models import row_figures, row_logits, row_projection
+from mdu_trainer.models import hidden_at, logits_at, measure_at
 from mdu_trainer.models.probe import attends_both_ways, logits_of, probe_tokens
 
 CAUSAL, MASKED = MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
@@ -99,9 +99,9 @@ def test_every_masked_lm_gives_the_figures_of_its_plain_forward(model_type):
     targets = ids[rows]
 
     expected = logits_of(model(input_ids=ids, attention_mask=mask))[rows.nonzero(as_tuple=True)]
-    logits = row_logits(model, ids, mask, rows)
+    logits = logits_at(model, ids, mask, rows)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    prediction = row_projection(model, ids, mask, rows)
+    prediction = hidden_at(model, ids, mask, rows)
     if not isinstance(prediction, torch.Tensor):
         head = model.get_output_embeddings()
         prediction = torch.nn.functional.linear(prediction.hidden, head.weight, head.bias)
@@ -110,7 +110,7 @@ def test_every_masked_lm_gives_the_figures_of_its_plain_forward(model_type):
     if model_type in NO_GRADIENT:
         return
     plain = gradients(model, cross_entropy(expected, targets))
-    figures = row_figures(model, ids, mask, rows, TokenNLL(targets))
+    figures = measure_at(model, ids, mask, rows, TokenNLL(targets))
     torch.testing.assert_close(figures.value, cross_entropy(expected, targets), rtol=1e-5, atol=1e-5)
     found = gradients(model, figures.value)
     assert found.keys() == plain.keys() and any(gradient.any() for gradient in plain.values())

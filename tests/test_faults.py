@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from mdu_trainer import CheckpointError, MDLMConfig, MDLMTrainer, NonFiniteLossError, TrainingInterrupted
 from mdu_trainer.data.rows import tokenize_rows, whole_cache
-from mdu_trainer.evaluation.sources import load_config
+from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.trainer.checkpoints import WRITING, complete_checkpoints, damage, newest_intact
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -298,11 +298,11 @@ def test_truncated_cache_of_a_benchmark(tmp_path, monkeypatch):
     Dataset.from_dict({"question": ["q"] * 99, "answer": ["a"] * 99}).to_json(tmp_path / "data" / "forget10.json")
     card = "---\nconfigs:\n- config_name: forget10\n  data_files: forget10.json\n---\n"
     (tmp_path / "data" / "README.md").write_text(card)
-    load_config(tmp_path / "data", "forget10", keep_dataset_cache=True)
+    load_split(tmp_path / "data", "forget10", keep_dataset_cache=True)
     (arrow,) = (tmp_path / "cache").rglob("*.arrow")
     os.truncate(arrow, arrow.stat().st_size // 2)
     with pytest.raises(ValueError, match="The Arrow file of config 'forget10' of .* is cut short or damaged"):
-        load_config(tmp_path / "data", "forget10", keep_dataset_cache=True)
+        load_split(tmp_path / "data", "forget10", keep_dataset_cache=True)
 
 
 def test_rows_that_cannot_be_read(tokenizer):

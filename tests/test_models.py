@@ -44,8 +44,8 @@ from mdu_trainer.models import (
     LLaDAMoEModelLM,
     load_model,
     load_tokenizer,
+    logits_at,
     resolve_backbone,
-    row_logits,
 )
 from mdu_trainer.models.__main__ import main
 
@@ -197,7 +197,7 @@ def test_dream_reads_a_token_one_position_earlier(checkpoints, batch):
     with torch.no_grad():
         logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
         published = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
-        chosen = row_logits(model, input_ids, attention_mask, rows, logit_shift=shift)
+        chosen = logits_at(model, input_ids, attention_mask, rows, logit_shift=shift)
     torch.testing.assert_close(chosen, published[rows])
 
 

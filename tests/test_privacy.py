@@ -15,7 +15,7 @@ from mdu_trainer.attacks.leak_check import load_rows
 from mdu_trainer.data.rows import question_answer_rows, tokenize_rows
 from mdu_trainer.evaluation.harness import MaskedDiffusionLM
 from mdu_trainer.evaluation.scoring import encode_questions
-from mdu_trainer.evaluation.sources import check_texts, load_config, read_file
+from mdu_trainer.evaluation.sources import check_columns, load_split, read_file
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.files import UserError, read_jsonl
 from mdu_trainer.inference.generation import generate
@@ -31,10 +31,10 @@ from pathlib import Path
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.evaluation.rwku import load_forget_rows, load_rwku
-from mdu_trainer.evaluation.sources import load_config
+from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import evaluate_tofu, load_tofu
 from mdu_trainer.inference.config import DiffusionGenerationConfig
-from mdu_trainer.leak_check import load_rows, measure_leak
+from mdu_trainer.attacks.leak_check import load_rows, measure_leak
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 data, out = map(Path, sys.argv[1:])
@@ -47,7 +47,7 @@ assert load_rows(f"{{data / 'carded'}}:table")["answer"][0] == {PLANTED!r}, "Par
 assert load_rwku(data / "plain", ["forget_level2"])["forget_level2"]["answer"][0] == {PLANTED!r}
 assert load_forget_rows(data / "plain" / "rows.jsonl")["answer"][0] == {PLANTED!r}
 rows = load_rows(str(data / "plain" / "rows.jsonl"))
-forget = load_config(data / "carded", "forget10")
+forget = load_split(data / "carded", "forget10")
 assert (forget.info.dataset_name, forget.info.config_name, str(forget.split)) == ("carded", "forget10", "train")
 forget = forget.map(lambda row: row).filter(lambda row: True).rename_column("answer", "a").rename_column("a", "answer")
 train = question_answer_rows(forget.shuffle(0).sort("question"), conversational=True)
@@ -110,9 +110,9 @@ def test_the_cache_is_kept_when_asked_for(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "README.md").write_text("---\nconfigs:\n- config_name: f\n  data_files: f.json\n---\n")
     (tmp_path / "data" / "f.json").write_text(json.dumps({"question": "Who?", "answer": PLANTED}))
-    rows = load_config(tmp_path / "data", "f")
+    rows = load_split(tmp_path / "data", "f")
     assert not holding(tmp_path / "cache", PLANTED)
-    kept = load_config(tmp_path / "data", "f", keep_dataset_cache=True)
+    kept = load_split(tmp_path / "data", "f", keep_dataset_cache=True)
     assert holding(tmp_path / "cache", PLANTED) and kept.to_list() == rows.to_list()
 
 
@@ -177,7 +177,9 @@ def test_no_error_quotes_a_row(failing, quoting, tokenizer, model, backbone, tmp
         r"The forget set cannot be read \(RuntimeError\)": lambda: tokenize_rows(
             damaged, tokenizer, backbone, name="forget"
         ),
-        r"Column question of the forget set cannot be read": lambda: check_texts(damaged, "forget", {"question": str}),
+        r"Column question of the forget set cannot be read": lambda: check_columns(
+            damaged, "forget", {"question": str}
+        ),
         r"Prompt 0: the tokenizer failed": lambda: generate(model, failing, [PLANTED], backbone=backbone),
         r"Prompt 0: the chat template": lambda: generate(model, quoting, [CHAT["prompt"]], backbone=backbone),
         r"Row 0 of the x set: the tokenizer failed": lambda: encode_questions(

@@ -142,7 +142,7 @@ def test_every_field_of_the_configuration_is_compared_or_known_to_change_no_weig
         retain_weight reference_precision
     """.split()
     assert fields - UNCOMPARED - DERIVED - SELECTION == set(compared), "decide whether a new field changes weights"
-    record = make_trainer(tmp_path, KIND)._record()
+    record = make_trainer(tmp_path, KIND)._current_record()
     assert set(compared) - record.settings.keys() == {"gamma", "alpha"}, "not read by loss_type 'mdu'"
     assert "hub_token" not in json.dumps(record.settings) and "model_init_kwargs" not in json.dumps(record.settings)
 
@@ -248,9 +248,9 @@ def test_record_confirms_no_guess_of_a_row_without_its_key(trained, tmp_path):
     digests = [part["digest"] for part in record["data"].values()]
     assert len(digests) == 2 and not quoted(json.dumps(record["data"]))
     trainer = make_trainer(tmp_path, KIND)
-    others = trainer._record(), trainer._record()
+    others = trainer._current_record(), trainer._record()
     assert len({*digests, *(part["digest"] for other in others for part in other.data.values())}) == 6
-    same = trainer._record(record["key"])
+    same = trainer._current_record(record["key"])
     assert [part["digest"] for part in same.data.values()] == digests
 
 

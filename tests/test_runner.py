@@ -8,7 +8,7 @@ from runs import EVALUATION_PLACES, draw_moment, evaluate, status
 
 from mdu_trainer.evaluation.registry import choose_metrics
 from mdu_trainer.evaluation.runner import score_questions
-from mdu_trainer.evaluation.scoring import Batch, QuestionSet, encode_questions, estimates
+from mdu_trainer.evaluation.scoring import QuestionBatch, QuestionSet, encode_questions, estimates
 from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.models import weights_fingerprint
 
@@ -54,7 +54,7 @@ def test_figures_are_those_of_each_row_alone(model, tokenizer, make_set):
     figures = score_questions(model, tokenizer, [questions]).figures["forget"]
     from mdu_trainer.models import resolve_backbone
 
-    alone = Batch(model, tokenizer, resolve_backbone(model, tokenizer), questions, [3]).figures()
+    alone = QuestionBatch(model, tokenizer, resolve_backbone(model, tokenizer), questions, [3]).figures()
     assert {name: values[3] for name, values in figures.items()} == pytest.approx(
         {name: values[0] for name, values in alone.items()}, rel=1e-4
     )
@@ -66,8 +66,8 @@ def test_progress_is_continued_after_a_kill(model, tokenizer, make_set, tmp_path
     header, *lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 8 and set(json.loads(lines[0])) == {"set", "row", "figures", "seconds"}
     calls = []
-    figures = Batch.figures
-    monkeypatch.setattr(Batch, "figures", lambda batch: calls.append(batch.rows) or figures(batch))
+    figures = QuestionBatch.figures
+    monkeypatch.setattr(QuestionBatch, "figures", lambda batch: calls.append(batch.rows) or figures(batch))
     for kept in range(9):  # killed after so many rows, in the middle of a line
         calls.clear()
         torn = lines[kept][: len(lines[kept]) // 2] if kept < 8 else ""
@@ -172,7 +172,7 @@ def test_an_answer_without_tokens(tokenizer, backbone):
 def test_best_reference_counts(model, tokenizer, backbone):
     questions = encode_questions("q", ["Who?", "Where?"], [["one two", "three"], ["four"]], {}, tokenizer, backbone)
     part = QuestionSet("q", questions, choose_metrics(["rougeL"]), DiffusionGenerationConfig(max_new_tokens=4))
-    batch = Batch(model, tokenizer, backbone, part, [0, 1])
+    batch = QuestionBatch(model, tokenizer, backbone, part, [0, 1])
     batch.__dict__["texts"] = ["three", "nothing"]
     assert batch.figures()["rougeL_recall"] == [1.0, 0.0]
 

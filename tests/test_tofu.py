@@ -8,7 +8,7 @@ from datasets import Dataset
 from scipy.stats import hmean, ks_2samp
 
 from mdu_trainer.data.rows import question_answer_rows, tokenize_rows
-from mdu_trainer.evaluation.sources import load_config, spread
+from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.evaluation.tofu import TruthRatios, check_sets, evaluate_tofu, load_tofu, score_answers
 from mdu_trainer.files import UserError
 from mdu_trainer.inference.generation import DiffusionGenerationConfig, generate_ids
@@ -38,7 +38,7 @@ def per_token(model, tokenizer, backbone, rows, answers):
     """By hand: a data set for each answer."""
     pairs = Dataset.from_dict({"question": rows["question"], "answer": answers})
     encoded = tokenize_rows(question_answer_rows(pairs, conversational=True), tokenizer, backbone, name="test")
-    return response_likelihood(model, encoded.prompts, encoded.responses, backbone, num_draws=4).per_token
+    return response_likelihood(model, encoded.prompt_ids, encoded.completion_ids, backbone, num_draws=4).per_token
 
 
 def test_truth_ratio_and_probability_by_hand(model, tokenizer, backbone, sets, result):
@@ -103,7 +103,7 @@ def test_without_perturbed_answers(model, tokenizer, backbone, sets):
     assert set(result.run.scores["forget"]) == {"rougeL_recall", "rougeL_f1", "probability", "degeneracy"}
     scores = score_answers(model, tokenizer, rows, num_draws=2)
     assert scores == {name: result.run.scores["forget"][name] for name in scores} and len(scores) == 3
-    prompts = tokenize_rows(question_answer_rows(rows, True), tokenizer, backbone, name="test").prompts
+    prompts = tokenize_rows(question_answer_rows(rows, True), tokenizer, backbone, name="test").prompt_ids
     longest = max(len(ids) for ids in tokenizer(rows["answer"][:])["input_ids"]) + 1
     answers = generate_ids(model, prompts, DiffusionGenerationConfig(max_new_tokens=longest), backbone)
     from mdu_trainer.evaluation.metrics import RougeL
@@ -185,21 +185,21 @@ def test_files_are_read_alike_with_and_without_a_card(tmp_path):
     Dataset.from_list(rows).to_csv(tmp_path / "comma.csv")
     Dataset.from_list(rows).to_parquet(tmp_path / "arrow.parquet")
     files = ("lines.jsonl", "array.json", "comma.csv", "arrow.parquet")
-    bare = [load_config(tmp_path, file.partition(".")[0]).to_list() for file in files]
+    bare = [load_split(tmp_path, file.partition(".")[0]).to_list() for file in files]
     configs = [f"- config_name: {file.partition('.')[0]}\n  data_files: {file}\n" for file in files]
     both = (
         "- config_name: two\n  data_files:\n  - split: a\n    path: array.json\n  - split: b\n    path: lines.jsonl\n"
     )
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{''.join(configs)}{both}---\n")
-    carded = [load_config(tmp_path, file.partition(".")[0]).to_list() for file in files]
+    carded = [load_split(tmp_path, file.partition(".")[0]).to_list() for file in files]
     assert bare == carded == [rows] * 4
     semicolons = "---\nconfigs:\n- config_name: s\n  data_files: s.csv\n  sep: ';'\n---\n"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "README.md").write_text(semicolons)
     (tmp_path / "other" / "s.csv").write_text("question;answer\nq,0;x\n")
-    assert load_config(tmp_path / "other", "s").to_list() == [{"question": "q,0", "answer": "x"}], "as the card says"
+    assert load_split(tmp_path / "other", "s").to_list() == [{"question": "q,0", "answer": "x"}], "as the card says"
     with pytest.raises(ValueError, match="'two' of .* has the splits a, b; there must be one"):
-        load_config(tmp_path, "two")
+        load_split(tmp_path, "two")
 
 
 def test_rows_that_are_no_table(tmp_path):
@@ -211,13 +211,13 @@ def test_rows_that_are_no_table(tmp_path):
     for name, (rows, message) in cases.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(rows))
         with pytest.raises(UserError, match=message) as error:
-            load_config(tmp_path, name)
+            load_split(tmp_path, name)
         assert SECRET not in str(error.value)
     (tmp_path / "later.json").write_text(json.dumps([{"a": "x"}, {"a": "y", "b": "z"}]))
-    assert load_config(tmp_path, "later")["b"][:] == [None, "z"], "a column that the first row lacks"
+    assert load_split(tmp_path, "later")["b"][:] == [None, "z"], "a column that the first row lacks"
     (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: gone\n  data_files: gone.json\n---\n")
     with pytest.raises((UserError, OSError)) as error:
-        load_config(tmp_path, "gone")
+        load_split(tmp_path, "gone")
 
 
 def test_the_published_folder(tofu_path):
@@ -242,4 +242,4 @@ def test_spread(authors):
 
 
 def test_one_config_of_a_folder(tofu_path):
-    assert load_config(tofu_path, "forget01").column_names == ["question", "answer"]
+    assert load_split(tofu_path, "forget01").column_names == ["question", "answer"]

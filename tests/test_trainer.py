@@ -86,7 +86,7 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
     args = trainer.args
     part = batch[name]
     length = int(part["attention_mask"][i].sum())
-    ids, response = part["input_ids"][i, :length], part["response_mask"][i, :length].bool()
+    ids, response = part["input_ids"][i, :length], part["completion_mask"][i, :length].bool()
     t, noise = part["t"][i].double().item(), part["noise"][i, :length]
     drawn = response & (noise < t)
     masked = drawn.clone()
@@ -180,7 +180,7 @@ def test_fine_tuning_loss_equals_the_formula(make_trainer, make_model, sets, tim
         masked, length = noised.masked[i], int(part["attention_mask"][i].sum())
         log_p = log_probs(trainer.model, noised.input_ids[i, :length])
         nll = -log_p[masked[:length]].gather(1, part["input_ids"][i][masked][:, None]).sum()
-        scale = noised.weight[i] / part["response_mask"][i].sum() if time_weighting else 1 / masked.sum()
+        scale = noised.weight[i] / part["completion_mask"][i].sum() if time_weighting else 1 / masked.sum()
         rows.append(nll * scale)
     loss = trainer.compute_loss(trainer.model, {"train": part})
     assert loss.item() == pytest.approx(torch.stack(rows).mean().item(), rel=1e-6)
@@ -196,9 +196,9 @@ def test_prompt_masking_and_end_padding(make_trainer, sets):
     )
     part = batch_of(trainer)["train"]
     assert part["attention_mask"].min() == 1, "the padding is response now"
-    takes_prompt = part["response_mask"][:, 0].bool()
+    takes_prompt = part["completion_mask"][:, 0].bool()
     assert 3 <= takes_prompt.sum() <= 17
-    assert part["response_mask"][takes_prompt].all(), "the whole prompt takes part, or none of it"
+    assert part["completion_mask"][takes_prompt].all(), "the whole prompt takes part, or none of it"
 
 
 def test_padding_and_batch_composition_change_nothing(make_trainer, make_model):

@@ -52,7 +52,7 @@ def other(make_model):
 
 @pytest.fixture
 def paths(data):
-    return true_paths(data.prompts, data.responses, data.roles, num_paths=2, seed=3)
+    return true_paths(data.prompt_ids, data.completion_ids, data.roles, num_paths=2, seed=3)
 
 
 def full_log_p(model, ids):
@@ -120,14 +120,14 @@ def test_chunks_change_nothing(model, backbone, paths, monkeypatch):
 
 def test_orders_are_seeded_and_differ(data):
     def orders(seed, rows=slice(None)):
-        paths = true_paths(data.prompts[rows], data.responses[rows], data.roles[rows], num_paths=3, seed=seed)
+        paths = true_paths(data.prompt_ids[rows], data.completion_ids[rows], data.roles[rows], num_paths=3, seed=seed)
         return [path.revealed.tolist() for path in paths]
 
     assert orders(0) == orders(0) != orders(1)
     assert orders(0, slice(2)) == orders(0)[:6]  # a row's orders do not depend on the rows after it
     first = orders(0)[:3]
     assert first[0] != first[1] != first[2]
-    assert all(sorted(order) == list(range(len(data.responses[0]))) for order in first)
+    assert all(sorted(order) == list(range(len(data.completion_ids[0]))) for order in first)
 
 
 def test_means_by_row_and_step():
@@ -145,9 +145,9 @@ def test_moments_show_what_decoding_saw(model, data, backbone):
     """At each moment of a decoding path the canvas is one that the decoding had: no step is cut in two."""
     config = DiffusionGenerationConfig(max_new_tokens=8, steps=4)
     states = []
-    decoded = generate_ids(model, data.prompts[:2], config, backbone, on_reveal=states.append)
+    decoded = generate_ids(model, data.prompt_ids[:2], config, backbone, on_reveal=states.append)
     paths = decoded_paths(
-        model, data.prompts[:2], backbone, config, lambda ids: [["stored"] * len(row) for row in ids]
+        model, data.prompt_ids[:2], backbone, config, lambda ids: [["stored"] * len(row) for row in ids]
     )
     for row, path in enumerate(paths):
         ids = path.response[: len(path.roles)]
@@ -172,8 +172,8 @@ def test_moments_show_what_decoding_saw(model, data, backbone):
 def test_hook_does_not_change_decoding(model, data, backbone, remasking):
     config = DiffusionGenerationConfig(max_new_tokens=6, remasking=remasking)
     seen = []
-    watched = generate_ids(model, data.prompts, config, backbone, on_reveal=seen.append)
-    assert watched == generate_ids(model, data.prompts, config, backbone)
+    watched = generate_ids(model, data.prompt_ids, config, backbone, on_reveal=seen.append)
+    assert watched == generate_ids(model, data.prompt_ids, config, backbone)
     assert sum(len(state.token) for state in seen) >= sum(map(len, watched))
 
 
@@ -193,7 +193,7 @@ def test_same_model_has_not_changed(report):
 
 
 def test_change_is_paired(report, model, other, backbone, data):
-    paths = true_paths(data.prompts, data.responses, data.roles, num_paths=2)
+    paths = true_paths(data.prompt_ids, data.completion_ids, data.roles, num_paths=2)
     before, after = (measure_paths(one, paths, backbone, num_steps=3)["kl"] for one in (model, other))
     for role in ROLES:
         first, second = by_row(before, paths, role), by_row(after, paths, role)
@@ -207,7 +207,7 @@ def test_change_is_paired(report, model, other, backbone, data):
 
 
 def test_curves_have_standard_errors_over_rows(report, other, backbone, data):
-    paths = true_paths(data.prompts, data.responses, data.roles, num_paths=2)
+    paths = true_paths(data.prompt_ids, data.completion_ids, data.roles, num_paths=2)
     rows = by_step(measure_paths(other, paths, backbone, num_steps=3)["entropy"], paths, "structural")
     curve = report.runs[2].curves["true"]["entropy"]["structural"]
     for step in range(3):
@@ -365,7 +365,7 @@ def test_logged_names_and_figures(make_trainer, sets, backbone):
     retained = [name.replace("forget", "retain") for name in NAMES]
     assert {name for name in logs[4] if name.startswith("eval_")} == {*NAMES, *retained}
     data = role_data(sets[0], trainer.processing_class, trainer.backbone, sets[1])
-    paths = true_paths(data.prompts, data.responses, data.roles)
+    paths = true_paths(data.prompt_ids, data.completion_ids, data.roles)
     kl = measure_paths(trainer.model, paths, trainer.backbone, num_steps=4)["kl"]
     for role in ROLES:
         assert logs[4][f"eval_forget_kl_{role}"] == pytest.approx(by_row(kl, paths, role).mean(), rel=1e-4)

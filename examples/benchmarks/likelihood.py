@@ -32,7 +32,7 @@ from mdu_trainer import (
     response_likelihood,
 )
 from mdu_trainer.data.rows import TokenizedRows, question_answer_rows, tokenize_rows
-from mdu_trainer.models import row_logits
+from mdu_trainer.models import logits_at
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 PASSES = (8, 16, 32, 64, 128)
@@ -53,7 +53,7 @@ def published_draws(
     for x, m in zip(ids.split(128), masked.split(128), strict=True):
         x, m = x.to(model.device), m.to(model.device)
         noisy = x.masked_fill(m, backbone.mask_token_id)
-        logits = row_logits(model, noisy, torch.ones_like(x), m, logit_shift=backbone.logit_shift)
+        logits = logits_at(model, noisy, torch.ones_like(x), m, logit_shift=backbone.logit_shift)
         log_p = logits.float().log_softmax(dim=-1).gather(1, x[m][:, None])[:, 0].double()
         estimates.append(torch.zeros(len(x), dtype=torch.float64).index_add(0, m.nonzero()[:, 0].cpu(), log_p.cpu()))
     return torch.cat(estimates).numpy() * length / size
@@ -99,7 +99,7 @@ def measure(
     draws = np.stack(
         [
             published_draws(model, prompt, response, backbone, num_draws, seed)
-            for seed, (prompt, response) in enumerate(zip(rows.prompts, rows.responses, strict=True))
+            for seed, (prompt, response) in enumerate(zip(rows.prompt_ids, rows.completion_ids, strict=True))
         ]
     )
     single = draws.var(axis=1, ddof=1)
@@ -107,7 +107,7 @@ def measure(
     for passes in PASSES:
         scores = [
             response_likelihood(
-                model, rows.prompts, rows.responses, backbone, num_draws=passes, batch_size=128, seed=s
+                model, rows.prompt_ids, rows.completion_ids, backbone, num_draws=passes, batch_size=128, seed=s
             )
             for s in range(num_seeds)
         ]

@@ -106,7 +106,7 @@ def make_batch(shape: Shape, visit: int) -> dict[str, Tensor]:
     batch = {
         "input_ids": torch.randint(3, shape.vocabulary, (shape.batch, length), generator=generator),
         "attention_mask": torch.ones(shape.batch, length, dtype=torch.long),
-        "response_mask": (torch.arange(length) >= shape.prompt).long().repeat(shape.batch, 1),
+        "completion_mask": (torch.arange(length) >= shape.prompt).long().repeat(shape.batch, 1),
         "t": t,
         "noise": noise,
         "weight": torch.ones(shape.batch),
@@ -141,7 +141,7 @@ def textbook_loss(model: nn.Module, initial: nn.Module, batch: dict[str, Tensor]
     """MDU as its equation reads: the divergence of whole sequences, of which the masked positions are averaged."""
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     draw = {"t": batch["t"], "noise": batch["noise"]}
-    noisy_ids, masked, _, anchor_ids = corrupt(ids, batch["response_mask"], attention_mask, 2, **draw)
+    noisy_ids, masked, _, anchor_ids = corrupt(ids, batch["completion_mask"], attention_mask, 2, **draw)
     log_p = model(input_ids=noisy_ids, attention_mask=attention_mask).logits.float().log_softmax(dim=-1)
     with torch.no_grad():
         anchor_logits = initial(input_ids=anchor_ids, attention_mask=attention_mask).logits

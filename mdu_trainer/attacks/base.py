@@ -21,11 +21,11 @@ from ..data.rows import DataCollatorForUnlearning
 from ..divergence import TokenNLL
 from ..evaluation.metrics import RougeL, greedy_completions
 from ..evaluation.scoring import Question, encode_questions
-from ..evaluation.sources import check_texts
+from ..evaluation.sources import check_columns
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..masking import forward_process
-from ..models import Backbone, resolve_backbone, row_figures
+from ..models import Backbone, measure_at, resolve_backbone
 from ..objectives import sum_by_example
 from ..provenance.words import has_words
 from ..token_roles.labels import Role, label_roles
@@ -78,7 +78,7 @@ class AttackSettings:
                 raise UserError(f"{name} must be above 0, got {getattr(self, name)}.")
         for name in ("unseen", "unrelated"):
             if getattr(self, name) is not None:
-                check_texts(getattr(self, name), name, {"question": str, "answer": str})
+                check_columns(getattr(self, name), name, {"question": str, "answer": str})
 
 
 class NothingToAttack(UserError):
@@ -210,7 +210,7 @@ class Target:
         """Mean cross-entropy of the masked tokens of each response: `[B]`, in nats."""
         noised = forward_process(batch, self.backbone.mask_token_id)
         where, measure = (noised.input_ids, noised.attention_mask, noised.masked), TokenNLL(noised.targets)
-        nll = row_figures(self.model, *where, measure, logit_shift=self.backbone.logit_shift)
+        nll = measure_at(self.model, *where, measure, logit_shift=self.backbone.logit_shift)
         return sum_by_example(nll.value, noised.batch_index, len(noised.masked)) / noised.num_masked
 
     def score(self, answers: list[str], rows: Sequence[int] | None = None) -> list[float]:
@@ -227,9 +227,9 @@ def check_answers(rows: Dataset) -> None:
     """Refuse forget rows that cannot be asked or scored, before any model is loaded.
 
     Raises:
-        ValueError: as `check_texts`, and for answers that cannot be scored.
+        ValueError: as `check_columns`, and for answers that cannot be scored.
     """
-    check_texts(rows, "forget", {"question": str, "answer": str})
+    check_columns(rows, "forget", {"question": str, "answer": str})
     without = unscorable(rows)
     if without:
         raise UserError(

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import Estimate
-from ..evaluation.sources import SUFFIXES, check_texts, config_names, load_config, read_file
+from ..evaluation.sources import SUFFIXES, check_columns, config_names, load_split, read_file
 from ..evaluation.tofu import longest_answer
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
@@ -110,7 +110,7 @@ def measure_leak(
     Raises:
         ValueError: for rows that cannot be asked, or none that can be scored.
     """
-    check_texts(rows, "forget", dict.fromkeys(COLUMNS, str))
+    check_columns(rows, "forget", dict.fromkeys(COLUMNS, str))
     without = not_measured(rows)
     measured = sorted(set(range(len(rows))) - set(without))
     rows = rows.select(measured)
@@ -148,7 +148,7 @@ def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = F
     Args:
         source: the file or the data set.
         name: what messages call the rows.
-        keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_config`.
+        keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_split`.
 
     Raises:
         OSError: there is no such file or data set.
@@ -163,8 +163,8 @@ def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = F
         if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
             raise FileNotFoundError(f"There is no {'folder' if named else 'file or folder'} {folder}.")
         config = config or _only_config(folder)
-        rows = load_config(folder, config, keep_dataset_cache=keep_dataset_cache)
-    check_texts(rows, name, dict.fromkeys(COLUMNS, str))
+        rows = load_split(folder, config, keep_dataset_cache=keep_dataset_cache)
+    check_columns(rows, name, dict.fromkeys(COLUMNS, str))
     other = "paraphrased_question"
     worded = other in rows.column_names and all(isinstance(text, str) for text in rows[other])
     return rows.select_columns([*COLUMNS, other] if worded else list(COLUMNS))

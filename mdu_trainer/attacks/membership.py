@@ -81,7 +81,7 @@ def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np
             masks = _SizedMasks(seed, torch.from_numpy(places))
             batch = target.collate(
                 [
-                    {"prompt": one.prompt, "response": one.answers["answer"][0], "row": number, "visit": 0}
+                    {"prompt_ids": one.prompt, "completion_ids": one.answers["answer"][0], "row": number, "visit": 0}
                     | {"weight": 1.0, "schedule": masks}
                     for number, one in enumerate(questions[i] for i in row)
                 ]

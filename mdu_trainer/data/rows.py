@@ -33,26 +33,26 @@ class TokenizedRows:
     """The rows of one data set as token ids.
 
     Attributes:
-        prompts: prompt ids, generation prompt included.
-        responses: response ids, end of turn included unless truncated.
+        prompt_ids: generation prompt included.
+        completion_ids: end of turn included unless truncated.
         preferred: preferred response ids (DPO), or empty.
     """
 
-    prompts: list[list[int]]
-    responses: list[list[int]]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
     preferred: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
-        return len(self.prompts)
+        return len(self.prompt_ids)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens a row, prompt and response together."""
-        return [len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)]
+        return [len(p) + len(r) for p, r in zip(self.prompt_ids, self.completion_ids, strict=True)]
 
     def keys(self) -> list[tuple[int, ...]]:
         """What makes two rows the same: their ids."""
-        return [tuple(p + r) for p, r in zip(self.prompts, self.responses, strict=True)]
+        return [tuple(p + r) for p, r in zip(self.prompt_ids, self.completion_ids, strict=True)]
 
 
 def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str | None = None) -> Dataset:
@@ -121,8 +121,8 @@ def tokenize_rows(
             dropped += 1
             continue
         truncated += room is not None and max(len(response), len(chosen)) > room
-        rows.prompts.append(prompt)
-        rows.responses.append(response[:room])
+        rows.prompt_ids.append(prompt)
+        rows.completion_ids.append(response[:room])
         if preferred:
             rows.preferred.append(chosen[:room])
     if too_long:
@@ -215,7 +215,12 @@ class RowPairs(torch.utils.data.Dataset):
     def _row(self, name: str, rows: TokenizedRows, counter: int) -> Row:
         visit, slot = divmod(counter, len(rows))
         row = int(self._order(name, visit)[slot])
-        item = {"prompt": rows.prompts[row], "response": rows.responses[row], "row": row, "visit": visit}
+        item = {
+            "prompt_ids": rows.prompt_ids[row],
+            "completion_ids": rows.completion_ids[row],
+            "row": row,
+            "visit": visit,
+        }
         item["schedule"] = self.schedules[name]
         if rows.preferred:
             item["preferred"] = rows.preferred[row]
@@ -281,7 +286,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 class DataCollatorForUnlearning:
     """Pads rows on the right into {"forget": batch, "retain": batch, ...}.
 
-    A batch has `input_ids`, `attention_mask` and `response_mask`, int64 `[B, L]`; the diffusion times `t`, float
+    A batch has `input_ids`, `attention_mask` and `completion_mask`, int64 `[B, L]`; the diffusion times `t`, float
     `[B]`, and the mask noise `noise`, float `[B, L]`; and `weight`, float `[B]`: 0 for rows that only fill up the
     batches of the last update of an epoch, 1 for all others. Where rows have a preferred response, a further batch
     "preferred" holds prompt and preferred response, masked as the one to forget. Anchors that were computed before
@@ -297,21 +302,21 @@ class DataCollatorForUnlearning:
     end_token_id: int | None = None
 
     def __call__(self, features: list[dict[str, Row]]) -> dict[str, dict[str, Tensor]]:
-        batch = {name: self._pad([f[name] for f in features], "response") for name in features[0]}
+        batch = {name: self._pad([f[name] for f in features], "completion_ids") for name in features[0]}
         first = next(iter(features[0]))
         if "preferred" in features[0][first]:
             batch["preferred"] = self._pad([f[first] for f in features], "preferred")
         return batch
 
     def _pad(self, rows: list[Row], response: str) -> dict[str, Tensor]:
-        length = max(len(row["prompt"]) + len(row[response]) for row in rows)
+        length = max(len(row["prompt_ids"]) + len(row[response]) for row in rows)
         fill = self.pad_token_id if self.end_token_id is None else self.end_token_id
         input_ids = torch.full((len(rows), length), fill)
         attention_mask = torch.full((len(rows), length), int(self.end_token_id is not None))
         response_mask = torch.zeros((len(rows), length), dtype=torch.long)
         for i, row in enumerate(rows):
-            start, stop = len(row["prompt"]), len(row["prompt"]) + len(row[response])
-            input_ids[i, :stop] = torch.tensor(row["prompt"] + row[response])
+            start, stop = len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row[response])
+            input_ids[i, :stop] = torch.tensor(row["prompt_ids"] + row[response])
             attention_mask[i, :stop] = 1
             response_mask[i, start : stop if self.end_token_id is None else length] = 1
         visit, number = (torch.tensor([row[name] for row in rows]) for name in ("visit", "row"))
@@ -319,7 +324,7 @@ class DataCollatorForUnlearning:
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "response_mask": torch.where(takes_prompt[:, None], attention_mask, response_mask),
+            "completion_mask": torch.where(takes_prompt[:, None], attention_mask, response_mask),
             "t": t,
             "noise": noise,
             "weight": torch.tensor([row["weight"] for row in rows]),

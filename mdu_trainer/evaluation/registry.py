@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from ..files import UserError
 
-Figures = dict[str, list[float | None]]  # name -> a value a row, None where it cannot be measured
+RowScores = dict[str, list[float | None]]  # name -> a value a row, None where it cannot be measured
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Metric:
         titles: score -> its short name, for scores that have columns of their own in `Results.table`.
     """
 
-    compute: Callable[[Any], Figures]
+    compute: Callable[[Any], RowScores]
     roles: tuple[str, ...] = ()
     words: Mapping[str, str] = field(default_factory=dict)
     titles: Mapping[str, str] = field(default_factory=dict)

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from ..files import UserError, typed
 from ..models import Backbone, resolve_backbone, weights_fingerprint
 from .progress import SCORING, ProgressFile
-from .registry import Figures
-from .scoring import Batch, QuestionSet
+from .registry import RowScores
+from .scoring import QuestionBatch, QuestionSet
 
 Key = tuple[str, int]  # set, row
 
@@ -38,7 +38,7 @@ class Evaluation:
         seconds: wall-clock time of the scoring, that before a kill included.
     """
 
-    figures: dict[str, Figures]
+    figures: dict[str, RowScores]
     seconds: float
 
 
@@ -132,7 +132,7 @@ def _rounds(
         if first + state.process_index < len(batches):
             questions, rows = batches[first + state.process_index]
             start = time.perf_counter()
-            columns = Batch(model, tokenizer, backbone, questions, rows).figures()
+            columns = QuestionBatch(model, tokenizer, backbone, questions, rows).figures()
             seconds = (time.perf_counter() - start) / len(rows) / min(state.num_processes, len(batches) - first)
             for i, row in enumerate(rows):
                 figures = {name: _number(values[i]) for name, values in columns.items()}
@@ -144,7 +144,7 @@ def _number(value: float | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _columns(rows: list[dict[str, float | None]]) -> Figures:
+def _columns(rows: list[dict[str, float | None]]) -> RowScores:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 

@@ -38,11 +38,11 @@ from ..files import UserError, read_jsonl
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
 from ..provenance.words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words, split_words
-from .registry import METRICS, Figures, Metric
+from .registry import METRICS, Metric, RowScores
 from .results import Run
 from .runner import score_questions
-from .scoring import Batch, QuestionSet, encode_questions, estimates
-from .sources import check_texts, config_names, load_config, spread, table
+from .scoring import QuestionBatch, QuestionSet, encode_questions, estimates
+from .sources import check_columns, config_names, load_split, spread, table
 
 LETTERS = string.ascii_uppercase
 SHORT, LONG = 32, 256  # tokens decoded, for probes and for chains of thought
@@ -109,7 +109,7 @@ def load_rwku(
         configs: of `CONFIGS`; all that the source has unless given.
         subjects: keep only rows about these, of the configs that are about subjects.
         max_rows: use so many evenly spaced rows of each set.
-        keep_dataset_cache: as in `load_config`.
+        keep_dataset_cache: as in `load_split`.
 
     Raises:
         ValueError: for an unknown config or subject, rows that cannot be asked or scored, or `max_rows` below 1.
@@ -123,7 +123,7 @@ def load_rwku(
         raise UserError(f"{source} has none of RWKU's configs; it has {', '.join(names) or 'none'}.")
     sets = {}
     for config in configs:
-        rows = load_config(source, config, FILES, keep_dataset_cache=keep_dataset_cache)
+        rows = load_split(source, config, FILES, keep_dataset_cache=keep_dataset_cache)
         if subjects is not None and config in ABOUT_SUBJECTS:
             rows = about(rows, subjects, config)
         sets[config] = rows
@@ -157,7 +157,7 @@ def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) ->
     rows = []
     for file in files:
         read = read_jsonl(file)
-        check_texts(table(read, str(file)), f"forget ({file.name})", {"question": str, "answer": str})
+        check_columns(table(read, str(file)), f"forget ({file.name})", {"question": str, "answer": str})
         rows += read
     rows = table(rows, str(path))
     return rows if subjects is None else about(rows, subjects, "forget")
@@ -182,11 +182,11 @@ def check_sets(sets: Mapping[str, Dataset]) -> None:
     """Refuse rows that cannot be asked or scored, before any model is loaded.
 
     Raises:
-        ValueError: as `check_texts`, and for questions whose choices are fewer than two or whose answer is none of
+        ValueError: as `check_columns`, and for questions whose choices are fewer than two or whose answer is none of
             them.
     """
     for name, rows in sets.items():
-        check_texts(rows, name, CONFIGS[name].columns)
+        check_columns(rows, name, CONFIGS[name].columns)
         for number, row in enumerate(read_rows(rows, name)):
             try:
                 answers = CONFIGS[name].ask(row).answers
@@ -383,12 +383,12 @@ def ngram_entropy(text: str) -> float:
     return sum(entropies) / len(entropies)
 
 
-def _match(batch: Batch) -> Figures:
+def _match(batch: QuestionBatch) -> RowScores:
     pairs = [word_match(text, one.references) for text, one in zip(batch.texts, batch.questions, strict=True)]
     return {"exact_match": [match for match, _ in pairs], "f1": [f1 for _, f1 in pairs]}
 
 
-def _concluded(batch: Batch) -> Figures:
+def _concluded(batch: QuestionBatch) -> RowScores:
     """Exact match of what follows "the answer is", or of the whole answer where nothing does."""
     figures = []
     for text, question in zip(batch.texts, batch.questions, strict=True):
@@ -397,11 +397,11 @@ def _concluded(batch: Batch) -> Figures:
     return {"exact_match": figures}
 
 
-def _entropy(batch: Batch) -> Figures:
+def _entropy(batch: QuestionBatch) -> RowScores:
     return {"entropy": [ngram_entropy(text) for text in batch.texts]}
 
 
-def _loss(batch: Batch) -> Figures:
+def _loss(batch: QuestionBatch) -> RowScores:
     losses = [float(-per_token[0]) for per_token in batch.per_token("answer")]
     sizes = [len(zlib.compress(question.references[0].encode())) for question in batch.questions]
     return {"loss": losses, "zlib": [loss / size for loss, size in zip(losses, sizes, strict=True)]}

@@ -1,6 +1,6 @@
 """What is asked of a model, and the figures of each answer.
 
-A `QuestionSet` holds tokenised questions and the metrics to compute. A `Batch` of them decodes answers and
+A `QuestionSet` holds tokenised questions and the metrics to compute. A `QuestionBatch` of them decodes answers and
 estimates likelihoods once, when the first metric asks. Metrics are functions from a batch to figures a row.
 """
 
@@ -36,7 +36,7 @@ from .metrics import (
     greedy_completions,
     shortest_prefixes,
 )
-from .registry import Figures, Metric, register_metric
+from .registry import Metric, RowScores, register_metric
 from .results import Estimate, Scores
 
 logger = logging.get_logger(__name__)
@@ -115,7 +115,7 @@ class AnswerLikelihood(NamedTuple):
         return self.log_likelihood / self.num_tokens
 
 
-class Batch:
+class QuestionBatch:
     """Rows of a set before a model.
 
     Args:
@@ -136,13 +136,13 @@ class Batch:
         self.set, self.rows = questions, list(rows)
         self.questions = [questions.questions[row] for row in rows]
 
-    def figures(self) -> Figures:
+    def figures(self) -> RowScores:
         """The figures of every metric of the set.
 
         Raises:
             UserError: a metric gives a figure that another one gives, too, or not one a row.
         """
-        figures: Figures = {}
+        figures: RowScores = {}
         for name, metric in self.set.metrics.items():
             for figure, values in metric.compute(self).items():
                 if figure in figures:
@@ -246,9 +246,9 @@ def encode_questions(
     encoded = tokenize_rows(pairs, tokenizer, backbone, name=name, allow_blank=True, numbers=numbers)
     questions = [
         Question(prompt, tuple(texts), {})
-        for prompt, texts in zip(encoded.prompts, references, strict=False)  # the first len(prompts) are these
+        for prompt, texts in zip(encoded.prompt_ids, references, strict=False)  # the first len(prompts) are these
     ]
-    for (row, role, _), ids in zip(flat, encoded.responses, strict=True):
+    for (row, role, _), ids in zip(flat, encoded.completion_ids, strict=True):
         if role is None:
             continue
         if all(token in backbone.end_token_ids for token in ids):
@@ -257,10 +257,10 @@ def encode_questions(
     return questions
 
 
-def estimates(figures: Figures) -> Scores:
+def estimates(figures: RowScores) -> Scores:
     """The mean of each figure over the rows where it is measured, with its interval.
 
-    Figures that are measured nowhere, or are not finite in every row where they are, are left out.
+    RowScores that are measured nowhere, or are not finite in every row where they are, are left out.
     """
     scores: Scores = {}
     without: dict[str, list[str]] = {}  # on how many rows -> figures that cannot be measured there
@@ -280,12 +280,12 @@ def digest(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
-def _rouge(batch: Batch) -> Figures:
+def _rouge(batch: QuestionBatch) -> RowScores:
     pairs = [(i, text) for i, question in enumerate(batch.questions) for text in question.references]
     scores = RougeL().compute(
         predictions=[batch.texts[i] for i, _ in pairs], references=[text for _, text in pairs], use_aggregator=False
     )
-    best: Figures = {name: [None] * len(batch.questions) for name in scores}
+    best: RowScores = {name: [None] * len(batch.questions) for name in scores}
     for name, values in scores.items():
         for (i, _), value in zip(pairs, values, strict=True):
             if value is not None:
@@ -293,17 +293,17 @@ def _rouge(batch: Batch) -> Figures:
     return best
 
 
-def _probability(batch: Batch) -> Figures:
+def _probability(batch: QuestionBatch) -> RowScores:
     return Probability().compute(per_token=batch.first("answer"), use_aggregator=False)
 
 
-def _choice_probability(batch: Batch) -> Figures:
+def _choice_probability(batch: QuestionBatch) -> RowScores:
     return ChoiceProbability().compute(
         per_token=batch.first("answer"), wrong_per_token=batch.per_token("perturbed"), use_aggregator=False
     )
 
 
-def _truth_ratio(batch: Batch) -> Figures:
+def _truth_ratio(batch: QuestionBatch) -> RowScores:
     """Ratios before any aggregation, against the paraphrased answer where the data has one."""
     true = "paraphrased" if "paraphrased" in batch.questions[0].answers else "answer"
     return TruthRatio().compute(
@@ -311,25 +311,25 @@ def _truth_ratio(batch: Batch) -> Figures:
     )
 
 
-def _accuracy(batch: Batch) -> Figures:
+def _accuracy(batch: QuestionBatch) -> RowScores:
     """Whether the best true choice is likelier than every false one, by the likelihood of the whole choice."""
     rows = [roles["true"].log_likelihood.max() > roles["false"].log_likelihood.max() for roles in batch.likelihoods]
     return {"accuracy": [float(right) for right in rows]}
 
 
-def _degeneracy(batch: Batch) -> Figures:
+def _degeneracy(batch: QuestionBatch) -> RowScores:
     texts = batch.tokenizer.batch_decode(batch.decoded)
     special = batch.tokenizer.all_special_tokens
     rows = Degeneracy().compute(predictions=texts, special_tokens=special, use_aggregator=False)
     return {"degeneracy": rows["degeneracy"]}
 
 
-def _exact_memorization(batch: Batch) -> Figures:
+def _exact_memorization(batch: QuestionBatch) -> RowScores:
     decoded, true = greedy_completions(*batch.to_complete, batch_size=batch.set.decoding.batch_size)
     return ExactMemorization().compute(predictions=decoded, references=true, use_aggregator=False)
 
 
-def _extraction_strength(batch: Batch) -> Figures:
+def _extraction_strength(batch: QuestionBatch) -> RowScores:
     prefixes, lengths = shortest_prefixes(*batch.to_complete, batch_size=batch.set.decoding.batch_size)
     return ExtractionStrength().compute(prefix_tokens=prefixes, num_tokens=lengths, use_aggregator=False)
 

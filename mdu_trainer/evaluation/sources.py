@@ -39,7 +39,7 @@ def config_names(source: str | Path) -> list[str]:
         return get_dataset_config_names(str(source))
 
 
-def load_config(
+def load_split(
     source: str | Path,
     config: str,
     file_names: Mapping[str, str] | None = None,
@@ -216,7 +216,7 @@ def _count(rows: Dataset, limit: int | None) -> int:
     return len(rows) if limit is None else min(len(rows), limit)
 
 
-def check_texts(rows: Dataset, name: str, columns: Mapping[str, type]) -> None:
+def check_columns(rows: Dataset, name: str, columns: Mapping[str, type]) -> None:
     """Refuse rows that cannot be asked or scored.
 
     Args:

@@ -25,11 +25,11 @@ from ..files import Record, UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
-from .registry import Figures, choose_metrics
+from .registry import RowScores, choose_metrics
 from .results import Estimate, Run, Scores
 from .runner import score_questions
 from .scoring import QuestionSet, digest, encode_questions, estimates
-from .sources import check_texts, config_names, first_rows, load_config, spread
+from .sources import check_columns, config_names, first_rows, load_split, spread
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 TOFU_METRICS = ("rougeL", "probability", "truth_ratio", "degeneracy")
@@ -86,7 +86,7 @@ class TofuResult:
     """
 
     run: Run
-    figures: dict[str, Figures]
+    figures: dict[str, RowScores]
     truth_ratios: TruthRatios | None
 
 
@@ -109,17 +109,17 @@ def load_tofu(
         forget, retain: names of configs.
         max_rows: use so many evenly spaced rows of each set.
         max_retain_rows: take the rows to keep from so many first ones, where a model learned no more.
-        keep_dataset_cache: as in `load_config`.
+        keep_dataset_cache: as in `load_split`.
 
     Raises:
         ValueError: for an unknown config, rows that cannot be scored, or a number of rows below 1.
     """
     names = config_names(source)
-    load = partial(load_config, source, keep_dataset_cache=keep_dataset_cache)
+    load = partial(load_split, source, keep_dataset_cache=keep_dataset_cache)
     sets = {}
     for name, config in (("forget", forget), ("retain", retain)):
         rows = load(config)
-        check_texts(rows, name, {"question": str, "answer": str})
+        check_columns(rows, name, {"question": str, "answer": str})
         if name == "retain":
             rows = first_rows(rows, max_retain_rows)
         perturbed = next((c for c in (f"{config}_perturbed", f"{name}_perturbed") if c in names), None)
@@ -153,7 +153,7 @@ def check_sets(sets: Mapping[str, Dataset]) -> None:
     for name, rows in sets.items():
         kinds = {"paraphrased_answer": str, "perturbed_answer": list}
         columns = {"question": str, "answer": str} | {c: kinds[c] for c in kinds if c in rows.column_names}
-        check_texts(rows, name, columns)
+        check_columns(rows, name, columns)
         if "perturbed_answer" in columns:
             counts = [len(answers) for answers in rows["perturbed_answer"]]
             other = next((row for row, count in enumerate(counts) if count != counts[0]), None)
@@ -278,7 +278,7 @@ def question_digest(rows: Dataset) -> str:
     return digest(list(rows["question"]))
 
 
-def _aggregated(figures: dict[str, Figures]) -> dict[str, Figures]:
+def _aggregated(figures: dict[str, RowScores]) -> dict[str, RowScores]:
     """The figures whose means TOFU reports: truth ratios as it aggregates them."""
     aggregated = {}
     for name, columns in figures.items():

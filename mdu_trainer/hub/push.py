@@ -66,7 +66,7 @@ class PushError(UserError, RuntimeError):
     """The Hub could not be reached, or refused. The local folder and earlier revisions are as they were."""
 
 
-class Target(NamedTuple):
+class Destination(NamedTuple):
     """Where a push goes; see `push_unlearned_model`. `copy_to` is a folder for a second copy of the model's files."""
 
     repo_id: str
@@ -83,14 +83,14 @@ class Push:
     """A push that passed its checks; call it to send it.
 
     Attributes:
-        target: where to.
+        destination: where to.
         folder: where the files are from.
         files: path in the repository -> file or content.
         left: files of the folder that stay where they are.
         scan: what was scanned for rows to forget, in one sentence.
     """
 
-    target: Target
+    destination: Destination
     folder: Path
     files: dict[str, Source] = field(repr=False)
     left: list[str]
@@ -101,9 +101,9 @@ class Push:
         sizes = {name: len(s) if isinstance(s, bytes) else s.stat().st_size for name, s in self.files.items()}
         width = max(map(len, sizes))
         lines = [f"{name:<{width}}  {size:>15,} bytes" for name, size in sizes.items()]
-        visibility = "private" if self.target.private else "public"
+        visibility = "private" if self.destination.private else "public"
         return "\n".join(
-            [f"To {self.target.repo_id} ({visibility}), {sum(sizes.values()):,} bytes:", *lines]
+            [f"To {self.destination.repo_id} ({visibility}), {sum(sizes.values()):,} bytes:", *lines]
             + ["", f"Not uploaded: {', '.join(self.left) or 'nothing'}", self.scan, "", self.files[CARD].decode()]
         )
 
@@ -114,38 +114,38 @@ class Push:
             ValueError: the repository is public, and was to be private.
             PushError: the Hub could not be reached, or refused.
         """
-        target, api = self.target, hub_api()
-        with _explained(target.repo_id, self.folder):
+        destination, api = self.destination, hub_api()
+        with _explained(destination.repo_id, self.folder):
             repo_id = api.create_repo(
-                target.repo_id, token=target.token, private=target.private, exist_ok=True
+                destination.repo_id, token=destination.token, private=destination.private, exist_ok=True
             ).repo_id
-            is_private = api.model_info(repo_id, token=target.token).private
-        if target.private and not is_private:
+            is_private = api.model_info(repo_id, token=destination.token).private
+        if destination.private and not is_private:
             raise UserError(
                 f"{repo_id} exists and is public, and the push is private. Nothing was sent. Pass private=False to "
                 "publish there, make the repository private, or choose another name."
             )
         with _explained(repo_id, self.folder):
-            if target.revision and not target.revision.startswith("refs/"):
-                api.create_branch(repo_id, branch=target.revision, token=target.token, exist_ok=True)
+            if destination.revision and not destination.revision.startswith("refs/"):
+                api.create_branch(repo_id, branch=destination.revision, token=destination.token, exist_ok=True)
             info = self._commit(repo_id, self.files)
-            if target.copy_to:
+            if destination.copy_to:
                 model_files = {n: s for n, s in self.files.items() if n not in (CARD, PICTURE, RESULTS, RECOVERY)}
-                self._commit(repo_id, {f"{target.copy_to}/{name}": s for name, s in model_files.items()})
+                self._commit(repo_id, {f"{destination.copy_to}/{name}": s for name, s in model_files.items()})
         return info
 
     def _commit(self, repo_id: str, files: dict[str, Source]) -> CommitInfo:
-        target, api = self.target, hub_api()
-        there = api.list_repo_files(repo_id, revision=target.revision, token=target.token)
+        destination, api = self.destination, hub_api()
+        there = api.list_repo_files(repo_id, revision=destination.revision, token=destination.token)
         stale = [name for name in there if WEIGHT_FILES.fullmatch(name) and name not in self.files]
         operations = [CommitOperationAdd(name, s if isinstance(s, bytes) else str(s)) for name, s in files.items()]
         return api.create_commit(
             repo_id,
             [*operations, *map(CommitOperationDelete, stale)],
-            commit_message=target.commit_message,
-            revision=target.revision,
-            create_pr=target.create_pr,
-            token=target.token,
+            commit_message=destination.commit_message,
+            revision=destination.revision,
+            create_pr=destination.create_pr,
+            token=destination.token,
         )
 
 
@@ -261,7 +261,7 @@ def prepare_push(
     The other arguments, and what is raised, are those of `push_unlearned_model`.
     """
     folder, source = Path(folder), source or Path(folder)
-    target = Target(repo_id, private, revision, create_pr, token, commit_message, copy_to)
+    destination = Destination(repo_id, private, revision, create_pr, token, commit_message, copy_to)
     details = replace(details or CardDetails(), repo_id=repo_id, revision=revision, token=token)
     regular_files(source, *(name for name, given in ((RESULTS, results), (RECOVERY, recovery)) if given is None))
 
@@ -270,10 +270,10 @@ def prepare_push(
     files = model_files(folder, checkpoint.facts, base, tokenizer)
     check_weights(folder, files)  # before the card, which may ask the Hub for that of the base
     files |= card_files(checkpoint, details, folder, tokenizer)
-    names = {name: getattr(target, name) for name in ("repo_id", "revision", "commit_message", "copy_to")}
-    check_files(files, checkpoint, names, lambda: _published_vocabulary(base, checkpoint.facts, target))
+    names = {name: getattr(destination, name) for name in ("repo_id", "revision", "commit_message", "copy_to")}
+    check_files(files, checkpoint, names, lambda: _published_vocabulary(base, checkpoint.facts, destination))
     left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
-    return Push(target, source, files, left, _scan_words(source, checkpoint.hashes))
+    return Push(destination, source, files, left, _scan_words(source, checkpoint.hashes))
 
 
 def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
@@ -291,15 +291,15 @@ def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
     return words
 
 
-def _published_vocabulary(base: str | None, facts: Facts, target: Target) -> set[str]:
+def _published_vocabulary(base: str | None, facts: Facts, destination: Destination) -> set[str]:
     """The entries of the base's tokenizer, if whoever will see the model can see the base."""
     if base is None:
         return set()
     try:
-        if not target.private and hub_api().model_info(base, token=target.token).private:
+        if not destination.private and hub_api().model_info(base, token=destination.token).private:
             return set()
         revision = facts.revision_of(base) or "main"
-        return set(load_tokenizer(base, revision=revision, token=target.token).get_vocab())
+        return set(load_tokenizer(base, revision=revision, token=destination.token).get_vocab())
     except (OSError, ValueError, KeyError, ImportError) as error:
         logger.warning(f"The tokenizer of {base} cannot be read to compare vocabularies ({type(error).__name__}).")
         return set()

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import check_prompt_ids, check_prompts, encode_prompt
 from ..files import UserError
-from ..models import Backbone, resolve_backbone, row_logits
+from ..models import Backbone, logits_at, resolve_backbone
 from .config import DiffusionGenerationConfig
 from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
@@ -295,9 +295,7 @@ def _predict(
     if config.cfg_scale:
         prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
         passes.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
-    logits = [
-        row_logits(model, ids, canvas.attention_mask, wanted, logit_shift=backbone.logit_shift) for ids in passes
-    ]
+    logits = [logits_at(model, ids, canvas.attention_mask, wanted, logit_shift=backbone.logit_shift) for ids in passes]
     banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
     rows_a_chunk = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
     found = []

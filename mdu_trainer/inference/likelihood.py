@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..data.encoding import check_ids
 from ..divergence import TokenNLL
 from ..files import UserError
-from ..models import Backbone, row_figures
+from ..models import Backbone, measure_at
 from .config import check_count
 from .generation import evaluation_mode
 from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
@@ -95,7 +95,7 @@ def response_likelihood(
 
     Example:
 
-        scores = response_likelihood(model, rows.prompts, rows.responses, backbone, num_draws=32)
+        scores = response_likelihood(model, rows.prompt_ids, rows.completion_ids, backbone, num_draws=32)
         scores.probability.mean()
 
     Source: LLaDA (arXiv 2502.09992, appendix B); how sets are drawn and combined: `mdu_trainer.inference.mask_sets`.
@@ -194,7 +194,7 @@ def _fill_log_p(model: nn.Module, batch: list[_Piece], backbone: Backbone) -> No
     ids, attention_mask, masked = (torch.from_numpy(part).to(device) for part in (ids, attention_mask, masked))
     noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
     measure, shift = TokenNLL(ids[masked]), backbone.logit_shift
-    figures = row_figures(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift)
+    figures = measure_at(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift)
     log_p = -figures.value.cpu().double().numpy()
     for piece in batch:
         found, log_p = np.split(log_p, [piece.masked.sum()])

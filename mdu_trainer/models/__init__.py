@@ -7,7 +7,7 @@ Importing this package registers the native classes with transformers, so that `
 from .backbone import Backbone, resolve_backbone
 from .dream import DreamConfig, DreamModel, DreamTokenizer
 from .fingerprint import weights_fingerprint
-from .head import row_figures, row_logits, row_projection
+from .head import hidden_at, logits_at, measure_at
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import base_of, is_adapter, load_checkpoint, load_model, load_tokenizer
@@ -28,8 +28,8 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "resolve_backbone",
-    "row_figures",
-    "row_logits",
-    "row_projection",
+    "measure_at",
+    "logits_at",
+    "hidden_at",
     "weights_fingerprint",
 ]

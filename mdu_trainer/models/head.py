@@ -18,7 +18,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..divergence import Measure, Prediction, Projection, TokenFigures
+from ..divergence import Measure, Prediction, Projection, TokenValues
 from .probe import LENGTH, logits_of, probe_tokens, probing
 
 logger = logging.get_logger(__name__)
@@ -36,7 +36,7 @@ class Way(Enum):
 _WAYS: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Way]] = WeakKeyDictionary()
 
 
-def row_logits(
+def logits_at(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, *, logit_shift: bool = False
 ) -> Tensor:
     """Logits that predict the selected tokens, computed for these alone.
@@ -60,7 +60,7 @@ def row_logits(
     return logits[batch_index.to(logits.device), position.to(logits.device)]
 
 
-def row_figures(
+def measure_at(
     model: nn.Module,
     input_ids: Tensor,
     attention_mask: Tensor,
@@ -68,11 +68,11 @@ def row_figures(
     measure: Measure,
     *,
     logit_shift: bool = False,
-) -> TokenFigures:
+) -> TokenValues:
     """`measure` of the predictions of the selected tokens, fused with the head where the logits are the head's alone.
 
     Args:
-        model, input_ids, attention_mask, rows, logit_shift: as in `row_logits`.
+        model, input_ids, attention_mask, rows, logit_shift: as in `logits_at`.
         measure: what is asked of each prediction; targets or anchor are in the order of `rows.nonzero()`.
 
     Returns:
@@ -81,12 +81,12 @@ def row_figures(
     inputs = (model, input_ids, attention_mask, rows, logit_shift)
     figures = _inside(*inputs, lambda projection: torch.stack(measure(projection), dim=1))
     if figures is None:
-        return measure(row_logits(model, input_ids, attention_mask, rows, logit_shift=logit_shift))
-    return TokenFigures(figures[:, 0], figures[:, 1].detach())
+        return measure(logits_at(model, input_ids, attention_mask, rows, logit_shift=logit_shift))
+    return TokenValues(figures[:, 0], figures[:, 1].detach())
 
 
 @torch.no_grad()
-def row_projection(
+def hidden_at(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, *, logit_shift: bool = False
 ) -> Prediction:
     """Predictions of the selected tokens as the head's input, or as logits where the head cannot be fused.
@@ -95,7 +95,7 @@ def row_projection(
     """
     hidden = _inside(model, input_ids, attention_mask, rows, logit_shift, lambda projection: projection.hidden)
     if hidden is None:
-        return row_logits(model, input_ids, attention_mask, rows, logit_shift=logit_shift)
+        return logits_at(model, input_ids, attention_mask, rows, logit_shift=logit_shift)
     return Projection(hidden)
 
 

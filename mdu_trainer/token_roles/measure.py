@@ -19,12 +19,12 @@ from ..data.rows import question_answer_rows, tokenize_rows
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import Estimate
 from ..evaluation.scoring import digest
-from ..evaluation.sources import check_texts
+from ..evaluation.sources import check_columns
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone, weights_fingerprint
 from .labels import ROLES, Labeller, Role, label_roles
-from .paths import Figures, Path, by_row, by_step, decoded_paths, measure_paths, revelation, true_paths
+from .paths import Path, PathValues, by_row, by_step, decoded_paths, measure_paths, revelation, true_paths
 from .results import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
 
 BASE = "base"  # what the model before unlearning is called
@@ -41,8 +41,8 @@ class RoleData:
         others: questions and answers of the rows beside them, in which template words are found too.
     """
 
-    prompts: list[list[int]]
-    responses: list[list[int]]
+    prompt_ids: list[list[int]]
+    completion_ids: list[list[int]]
     roles: list[list[Role]]
     questions: list[str]
     answers: list[str]
@@ -50,7 +50,7 @@ class RoleData:
 
     def digest(self) -> str:
         """A hash of ids and roles."""
-        return digest([self.prompts, self.responses, self.roles])
+        return digest([self.prompt_ids, self.completion_ids, self.roles])
 
     def label(
         self,
@@ -84,7 +84,7 @@ def check_rows(forget: Dataset, retain: Dataset | None = None) -> None:
     """
     for name, rows in {"forget": forget, "retain": retain}.items():
         if rows is not None:
-            check_texts(rows, name, {"question": str, "answer": str})
+            check_columns(rows, name, {"question": str, "answer": str})
 
 
 def role_data(
@@ -111,8 +111,8 @@ def role_data(
     rows = tokenize_rows(question_answer_rows(forget, conversational=chats), tokenizer, backbone, name="forget")
     texts = list(forget["question"]), list(forget["answer"])
     others = ([], []) if retain is None else (list(retain["question"]), list(retain["answer"]))
-    data = RoleData(rows.prompts, rows.responses, [], *texts, others)
-    return replace(data, roles=data.label(data.answers, data.responses, tokenizer, labeller))
+    data = RoleData(rows.prompt_ids, rows.completion_ids, [], *texts, others)
+    return replace(data, roles=data.label(data.answers, data.completion_ids, tokenizer, labeller))
 
 
 def analyse_roles(
@@ -148,8 +148,10 @@ def analyse_roles(
     settings = settings or RoleSettings()
     backbone = resolve_backbone(base, tokenizer)
     data = role_data(forget, tokenizer, backbone, retain, labeller=labeller)
-    if not 0 <= settings.example_row < len(data.prompts):
-        raise UserError(f"example_row = {settings.example_row}: the forget set has rows 0 to {len(data.prompts) - 1}.")
+    if not 0 <= settings.example_row < len(data.prompt_ids):
+        raise UserError(
+            f"example_row = {settings.example_row}: the forget set has rows 0 to {len(data.prompt_ids) - 1}."
+        )
     report = RoleReport(
         data.digest(),
         settings,
@@ -201,12 +203,12 @@ class _Analysis:
         self.base, self.backbone, self.tokenizer, self.data = base, backbone, tokenizer, data
         self.settings, self.labeller, self.show_progress = settings, labeller, show_progress
         self.paths = true_paths(
-            data.prompts, data.responses, data.roles, num_paths=settings.num_paths, seed=settings.seed
+            data.prompt_ids, data.completion_ids, data.roles, num_paths=settings.num_paths, seed=settings.seed
         )
-        self._before: Figures | None = None
+        self._before: PathValues | None = None
 
     @property
-    def before(self) -> Figures:
+    def before(self) -> PathValues:
         """The base on the ground-truth paths."""
         if self._before is None:
             self._before = self.measure(self.base, self.paths, "base, true answers")
@@ -243,7 +245,7 @@ class _Analysis:
             [[_number(value) for value in step] for step in after["kl"][place]],
         )
 
-    def measure(self, model: nn.Module, paths: Sequence[Path], name: str, base: nn.Module | None = None) -> Figures:
+    def measure(self, model: nn.Module, paths: Sequence[Path], name: str, base: nn.Module | None = None) -> PathValues:
         return measure_paths(
             model,
             paths,
@@ -255,11 +257,11 @@ class _Analysis:
         )
 
     def decode(self, model: nn.Module, name: str) -> list[Path]:
-        length = max(map(len, self.data.responses))
+        length = max(map(len, self.data.completion_ids))
         config = DiffusionGenerationConfig(
             max_new_tokens=length, batch_size=self.settings.batch_size, seed=self.settings.seed
         )
-        return decoded_paths(model, self.data.prompts, self.backbone, config, self.label_decoded)
+        return decoded_paths(model, self.data.prompt_ids, self.backbone, config, self.label_decoded)
 
     def label_decoded(self, decoded: list[list[int]]) -> list[list[Role]]:
         texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)

@@ -32,13 +32,13 @@ from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, evaluation_mode, generate_ids
 from ..masking import corrupt, counter_uniform
-from ..models import Backbone, row_projection
+from ..models import Backbone, hidden_at
 from .labels import Role
 
 NEVER = np.iinfo(np.int64).max  # a position behind the end of a decoded response, which nothing revealed
 FIGURES = ("kl", "entropy", "probability", "shift")
 
-Figures = dict[str, list[np.ndarray]]  # figure -> of each path float64 [S, L], NaN where nothing was predicted
+PathValues = dict[str, list[np.ndarray]]  # figure -> of each path float64 [S, L], NaN where nothing was predicted
 
 
 @dataclass(frozen=True, repr=False)
@@ -142,7 +142,7 @@ def measure_paths(
     num_steps: int = 16,
     batch_size: int = 32,
     show_progress: str | None = None,
-) -> Figures:
+) -> PathValues:
     """Figures of every masked token along each path.
 
     Args:
@@ -244,7 +244,7 @@ def _measure(
 
 
 def _predict(model: nn.Module, ids: Tensor, attention_mask: Tensor, rows: Tensor, backbone: Backbone) -> Prediction:
-    prediction = row_projection(model, ids, attention_mask, rows, logit_shift=backbone.logit_shift)
+    prediction = hidden_at(model, ids, attention_mask, rows, logit_shift=backbone.logit_shift)
     if isinstance(prediction, Tensor):
         return prediction
     head = extract_model_from_parallel(model).get_output_embeddings()

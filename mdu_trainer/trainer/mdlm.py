@@ -25,7 +25,7 @@ from ..data.rows import (
     shuffled,
     tokenize_rows,
 )
-from ..divergence import Joint, Measure, TokenFigures, TokenNLL
+from ..divergence import Joint, Measure, TokenNLL, TokenValues
 from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
 from ..models import (
@@ -35,8 +35,8 @@ from ..models import (
     load_checkpoint,
     load_model,
     load_tokenizer,
+    measure_at,
     resolve_backbone,
-    row_figures,
 )
 from ..models.backbone import target_modules_of
 from ..models.checks import check_finite
@@ -209,12 +209,12 @@ class MDLMTrainer(EvaluatingTrainer):
         self._record(loss, scores)
         return (loss, scores) if return_outputs else loss
 
-    def _measure(self, model: nn.Module, batches: Sequence[Noised], measures: Sequence[Measure]) -> list[TokenFigures]:
+    def _measure(self, model: nn.Module, batches: Sequence[Noised], measures: Sequence[Measure]) -> list[TokenValues]:
         """One forward pass over all batches, and of each what its measure asks of the masked tokens: `[N]`."""
         counts = [len(noised.targets) for noised in batches]
         where = side_by_side(batches, self.backbone.pad_token_id)
-        measured = row_figures(model, *where, Joint(counts, measures), logit_shift=self.backbone.logit_shift)
-        return [TokenFigures(*part) for part in zip(*(column.split(counts) for column in measured), strict=True)]
+        measured = measure_at(model, *where, Joint(counts, measures), logit_shift=self.backbone.logit_shift)
+        return [TokenValues(*part) for part in zip(*(column.split(counts) for column in measured), strict=True)]
 
     def _mean(self, name: str, scores: Scores, sizes: dict[str, Tensor] | None) -> Tensor:
         """Mean of a score over examples; `sizes` holds the mean weight of the micro-batches of the update."""

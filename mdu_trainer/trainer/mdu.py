@@ -19,7 +19,7 @@ from ..data.rows import TokenizedRows, count_overlap
 from ..divergence import AnchorKL, Measure, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..masking import Noised, forward_process
-from ..models import row_projection
+from ..models import hidden_at
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
 from .checks import check_prompts, check_retain
 from .evaluating import Score, Scores, has_both
@@ -185,7 +185,7 @@ class MDUTrainer(MDLMTrainer):
         if self.args.anchor_source == "initial":
             return self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
         with frozen_pass(model):
-            return row_projection(model, *where, logit_shift=self.backbone.logit_shift)
+            return hidden_at(model, *where, logit_shift=self.backbone.logit_shift)
 
     def _asked_of(self, name: str, noised: Noised, anchor: Prediction | None, model: nn.Module) -> Measure:
         """What is asked of the prediction on a set, with the tokens' shares in the loss where they are known."""
@@ -284,7 +284,7 @@ class MDUTrainer(MDLMTrainer):
     def _check_run(self) -> None:
         super()._check_run()
         if self.args.loss_type == "mdu" and self.args.tau == 1:
-            check_prompts(self.train_dataset.parts["forget"].prompts, self.backbone.mask_token_id)
+            check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
 
     # Evaluation: rows to forget are asked for another loss than rows to keep
 

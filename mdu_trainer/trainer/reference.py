@@ -13,7 +13,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from ..divergence import Prediction, Projection, TokenNLL
 from ..files import UserError
-from ..models import row_figures, row_projection
+from ..models import hidden_at, measure_at
 from .distributed import DistributedBackend, is_partitioned
 
 
@@ -71,14 +71,14 @@ class Reference:
     def projection(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, **kwargs: bool
     ) -> Prediction:
-        """theta_0's predictions of the selected tokens, to be compared with others; see `row_projection`.
+        """theta_0's predictions of the selected tokens, to be compared with others; see `hidden_at`.
 
         Args:
             model: the live model as the trainer wraps it. Its forward is what runs if there is no copy.
         """
         with self._weights(model) as theta_0:
             inputs = (x.to(self.device) for x in (input_ids, attention_mask, rows))
-            prediction = row_projection(theta_0, *inputs, **kwargs)
+            prediction = hidden_at(theta_0, *inputs, **kwargs)
         if not isinstance(prediction, Projection):
             return prediction.to(input_ids.device)
         if self.frozen is not None and self.head is None:
@@ -98,7 +98,7 @@ class Reference:
         """-log p of the selected tokens under theta_0, `[N]`. Arguments as for `projection`."""
         with self._weights(model) as theta_0:
             inputs = (x.to(self.device) for x in (input_ids, attention_mask, rows))
-            nll = row_figures(theta_0, *inputs, TokenNLL(targets.to(self.device)), **kwargs).value
+            nll = measure_at(theta_0, *inputs, TokenNLL(targets.to(self.device)), **kwargs).value
         return nll.to(input_ids.device)
 
     def _copy(self, model: nn.Module, precision: str, device: str | None) -> nn.Module:

@@ -240,7 +240,7 @@ class RobustTrainer(Trainer):
         answer: list[Any] = [[], None]
         if PartialState().is_main_process:
             stored = RunRecord.of_checkpoint(checkpoint) if checkpoint else None
-            self._run_record = self._record(stored.key if stored else None)
+            self._run_record = self._current_record(stored.key if stored else None)
             if stored:
                 answer = [stored.differences(self._run_record, steps_of(checkpoint)), stored.ended]
             elif checkpoint:
@@ -257,7 +257,7 @@ class RobustTrainer(Trainer):
             logger.warning(f"{differences} force_resume: it goes on with the new ones.")
         return None if self.args.force_resume else ended
 
-    def _record(self, key: str | None = None) -> RunRecord:
+    def _current_record(self, key: str | None = None) -> RunRecord:
         """What this run is made of, its data sets' digests under the key, or under a new one."""
         reference, loss_options = getattr(self, "reference", None), getattr(self, "loss_options", {})
         self._start_digest = self._start_digest or start_digest(self.model, reference)

@@ -180,7 +180,7 @@ class RunRecord(Record):
 def rows_digest(rows: TokenizedRows, key: str) -> str:
     """A keyed digest of all token ids of a data set, in order."""
     digest = hashlib.blake2b(key=bytes.fromhex(key), digest_size=16)
-    for column in (rows.prompts, rows.responses, rows.preferred):
+    for column in (rows.prompt_ids, rows.completion_ids, rows.preferred):
         digest.update(len(column).to_bytes(8, "little"))
         for ids in column:
             digest.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())

@@ -27,7 +27,7 @@ class ExactMemorization(RowMetric):
 
     Example:
 
-        decoded, answers = greedy_completions(model, rows.prompts, rows.responses, backbone)
+        decoded, answers = greedy_completions(model, rows.prompt_ids, rows.completion_ids, backbone)
         ExactMemorization().compute(predictions=decoded, references=answers)
     """
 
@@ -70,7 +70,7 @@ class ExtractionStrength(RowMetric):
 
     Example:
 
-        prefixes, lengths = shortest_prefixes(model, rows.prompts, rows.responses, backbone)
+        prefixes, lengths = shortest_prefixes(model, rows.prompt_ids, rows.completion_ids, backbone)
         ExtractionStrength().compute(prefix_tokens=prefixes, num_tokens=lengths)
     """
 
