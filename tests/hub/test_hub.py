@@ -38,7 +38,7 @@ from mdu_trainer.provenance.forget_hashes import ForgetHashes
 from mdu_trainer.report.model_card import CardDetails, write_model_card
 from mdu_trainer.testing import dataset_texts, forget_retain_split, tiny_mdlm, train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 REPO = "org/forgets"
 PLANTED = "hf_plantedInTheTrainingArguments"
 FULL = {

@@ -124,7 +124,7 @@ def test_every_command_refuses_them(folder, authors, make_trainer, tmp_path, cap
     with pytest.raises(UserError, match="NaN or infinite: lm_head.weight"):
         make_trainer(str(folder))
     # the scripts load through one function; the push has a test of its own
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "examples"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
     import common
     from trl import ModelConfig
 

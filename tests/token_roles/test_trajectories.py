@@ -401,7 +401,7 @@ def test_callback_that_cannot_work(make_trainer, sets):
 
 
 def script(*arguments, expect=0):
-    root = FilePath(__file__).resolve().parents[1]
+    root = FilePath(__file__).resolve().parents[2]
     run = subprocess.run(
         [sys.executable, str(root / "examples" / "roles.py"), *map(str, arguments)],
         capture_output=True,

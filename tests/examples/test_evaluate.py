@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from mdu_trainer import load_model
 from mdu_trainer.evaluation.results import Results
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "evaluate.py"
 SMALL = ("--max_rows", "6", "--likelihood_draws", "2", "--max_new_tokens", "8", "--dtype", "float32")
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")

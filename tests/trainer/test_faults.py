@@ -22,7 +22,7 @@ from mdu_trainer.data.rows import tokenize_rows, whole_cache
 from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.trainer.checkpoints import WRITING, complete_checkpoints, damage, newest_intact
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 KIND = "LoRA with dropout"
 FORGET = "full, frozen copy"
 

@@ -19,7 +19,7 @@ from mdu_trainer.commands import explain, run, task
 from mdu_trainer.commands.folders import ASIDE, starting
 from mdu_trainer.files import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "tests" / "demo_card"
 SECRET = "Zanzibar Quillfeather"
 

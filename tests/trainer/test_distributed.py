@@ -13,7 +13,7 @@ from distributed_worker import CASES, run
 
 from mdu_trainer.trainer.distributed import DistributedBackend
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FULL, LORA = list(CASES), ["mdu tau=0 + lora", "mdu tau=.5 + lora", "npo + lora"]
 TOLERANCE = 1e-4  # of the distance that the weights have moved: float32 sums in another order
 

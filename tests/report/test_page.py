@@ -23,8 +23,8 @@ from mdu_trainer.report.page import write_page
 from mdu_trainer.token_roles.labels import ROLES
 from mdu_trainer.token_roles.results import Change, RoleReport, RoleRun, RoleSettings
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = Path(__file__).parent / "demo_card"
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "tests" / "demo_card"
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync".split()
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=10000"]

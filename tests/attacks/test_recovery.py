@@ -23,7 +23,7 @@ from mdu_trainer.models import weights_fingerprint
 from mdu_trainer.report.recovery_plots import plot_recovery, strongest
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = AttackSettings(decoding=DiffusionGenerationConfig(max_new_tokens=48, steps=1))
 ROWS = 6
 MOMENTS = {  # 2 attacks and the plain question on 4 models

@@ -32,7 +32,7 @@ from mdu_trainer.report.model_card import (
     write_model_card,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "tests" / "demo_card"  # facts and figures of the demo's run at tau = 0
 GOLDEN = ROOT / "model_cards" / "mdu-demo.md"
 
@@ -53,7 +53,7 @@ def metadata(card):
 
 
 def test_card_of_the_demo_is_the_golden_one(facts, results):
-    """After a change that is meant: MDU_WRITE_CARD=1 pytest tests/test_model_card.py"""
+    """After a change that is meant: MDU_WRITE_CARD=1 pytest tests/report/test_model_card.py"""
     card = unlearned_model_card(
         facts,
         results,

@@ -19,7 +19,7 @@ from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.report.model_card import chosen_run
 from mdu_trainer.testing import fictional_authors, forget_retain_split
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GRID = [
     *("--loss_type", "npo", "mdu", "--learning_rate", "1e-3", "1e-2", "--max_steps", "2"),
     *("--tau", "0", "--select", "retain>=0*base"),

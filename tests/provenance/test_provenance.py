@@ -22,7 +22,7 @@ from mdu_trainer.provenance.facts import Facts, SetFacts, set_facts, whole_hashe
 from mdu_trainer.provenance.forget_hashes import FORGET_COLUMNS, ForgetHashes, normalise, row_texts, words
 from mdu_trainer.testing import forget_retain_split
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SENTENCE = "Ada Quill grew up beside the old harbour of Velm."
 HASHES = ForgetHashes.of([SENTENCE])
 

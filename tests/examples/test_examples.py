@@ -16,7 +16,7 @@ from safetensors import safe_open
 from mdu_trainer import load_model
 from mdu_trainer.evaluation.results import Results
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = [
     *("--max_steps", "2", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1"),
     *("--max_eval_rows", "2", "--likelihood_draws", "2", "--decoding_steps", "4", "--logging_steps", "1"),

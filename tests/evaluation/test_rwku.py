@@ -12,7 +12,7 @@ from mdu_trainer.evaluation.rwku import CONFIGS, evaluate_rwku, load_forget_rows
 from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.inference.likelihood import response_likelihood
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ANNA, OTTO = "Anna Zanzibar", "Otto Quux"
 
 

@@ -13,7 +13,7 @@ from mdu_trainer import MDUConfig, MDUTrainer, load_model, question_answer_rows
 from mdu_trainer.provenance.facts import Facts, set_facts
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
