@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLING := $(VENV)/.installing
 
-.PHONY: demo test quality
+.PHONY: demo test quality format
 
 demo: $(INSTALLED)
 	$(BIN)/python examples/tofu.py --output_dir outputs/demo --overwrite_output_dir
@@ -15,6 +15,11 @@ test: $(INSTALLED)
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 # An installation that was cut short leaves its mark behind, and the next one starts from nothing.
 $(INSTALLED): setup.py constraints.txt

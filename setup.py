@@ -9,7 +9,7 @@ EXTRAS = {
     "plot": ["matplotlib>=3.9"],
     "eval": ["lm-eval>=0.4.9"],
     "quantization": ["bitsandbytes>=0.46.1"],  # the oldest that transformers 5 takes
-    "quality": ["ruff>=0.14"],
+    "quality": ["pyright[nodejs]>=1.1.400", "ruff>=0.14"],
     "test": [
         "lm-eval>=0.4.9",
         "bitsandbytes>=0.46.1",
@@ -34,7 +34,7 @@ setup(
     license_files=["LICENSE"],
     packages=[*find_packages(include=["mdu_trainer", "mdu_trainer.*"]), "mdu_trainer.model_cards"],
     package_dir={"mdu_trainer.model_cards": "model_cards"},  # templates; a clone reads them where they lie
-    package_data={"mdu_trainer": ["py.typed"], "mdu_trainer.model_cards": ["*.jinja"]},
+    package_data={"mdu_trainer": ["py.typed", "*.pyi"], "mdu_trainer.model_cards": ["*.jinja"]},
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.10.1",
@@ -43,6 +43,7 @@ setup(
         "filelock>=3.12",
         "huggingface-hub>=1.0",
         "jinja2>=3.1",
+        "lazy-loader>=0.4",
         "nltk>=3.8",
         "peft>=0.18",
         "regex>=2024.4",
