@@ -23,6 +23,9 @@ EXTRAS = {
     ],
 }
 
+# shipped in the package; a clone reads them where they lie
+BESIDE = {"mdu_trainer.examples": "examples", "mdu_trainer.model_cards": "model_cards"}
+
 setup(
     name="mdu-trainer",
     version="0.1.0",
@@ -32,9 +35,14 @@ setup(
     author="the mdu_trainer authors",
     license_expression="MIT",
     license_files=["LICENSE"],
-    packages=[*find_packages(include=["mdu_trainer", "mdu_trainer.*"]), "mdu_trainer.model_cards"],
-    package_dir={"mdu_trainer.model_cards": "model_cards"},  # templates; a clone reads them where they lie
-    package_data={"mdu_trainer": ["py.typed", "*.pyi"], "mdu_trainer.model_cards": ["*.jinja"]},
+    packages=[*find_packages(include=["mdu_trainer", "mdu_trainer.*"]), *BESIDE],
+    package_dir=BESIDE,
+    py_modules=["mdu"],
+    package_data={
+        "mdu_trainer": ["py.typed", "*.pyi"],
+        "mdu_trainer.examples": ["configs/*.yaml", "accelerate_configs/*.yaml"],
+        "mdu_trainer.model_cards": ["*.jinja"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "accelerate>=1.10.1",
@@ -54,7 +62,10 @@ setup(
         "trl>=1.14,<2",  # 1.14 is the last for Python 3.10
     ],
     extras_require=EXTRAS,
-    entry_points={"lm_eval.models": ["mdlm = mdu_trainer.evaluation.harness:MaskedDiffusionLM"]},
+    entry_points={
+        "console_scripts": ["mdu = mdu:main"],
+        "lm_eval.models": ["mdlm = mdu_trainer.evaluation.harness:MaskedDiffusionLM"],
+    },
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

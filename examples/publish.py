@@ -8,10 +8,7 @@ Look first, send then:
 The token is the one that `hf auth login` stored, or HF_TOKEN.
 """
 
-import argparse
 import sys
-
-import common  # noqa: F401 - takes this folder, where evaluate.py hides a library, off the path
 
 from mdu_trainer.commands import ArgumentParser, run
 from mdu_trainer.commands.checks import check_repository, check_revision
@@ -19,7 +16,7 @@ from mdu_trainer.hub.push import push_unlearned_model
 
 
 def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("folder", help="a checkpoint of MDUTrainer")
     parser.add_argument("repo_id", help="ORG/NAME, created if it does not exist")
     parser.add_argument("--results", help="results.json with the model's figures; by default the one in the folder")
@@ -31,10 +28,12 @@ def main() -> None:
     parser.add_argument("--public", action="store_true", help="make the repository public, or write to a public one")
     parser.add_argument("--revision", help="branch to push to, created if it does not exist")
     parser.add_argument("--create_pr", action="store_true", help="open a pull request instead of committing")
-    parser.add_argument("--description", help="one line on what was to be forgotten; it is published")
+    parser.add_argument(
+        "--forget_description", dest="description", help="one line on what was to be forgotten; it is published"
+    )
     parser.add_argument("--dry_run", action="store_true", help="print files and card, and send nothing")
     parser.add_argument(
-        "--no-leak-scan",
+        "--no_leak_scan",
         dest="leak_scan",
         action="store_false",
         help="publish without the scan for rows to forget, also where its hashes are missing",

@@ -7,19 +7,16 @@ and cards, `roles.json`, `recovery.json` and their pictures. It quotes no row to
 given; the page is then as private as the rows are.
 """
 
-import argparse
 import sys
 from dataclasses import fields
 from pathlib import Path
-
-# isort: off
-from tofu import EMBEDDED, TofuArguments, load_rows  # takes this folder off the path
-# isort: on
 
 from datasets import Dataset
 
 from mdu_trainer import load_tokenizer
 from mdu_trainer.commands import ArgumentParser, run, task
+from mdu_trainer.commands.comparison import ComparisonArguments, load_rows
+from mdu_trainer.commands.row_sets import EMBEDDED
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.files import UserError
 from mdu_trainer.report.page import write_page
@@ -31,8 +28,8 @@ def load_private_rows(folder: Path) -> tuple[Dataset, Dataset]:
     if not (folder / RESULTS).is_file():
         raise UserError(f"--show_forget_text needs {folder / RESULTS}, which names the rows.")
     results = Results.load(folder / RESULTS)
-    chosen = {f.name: results.settings[f.name] for f in fields(TofuArguments) if f.name in results.settings}
-    args = TofuArguments(**chosen)
+    chosen = {f.name: results.settings[f.name] for f in fields(ComparisonArguments) if f.name in results.settings}
+    args = ComparisonArguments(**chosen)
     if not any("forget" in run.rows for run in results.runs) or (
         args.dataset_name is None and results.dataset != EMBEDDED
     ):
@@ -55,12 +52,10 @@ def main(folder: Path, output: Path | None, show_forget_text: bool) -> None:
 
 def command() -> None:
     """The script as it is called."""
-    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder of a comparison")
     parser.add_argument("--output", type=Path, help="file to write; FOLDER/report.html if unset")
-    parser.add_argument(
-        "--show_forget_text", "--show-forget-text", action="store_true", help="quote the rows to forget in the page"
-    )
+    parser.add_argument("--show_forget_text", action="store_true", help="quote the rows to forget in the page")
     main(**vars(parser.parse_args()))
 
 

@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import DataArguments, check_models, load, model_names
 from datasets import Dataset
 from torch import nn
-from trl import ModelConfig
 
 from mdu_trainer import resolve_backbone
 from mdu_trainer.commands import run
-from mdu_trainer.commands.checks import check_least, check_once, check_output_folder, check_source
+from mdu_trainer.commands.checks import check_least, check_output_folder, check_source
+from mdu_trainer.commands.loading import ModelsConfig, check_compared, load, model_names
 from mdu_trainer.commands.options import parse_options
+from mdu_trainer.commands.row_sets import SplitArguments
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.files import UserError
@@ -39,17 +39,14 @@ from mdu_trainer.token_roles.results import RoleReport, RoleSettings
 
 
 @dataclass
-class RolesArguments(DataArguments):
-    """Which models to compare, and on which rows."""
+class RolesArguments(SplitArguments):
+    """What the models are compared with, and on which rows."""
 
-    base: str = field(metadata={"help": "Model before unlearning."})
-    model: list[str] = field(metadata={"help": "Models after it: folders of models or adapters."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder; embedded authors if unset."})
-    forget_split: str = field(default="forget10", metadata={"help": "Config name of the rows to forget."})
+    base: str | None = field(default=None, metadata={"help": "The model before unlearning."})
     retain_split: str | None = field(
         default=None, metadata={"help": "Config name of rows to keep: more answers to tell template words by."}
     )
-    max_rows: int | None = field(default=None, metadata={"help": "Measure N evenly spaced rows to forget."})
+    max_eval_rows: int | None = field(default=None, metadata={"help": "Measure N evenly spaced rows to forget."})
     num_steps: int = field(default=16, metadata={"help": "Moments of each denoising path."})
     num_paths: int = field(default=4, metadata={"help": "Random orders of each true answer."})
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
@@ -70,27 +67,25 @@ def load_rows(args: RolesArguments) -> tuple[Dataset, Dataset | None]:
         cache = {"keep_dataset_cache": args.keep_dataset_cache}
         forget = load_split(args.dataset_name, args.forget_split, **cache)
         retain = load_split(args.dataset_name, args.retain_split, **cache) if args.retain_split else None
-    return spread(forget, args.max_rows), retain
+    return spread(forget, args.max_eval_rows), retain
 
 
-def check(args: RolesArguments, model_args: ModelConfig) -> RoleSettings:
+def check(args: RolesArguments, model_args: ModelsConfig) -> RoleSettings:
     """Refuse options that are wrong before anything is loaded."""
     if processes().num_processes > 1:
         raise UserError("This script runs in one process: start it with python, not with accelerate launch.")
     check_output_folder(args.output_dir)
-    check_once(args, "model")
-    check_least(args, max_rows=1, seed=0)
+    check_least(args, max_eval_rows=1, seed=0)
     if args.dataset_name is not None:
         check_source(args.dataset_name, "dataset_name")
-    for path in args.model:
-        check_models(model_args, base=args.base, model=path)
+    check_compared(model_args, args.base)
     report = Path(args.output_dir) / "roles.json"
     if report.exists():
         RoleReport.load(report)
     return RoleSettings(args.num_steps, args.num_paths, args.batch_size, args.seed, args.example_row)
 
 
-def main(args: RolesArguments, model_args: ModelConfig) -> None:
+def main(args: RolesArguments, model_args: ModelsConfig) -> None:
     settings = check(args, model_args)
     forget, retain = load_rows(args)
     check_rows(forget, retain)
@@ -98,10 +93,11 @@ def main(args: RolesArguments, model_args: ModelConfig) -> None:
         raise UserError(f"--example_row {args.example_row}: the rows to forget are 0 to {len(forget) - 1}.")
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    paths = model_args.model_name_or_path
     base, tokenizer = load(args.base, model_args, args.trust_remote_code)
 
     def models() -> Iterator[tuple[str, nn.Module]]:  # one in memory at a time, beside the base
-        for name, path in zip(model_names(args.model), args.model, strict=True):
+        for name, path in zip(model_names(paths), paths, strict=True):
             yield name, load(path, model_args, args.trust_remote_code)[0]
 
     tokens = None
@@ -127,7 +123,7 @@ def main(args: RolesArguments, model_args: ModelConfig) -> None:
 
 def command() -> None:
     """The script as it is called."""
-    main(*parse_options(RolesArguments, ModelConfig))
+    main(*parse_options(RolesArguments, ModelsConfig, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Make a model forget real people without a retain set, and score it on RWKU before and after.
 
     accelerate launch examples/rwku.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --use_peft \\
-        --dataset_name jinzhuoran/RWKU --intros intros/ --subjects "Stephen King" --num_train_epochs 3
+        --dataset_name jinzhuoran/RWKU --forget intros/ --subjects "Stephen King" --num_train_epochs 3
 
-`--intros` holds what is to be forgotten: questions and answers that the model itself wrote about the subjects, one
+`--forget` holds what is to be forgotten: questions and answers that the model itself wrote about the subjects, one
 JSONL file, or a folder with one a subject. Every option of MDUConfig and TRL's ModelConfig is an option here.
 """
 
@@ -11,23 +11,16 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import (
-    RESUME,
-    DataArguments,
-    check_models,
-    check_run,
-    load,
-    output_folder,
-    settings,
-    train_seconds,
-    unlearn,
-)
 from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_once, check_source
-from mdu_trainer.commands.options import parse_options
+from mdu_trainer.commands.folders import RESUME, RunArguments, check_run, output_folder
+from mdu_trainer.commands.loading import check_model, load
+from mdu_trainer.commands.options import parse_options, settings
+from mdu_trainer.commands.row_sets import DataArguments
+from mdu_trainer.commands.training import train_seconds, unlearn
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
@@ -35,19 +28,17 @@ from mdu_trainer.files import UserError
 
 
 @dataclass
-class RwkuArguments(DataArguments):
+class RwkuArguments(RunArguments, DataArguments):
     """Whom to forget, and what to measure."""
 
     dataset_name: str = field(default="jinzhuoran/RWKU", metadata={"help": "Hub name, or a folder with a copy."})
-    intros: str | None = field(default=None, metadata={"help": "JSONL of question and answer, or a folder of them."})
-    subjects: list[str] | None = field(default=None, metadata={"help": "Whom to forget; all in --intros if unset."})
+    forget: str | None = field(default=None, metadata={"help": "JSONL of question and answer, or a folder of them."})
+    subjects: list[str] | None = field(default=None, metadata={"help": "Whom to forget; all in --forget if unset."})
     configs: list[str] | None = field(default=None, metadata={"help": "RWKU's configs to score; all if unset."})
     max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each config."})
-    eval_rows_a_batch: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     likelihood_draws: int = field(default=32, metadata={"help": "Passes a choice for its likelihood."})
-    resume: bool = field(default=False, metadata={"help": "Finish what was begun in output_dir."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
 
 
 @dataclass
@@ -61,31 +52,31 @@ class RwkuConfig(MDUConfig):
 
 def check(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> None:
     """Refuse options that are wrong before anything is loaded."""
-    if model_args.model_name_or_path is None or args.intros is None:
-        raise UserError("Pass --model_name_or_path, and --intros with what it is to forget.")
+    check_model(model_args)
+    if args.forget is None:
+        raise UserError("Pass --forget with what the model is to forget.")
     if config.retain_weight:
         raise UserError("RWKU has no retain set: leave --retain_weight at 0, or use examples/tofu.py.")
     check_run(args, config.output_dir or "")
     check_once(args, "subjects", "configs")
-    check_least(args, max_eval_rows=1, eval_rows_a_batch=1, decoding_steps=1, likelihood_draws=1)
+    check_least(args, max_eval_rows=1, batch_size=1, decoding_steps=1, likelihood_draws=1)
     check_source(args.dataset_name, "dataset_name")
-    check_models(model_args, model_name_or_path=model_args.model_name_or_path)
 
 
 def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> None:
     check(args, config, model_args)
     chosen, name = settings(args, config, model_args), model_args.model_name_or_path
-    forget = load_forget_rows(args.intros, args.subjects)
+    forget = load_forget_rows(args.forget, args.subjects)
     cache = {"keep_dataset_cache": args.keep_dataset_cache}
     sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows, **cache)
     folder, state, tau = Path(config.output_dir), processes(), config.tau if config.loss_type == "mdu" else None
     config.output_dir = str(folder / (config.loss_type if tau is None else f"mdu-tau{tau:.12g}"))
     models = [folder / "base", Path(config.output_dir)]
-    with output_folder(folder, models, [name, args.dataset_name, args.intros], args, chosen):
+    with output_folder(folder, models, [name, args.dataset_name, args.forget], args, chosen):
         base = load(name, model_args, config.trust_remote_code)
 
     def score(model, tokenizer, method: str, part: str):
-        decoding = DiffusionGenerationConfig(steps=args.decoding_steps, batch_size=args.eval_rows_a_batch)
+        decoding = DiffusionGenerationConfig(steps=args.decoding_steps, batch_size=args.batch_size)
         return evaluate_rwku(
             model,
             tokenizer,
@@ -111,7 +102,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
 
 def command() -> None:
     """The script as it is called."""
-    main(*parse_options(RwkuArguments, RwkuConfig, ModelConfig))
+    main(*parse_options(RwkuArguments, RwkuConfig, ModelConfig, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -19,32 +19,22 @@ import sys
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-# isort: off
-from tofu import check_finetuning, finetune  # before `common`, which takes this folder off the path
-from common import (
-    RESUME,
-    DataArguments,
-    check_models,
-    check_run,
-    load,
-    output_folder,
-    settings,
-    train_seconds,
-    unlearn,
-)
-# isort: on
-
 from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig
 
-from mdu_trainer import DiffusionGenerationConfig, MDUConfig
+from mdu_trainer import MDUConfig
 from mdu_trainer.commands import run
-from mdu_trainer.commands.checks import check_least, check_once, check_source
-from mdu_trainer.commands.options import parse_options
+from mdu_trainer.commands.checks import check_once, check_source
+from mdu_trainer.commands.finetuning import FinetuningArguments, check_finetuning, finetune
+from mdu_trainer.commands.folders import RESUME, RunArguments, check_run, output_folder
+from mdu_trainer.commands.loading import check_models, load
+from mdu_trainer.commands.options import parse_options, settings
+from mdu_trainer.commands.row_sets import EMBEDDED, DataArguments
+from mdu_trainer.commands.scoring import Scorer, ScoringArguments, check_scoring
+from mdu_trainer.commands.training import train_seconds, unlearn
 from mdu_trainer.evaluation.results import Results, Run
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
-from mdu_trainer.evaluation.tofu import evaluate_tofu, longest_answer
 from mdu_trainer.files import UserError
 from mdu_trainer.testing import fictional_authors
 
@@ -52,7 +42,7 @@ CONFIG = Path(__file__).parent / "configs" / "sequential.yaml"
 
 
 @dataclass
-class SequentialArguments(DataArguments):
+class SequentialArguments(RunArguments, ScoringArguments, FinetuningArguments, DataArguments):
     """The requests, in order, and the rows that nobody asked to forget.
 
     Without `dataset_name` the requests are the last of the embedded fictional authors, `num_requests` of them; without
@@ -65,16 +55,7 @@ class SequentialArguments(DataArguments):
     num_requests: int = field(default=3, metadata={"help": "Embedded authors who ask to be forgotten, one each."})
     repeat_earlier: bool = field(default=False, metadata={"help": "Forget the rows of earlier requests again."})
     max_eval_rows: int | None = field(default=None, metadata={"help": "Score N evenly spaced rows of each set."})
-    finetune_epochs: float = field(default=0, metadata={"help": "Fine-tune on all rows first, for N epochs."})
-    finetune_learning_rate: float = field(default=1e-5, metadata={"help": "Peak learning rate of the fine-tuning."})
-    finetune_batch_size: int = field(default=16, metadata={"help": "Rows a fine-tuning step on each device."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of a model from scratch."})
-    num_layers: int = field(default=3, metadata={"help": "Layers of a model from scratch."})
-    vocab_size: int = field(default=512, metadata={"help": "Byte-level BPE tokens of a model from scratch."})
-    decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     likelihood_draws: int = field(default=8, metadata={"help": "Passes a row for the probability."})
-    resume: bool = field(default=False, metadata={"help": "Finish what was begun in output_dir."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace what is in output_dir."})
 
 
 @dataclass
@@ -119,42 +100,23 @@ def request_rows(requests: list[Dataset], kept: Dataset, number: int, repeat_ear
     return concatenate_datasets(forget), concatenate_datasets([*requests[number + 1 :], kept])
 
 
-class Scorer:
-    """Scores a model on the requests so far and on the rows to keep, each set under its name."""
-
-    def __init__(self, sets: dict[str, Dataset], args: SequentialArguments, folder: Path):
-        self.sets, self.args, self.folder = sets, args, folder
-
-    def __call__(self, model, tokenizer, names: list[str], label: str) -> Run:
-        """One run with the figures of each request named, and of the rows to keep."""
-        scores, rows, seconds = {}, {}, 0.0
-        for name in names:
-            sets = {"forget": self.sets[name]} | ({"retain": self.sets["retain"]} if name == names[-1] else {})
-            run = self._score(model, tokenizer, sets, f"{label.replace(' ', '-')}-{name}")
-            for part in sets:
-                known_as = name if part == "forget" else part
-                scores[known_as], rows[known_as] = run.scores[part], run.rows[part]
-            seconds += run.eval_seconds
-        return Run(label, None, scores, rows, eval_seconds=seconds)
-
-    def _score(self, model, tokenizer, sets: dict[str, Dataset], file_name: str) -> Run:
-        length = longest_answer(self.sets, tokenizer)
-        return evaluate_tofu(
-            model,
-            tokenizer,
-            sets,
-            DiffusionGenerationConfig(max_new_tokens=length, steps=self.args.decoding_steps),
-            metrics=("rougeL", "probability"),
-            num_draws=self.args.likelihood_draws,
-            progress_path=self.folder / f"{file_name}-rows.jsonl",
-            show_progress=True,
-        ).run
+def score_requests(score: Scorer, model, tokenizer, names: list[str], label: str, folder: Path) -> Run:
+    """One run with the scores of each request named, and of the rows to keep."""
+    scores, rows, seconds = {}, {}, 0.0
+    for name in names:
+        sets = {"forget": score.sets[name]} | ({"retain": score.sets["retain"]} if name == names[-1] else {})
+        run = score(model, tokenizer, label, folder / f"{label.replace(' ', '-')}-{name}-rows.jsonl", sets).run
+        for part in sets:
+            known_as = name if part == "forget" else part
+            scores[known_as], rows[known_as] = run.scores[part], run.rows[part]
+        seconds += run.eval_seconds
+    return Run(label, None, scores, rows, eval_seconds=seconds)
 
 
 def check(args: SequentialArguments, folder: Path, model_args: ModelConfig) -> None:
     """Refuse options that are wrong before anything is loaded."""
     check_run(args, folder)
-    check_least(args, max_eval_rows=1, decoding_steps=1, likelihood_draws=1)
+    check_scoring(args)
     check_finetuning(args, model_args)
     if args.dataset_name is not None:
         check_source(args.dataset_name, "dataset_name")
@@ -177,19 +139,17 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
         if args.finetune_epochs or path is None:
             path = finetune(folder / "base", args, config, model_args, concatenate_datasets([*requests, kept]), kept)
         loaded = load(path, model_args, config.trust_remote_code)
-    results = Results(
-        model_args.model_name_or_path or "from scratch", args.dataset_name or "fictional authors (embedded)", chosen
-    )
+    results = Results(model_args.model_name_or_path or "from scratch", args.dataset_name or EMBEDDED, chosen)
     sets = dict(zip([*names, "retain"], [spread(rows, args.max_eval_rows) for rows in (*requests, kept)], strict=True))
-    score = Scorer(sets, args, folder)
-    results.runs.append(score(*loaded, names, "base"))
+    score = Scorer(sets, args)
+    results.runs.append(score_requests(score, *loaded, names, "base", folder))
     del loaded
     for number, name in enumerate(names):
         gc.collect()  # the model before, with its optimiser
         forget, retain = request_rows(requests, kept, number, args.repeat_earlier)
         request = config.of_request(folder / name)
         model, tokenizer = unlearn(request, path, model_args, forget, retain if config.retain_weight else None)
-        scored = score(model, tokenizer, names[: number + 1], f"after {name}")
+        scored = score_requests(score, model, tokenizer, names[: number + 1], f"after {name}", folder)
         results.runs.append(replace(scored, train_seconds=train_seconds(folder / name)))
         path = request.output_dir
         del model
@@ -201,7 +161,7 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
 
 def command() -> None:
     """The script as it is called."""
-    main(*parse_options(SequentialArguments, SequentialConfig, ModelConfig, default=CONFIG))
+    main(*parse_options(SequentialArguments, SequentialConfig, ModelConfig, default=CONFIG, description=__doc__))
 
 
 if __name__ == "__main__":

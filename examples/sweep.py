@@ -24,15 +24,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
-# isort: off
-from tofu import CONFIGS, RESUME, TofuArguments, TofuConfig, compare, present  # takes this folder off the path
-# isort: on
-
 from trl import ModelConfig
 
 from mdu_trainer import MDUConfig
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_once
+from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig, compare, present
+from mdu_trainer.commands.folders import RESUME
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.evaluation.frontier import FIGURES, frontier_table, parse_conditions, place_of, select
 from mdu_trainer.evaluation.results import SHORT
@@ -41,11 +39,12 @@ from mdu_trainer.evaluation.tofu import SETS
 from mdu_trainer.files import UserError
 from mdu_trainer.report.plots import plot_frontier
 
+CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
 FIGURES_OF = {"rougeL": ("rougeL_recall", "rougeL_f1"), "choice_probability": ("probability",)}  # others: their name
 
 
 @dataclass
-class SweepArguments(TofuArguments):
+class SweepArguments(ComparisonArguments):
     """What to forget, how to measure it, and which run to keep."""
 
     select: str = field(
@@ -54,7 +53,7 @@ class SweepArguments(TofuArguments):
 
 
 @dataclass
-class SweepConfig(TofuConfig):
+class SweepConfig(ComparisonConfig):
     """MDUConfig with lists: one run for each combination of their values."""
 
     learning_rate: list[float] = field(default_factory=lambda: [1e-5], metadata={"help": "Initial learning rates."})
@@ -77,9 +76,8 @@ class SweepConfig(TofuConfig):
         if self.max_steps[0] > 0 and len(self.num_train_epochs) > 1:
             raise UserError("Sweep over --max_steps or over --num_train_epochs: with steps, epochs do not count.")
         values = {f.name: getattr(self, f.name) for f in fields(MDUConfig) if f.init}
-        methods = [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
         runs = []
-        for (loss_type, tau), *point in product(methods, *(getattr(self, name) for name in self.axes)):
+        for (loss_type, tau), *point in product(self.methods, *(getattr(self, name) for name in self.axes)):
             chosen = dict(zip(self.axes, point, strict=True))
             folder = self.folder / _name({"tau": tau} | chosen if loss_type == "mdu" else chosen, loss_type)
             chosen |= {"loss_type": loss_type, "tau": tau, "output_dir": str(folder)}
@@ -148,7 +146,7 @@ def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> 
 
 def command() -> None:
     """The script as it is called."""
-    main(*parse_options(SweepArguments, SweepConfig, ModelConfig, default=CONFIGS / "sweep.yaml"))
+    main(*parse_options(SweepArguments, SweepConfig, ModelConfig, default=CONFIG, description=__doc__))
 
 
 if __name__ == "__main__":

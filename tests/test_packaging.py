@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     for file in ROOT.iterdir():
         if file.suffix in {".py", ".toml", ".md"} or file.name == "LICENSE":
             shutil.copy(file, source)
-    for folder in ("mdu_trainer", "model_cards"):
+    for folder in ("mdu_trainer", "model_cards", "examples"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [
         sys.executable,
@@ -65,7 +66,25 @@ def test_wheel_holds_every_module_the_type_marker_and_the_templates(wheel):
     files = {name for name in wheel.namelist() if name.startswith("mdu_trainer/")}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mdu_trainer").rglob("*.py")}
     templates = {f"mdu_trainer/model_cards/{name}.jinja" for name in ("unlearned_model.md", "report.html")}
-    assert files == modules | templates | {"mdu_trainer/py.typed"}
+    scripts = {f"mdu_trainer/examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
+    configs = {f"mdu_trainer/{path.relative_to(ROOT)}" for path in (ROOT / "examples").glob("*/*.yaml")}
+    assert files == modules | templates | scripts | configs | {"mdu_trainer/py.typed", "mdu_trainer/__init__.pyi"}
+    assert "mdu.py" in wheel.namelist()
+
+
+def test_command_of_a_wheel(wheel, tmp_path):
+    """Without a clone: the console script, and the examples with the files they read."""
+    info = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")).removesuffix("METADATA")
+    assert "mdu = mdu:main" in wheel.read(info + "entry_points.txt").decode()
+    wheel.extractall(tmp_path)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    for arguments, words in (
+        (["compare", "--help"], "usage: mdu compare"),
+        (["sweep", "--select", "retain>0.9"], "mdu sweep: error: --select: 'retain>0.9' is no condition"),
+    ):
+        command = [sys.executable, "-m", "mdu", *arguments]
+        run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        assert words in run.stdout + run.stderr and "Traceback" not in run.stderr
 
 
 def test_wheel_metadata(wheel):

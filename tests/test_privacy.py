@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from mdu_trainer.attacks.leak_check import load_rows
 from mdu_trainer.data.rows import question_answer_rows, tokenize_rows
 from mdu_trainer.evaluation.harness import MaskedDiffusionLM
+from mdu_trainer.evaluation.own_rows import load_questions
 from mdu_trainer.evaluation.scoring import encode_questions
 from mdu_trainer.evaluation.sources import check_columns, load_split, read_file
 from mdu_trainer.evaluation.tofu import longest_answer
@@ -34,7 +34,8 @@ from mdu_trainer.evaluation.rwku import load_forget_rows, load_rwku
 from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import evaluate_tofu, load_tofu
 from mdu_trainer.inference.config import DiffusionGenerationConfig
-from mdu_trainer.attacks.leak_check import load_rows, measure_leak
+from mdu_trainer.attacks.leak_check import measure_leak
+from mdu_trainer.evaluation.own_rows import load_questions
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 data, out = map(Path, sys.argv[1:])
@@ -43,10 +44,10 @@ tokenizer = train_tokenizer(dataset_texts(authors), 400)
 model = tiny_mdlm(tokenizer, 32, 1, 2)
 model.save_pretrained(out / "model")
 sets = load_tofu(data / "carded", "forget10", "retain90")
-assert load_rows(f"{{data / 'carded'}}:table")["answer"][0] == {PLANTED!r}, "Parquet, by the card"
+assert load_questions(f"{{data / 'carded'}}:table")["answer"][0] == {PLANTED!r}, "Parquet, by the card"
 assert load_rwku(data / "plain", ["forget_level2"])["forget_level2"]["answer"][0] == {PLANTED!r}
 assert load_forget_rows(data / "plain" / "rows.jsonl")["answer"][0] == {PLANTED!r}
-rows = load_rows(str(data / "plain" / "rows.jsonl"))
+rows = load_questions(str(data / "plain" / "rows.jsonl"))
 forget = load_split(data / "carded", "forget10")
 assert (forget.info.dataset_name, forget.info.config_name, str(forget.split)) == ("carded", "forget10", "train")
 forget = forget.map(lambda row: row).filter(lambda row: True).rename_column("answer", "a").rename_column("a", "answer")
@@ -61,7 +62,7 @@ trainer.save_model()
 decoding = DiffusionGenerationConfig(max_new_tokens=4)
 evaluate_tofu(trainer.model, tokenizer, sets, decoding, num_draws=1, progress_path=out / "rows.jsonl")
 measure_leak(trainer.model, tokenizer, rows)
-print(type(load_rows(str(data / "plain" / "broken.jsonl"))))
+print(type(load_questions(str(data / "plain" / "broken.jsonl"))))
 """
 
 
@@ -191,7 +192,7 @@ def test_no_error_quotes_a_row(failing, quoting, tokenizer, model, backbone, tmp
         r"rows.json, line 1, is not JSON": lambda: read_jsonl(files["json"]),
         r"Row 1 of .*rows.jsonl: a is a number, and a text in rows before": lambda: read_file(files["jsonl"]),
         r"rows.parquet cannot be read as a parquet file": lambda: read_file(files["parquet"]),
-        r"rows.csv": lambda: load_rows(str(files["csv"])),
+        r"rows.csv": lambda: load_questions(str(files["csv"])),
         r"The rows of .*nested.json do not make a table": lambda: read_file(nested),
         r"Row 0 of .*half.json: a holds half a character": lambda: read_file(half),
     }

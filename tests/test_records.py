@@ -2,13 +2,13 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
 from mdu_trainer.attacks import run as attacks
 from mdu_trainer.attacks.results import Recovery
+from mdu_trainer.commands.training import log_history
 from mdu_trainer.evaluation import runner
 from mdu_trainer.evaluation.frontier import select
 from mdu_trainer.evaluation.progress import ProgressFile
@@ -66,12 +66,6 @@ def resume(path: Path, header: dict, read) -> None:
 
 
 def read_log(path: Path, authors=None) -> list:
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        from common import log_history
-    finally:
-        if str(ROOT / "examples") in sys.path:
-            sys.path.remove(str(ROOT / "examples"))
     return log_history(path.parent)
 
 

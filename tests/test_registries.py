@@ -169,12 +169,9 @@ def test_benchmark(model, tokenizer, facts, tmp_path, monkeypatch, capsys):
     add_benchmark()
     for one in (model, tokenizer):
         one.save_pretrained(tmp_path / "mdu")
-    script, output = ROOT / "examples" / "evaluate.py", tmp_path / "scored"
+    script, output = ROOT / "examples" / "score.py", tmp_path / "scored"
     options = {"model_name_or_path": tmp_path / "mdu", "benchmark": "riddles", "output_dir": output}
     monkeypatch.setattr(sys, "argv", [str(script), *(f"--{name}={value}" for name, value in options.items())])
-    monkeypatch.syspath_prepend(str(script.parent))
-    import common  # noqa: F401  takes the folder off the path
-
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(script), run_name="__main__")
     assert end.value.code == 0 and "riddles" in capsys.readouterr().out

@@ -4,7 +4,6 @@ It makes the attacks that train nothing and cost some decoding. `python -m mdu_t
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -14,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..evaluation.metrics import bootstrap_interval
+from ..evaluation.own_rows import QUESTIONS
 from ..evaluation.results import Estimate
-from ..evaluation.sources import SUFFIXES, check_columns, config_names, load_split, read_file
+from ..evaluation.sources import check_columns
 from ..evaluation.tofu import longest_answer
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
@@ -26,7 +26,6 @@ logger = logging.get_logger(__name__)
 
 PLAIN = "plain"
 CHECKS = ("paraphrase", "prefix", "leak-at-k")  # of ATTACKS: those that train nothing and cost some decoding
-COLUMNS = ("question", "answer")
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def measure_leak(
     Raises:
         ValueError: for rows that cannot be asked, or none that can be scored.
     """
-    check_columns(rows, "forget", dict.fromkeys(COLUMNS, str))
+    check_columns(rows, "forget", dict.fromkeys(QUESTIONS, str))
     without = not_measured(rows)
     measured = sorted(set(range(len(rows))) - set(without))
     rows = rows.select(measured)
@@ -140,41 +139,6 @@ def not_measured(rows: Dataset) -> list[int]:
             f"None of the {len(rows)} rows can be scored: their answers hold no word, number or emoji to compare."
         )
     return without
-
-
-def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = False) -> Dataset:
-    """Rows in memory: of a JSON, CSV or Parquet file, or of a folder or the Hub as NAME or NAME:CONFIG.
-
-    Args:
-        source: the file or the data set.
-        name: what messages call the rows.
-        keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_split`.
-
-    Raises:
-        OSError: there is no such file or data set.
-        ValueError: no rows, missing columns, values that are no text. No message quotes a row.
-    """
-    path = Path(source)
-    if path.suffix in SUFFIXES or path.is_file():
-        rows = read_file(path, COLUMNS)
-    else:
-        named = ":" in source and not path.exists()
-        folder, _, config = source.rpartition(":") if named else (source, "", "")
-        if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
-            raise FileNotFoundError(f"There is no {'folder' if named else 'file or folder'} {folder}.")
-        config = config or _only_config(folder)
-        rows = load_split(folder, config, keep_dataset_cache=keep_dataset_cache)
-    check_columns(rows, name, dict.fromkeys(COLUMNS, str))
-    other = "paraphrased_question"
-    worded = other in rows.column_names and all(isinstance(text, str) for text in rows[other])
-    return rows.select_columns([*COLUMNS, other] if worded else list(COLUMNS))
-
-
-def _only_config(source: str) -> str:
-    names = config_names(source)
-    if len(names) != 1:
-        raise UserError(f"{source} has the configs {', '.join(names) or 'none'}: choose one, as {source}:CONFIG.")
-    return names[0]
 
 
 def _mean(scores: list[float]) -> Estimate:

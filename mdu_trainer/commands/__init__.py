@@ -6,10 +6,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ..files import UserError
+from .help import HelpFormatter, description_of, program
 
 TRACEBACK = "--traceback"
 STATUS = 2  # as argparse ends for wrong options
@@ -25,7 +25,25 @@ LIBRARIES = (
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser that answers a wrong option in one line, as `run` answers other mistakes."""
+    """An argument parser that answers a wrong option in one line, as `run` answers other mistakes.
+
+    Options are written with underscores, as transformers has them, and taken with dashes, too.
+
+    Args:
+        description: what `--help` says; it is shown as it is.
+    """
+
+    def __init__(self, description: str | None = None):
+        super().__init__(
+            prog=program(),
+            description=description_of(description),
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse_known_args(self, args=None, namespace=None):  # noqa: D102  as argparse has it
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscored(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
@@ -133,17 +151,15 @@ def _library(error: BaseException) -> str | None:
     return next((name for name in raised_by if name in LIBRARIES), None)
 
 
-def _say(words: str, program: str | None = None, *, all_processes: bool = False) -> None:
+def _say(words: str, name: str | None = None, *, all_processes: bool = False) -> None:
     """One line on stderr, of the main process alone or of each."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or all_processes:
         number = f" (process {rank})" if rank else ""
-        print(f"{program or _program()}{number}: {words}", file=sys.stderr, flush=True)
+        print(f"{name or program()}{number}: {words}", file=sys.stderr, flush=True)
 
 
-def _program() -> str:
-    """What the user has called: a script's name, or `python -m` and the module."""
-    spec: Any = getattr(sys.modules["__main__"], "__spec__", None)
-    if spec is None:
-        return Path(sys.argv[0]).name
-    return f"python -m {spec.name.removesuffix('.__main__')}"
+def _underscored(word: str) -> str:
+    """`--max-leak=0.1` as `--max_leak=0.1`."""
+    name, sign, value = word.partition("=")
+    return f"--{name[2:].replace('-', '_')}{sign}{value}" if name.startswith("--") else word

@@ -1,15 +1,45 @@
-"""The output folder of a run, which replaces what an earlier one left only once it has started."""
+"""The output folder of a run: resumed, refused, or replaced once the new run has started."""
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ..files import UserError
-from .checks import check_not_written
+import yaml
+
+from ..evaluation.runner import processes
+from ..files import UserError, typed
+from ..hub.files import CONFIGS, TEMPLATES, TOKENIZER
+from ..models import base_of
+from ..provenance.facts import FACTS_FILE
+from ..provenance.forget_hashes import HASHES_FILE
+from ..report.records import RECOVERY
+from ..trainer.anchor_cache import FOLDER as ANCHORS
+from ..trainer.run_record import RUN_FILE
+from . import AGAIN, task
+from .checks import check_not_written, check_output_folder
 
 ASIDE = ".replaced"  # in the output folder: what was there before, until the new run has started
 MOVED = ".complete"  # in there, once all of it is
+CONFIG = "config.yaml"
+WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", CONFIG)  # beside the models
+TRAINED = "trainer_state.json"  # of a trained model, written last: a folder that has it holds a whole model
+MODEL_PATTERNS = ("checkpoint-*", "model*.safetensors*", "adapter_*", f"{ANCHORS}*", "*-rows.jsonl")
+MODEL_FILES = (*CONFIGS, *TOKENIZER, TEMPLATES, TRAINED, "README.md", "training_args.bin")
+RECORDS = (FACTS_FILE, HASHES_FILE, RUN_FILE, RECOVERY)
+RESUME = f"{AGAIN} with --resume"
+
+
+@dataclass
+class RunArguments:
+    """What is to happen to a run that was begun already."""
+
+    resume: bool = field(default=False, kw_only=True, metadata={"help": "Finish what was begun in output_dir."})
+    overwrite_output_dir: bool = field(
+        default=False, kw_only=True, metadata={"help": "Replace what is in output_dir."}
+    )
 
 
 @contextmanager
@@ -49,6 +79,83 @@ def starting(
                 folder.rmdir()
         raise
     _delete([aside])
+
+
+@contextmanager
+def output_folder(
+    folder: Path,
+    models: Sequence[Path],
+    inputs: Sequence[str | None],
+    args: RunArguments,
+    chosen: dict[str, Any],
+    unchanging: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> Iterator[None]:
+    """Make the output folder ready: empty, or with what the same command began. The body is the run's start.
+
+    Every process of a launch must call this.
+
+    Args:
+        folder: the output folder; it gets a `config.yaml` with what was chosen.
+        models: what the run writes into it, beside `WRITTEN`.
+        inputs: models and data that it reads.
+        args: whether to resume or to overwrite.
+        chosen: what must be the same for a run to be resumed, as far as `unchanging` leaves it.
+        unchanging: what must be the same, of what was chosen.
+
+    Raises:
+        UserError: the folder is not empty, is of another command, or something would be deleted that is read.
+    """
+    state, written, now = processes(), folder / CONFIG, yaml.safe_load(yaml.safe_dump(chosen))
+    if not state.is_main_process:
+        state.wait_for_everyone()
+        yield
+        return
+    resumes = args.resume and written.is_file()
+    if resumes and unchanging(_read_config(written)) != unchanging(now):
+        raise UserError(f"{written} is not of this command, so there is nothing to resume: give the same options.")
+    paths = [*models, *(folder / name for name in WRITTEN)]
+    with starting(folder, paths, _with_bases(inputs), resume=resumes, overwrite=args.overwrite_output_dir):
+        written.write_text(yaml.safe_dump(chosen), encoding="utf-8")
+        state.wait_for_everyone()
+        yield
+
+
+@contextmanager
+def model_folder(
+    folder: Path, inputs: Sequence[str | None], args: RunArguments, chosen: dict[str, Any]
+) -> Iterator[None]:
+    """Make ready the output folder of a run that saves its model in there, not in a folder of its own.
+
+    Arguments and errors are those of `output_folder`. Nothing that is read may lie in the folder.
+    """
+    check_not_written(_with_bases(inputs), [folder])
+    files = [folder / name for name in (*MODEL_FILES, *RECORDS)]
+    with output_folder(
+        folder, [*files, *(p for pattern in MODEL_PATTERNS for p in folder.glob(pattern))], inputs, args, chosen
+    ):
+        yield
+
+
+def check_run(args: RunArguments, folder: str | Path) -> None:
+    """Refuse an output folder that is none, and two contrary options."""
+    check_output_folder(folder)
+    if args.resume and args.overwrite_output_dir:
+        raise UserError("--resume goes on with what is in --output_dir, --overwrite_output_dir replaces it: pass one.")
+
+
+def _with_bases(inputs: Sequence[str | None]) -> list[str]:
+    """What is read, and of adapters the bases, too."""
+    given = [path for path in inputs if path is not None]
+    with task("reading the adapter's config"):
+        return [*given, *map(base_of, given)]
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """What an earlier run wrote of its options."""
+    try:
+        return typed(dict[str, Any], yaml.safe_load(path.read_bytes()) or {})
+    except (yaml.YAMLError, ValueError):
+        raise UserError(f"{path} cannot be read, so there is nothing to resume. Delete it to start anew.") from None
 
 
 def _check(folder: Path, aside: Path, overwrite: bool) -> None:

@@ -1,6 +1,6 @@
 """`python -m mdu_trainer.leak_check`: does a model still give away rows that it should have forgotten?
 
-    python -m mdu_trainer.leak_check --model MODEL --forget rows.jsonl --max-leak 0.1
+    python -m mdu_trainer.leak_check --model MODEL --forget rows.jsonl --max_leak 0.1
     python -m mdu_trainer.leak_check --model MODEL --forget rows.jsonl --audit
 
 The first is for a schedule, or in front of a deployment; the second, before unlearning, says which rows a model holds.
@@ -11,19 +11,19 @@ The leak of a row is the score of the worst of these checks: the recall, 0 to 1,
 wording which any model would use does not count. That wording is found where many answers share it, so pass rows to
 keep that are worded alike (`--retain`) unless there are many rows to forget: they are read for their wording only.
 The leak of a model is the mean over rows. The gate compares the upper end of its 95 % bootstrap interval with
-`--max-leak`: a model does not pass because there were few rows. (A single row has no interval; its leak is compared.
+`--max_leak`: a model does not pass because there were few rows. (A single row has no interval; its leak is compared.
 Where no row leaks, the interval has no width: then it speaks of these rows only.)
 
 On stdout comes one line of JSON, figures only; all else goes to stderr. Gate: `leak`, `low`, `high` (null for a single
 row), `max_leak`, `passed`, `rows` (measured), `not_measured` (rows), `checks` (mean score of each), `left_out` (checks
 that suit no row, as `prefix` where answers are as short as what it reveals) and `seed`. Audit: the same without
 `max_leak` and `passed`, and `audit`, a list of `row` (its number, from 0), `leak` and `checks`, the row that is held
-most strongly first. `--show-forget-text` adds `question` and `answer` to that list, and the list to a gate.
+most strongly first. `--show_forget_text` adds `question` and `answer` to that list, and the list to a gate.
 
 Answers may be in any script, numbers, code or emoji. A row whose answer holds none of these (punctuation alone, say)
 cannot be measured: it is not known to be forgotten, so it has no `leak`, and the model does not pass.
 
-Exit status: 1 if the leak is above `--max-leak`; else 2 if any row was not measured, or nothing was; else 0.
+Exit status: 1 if the leak is above `--max_leak`; else 2 if any row was not measured, or nothing was; else 0.
 """
 
 import argparse
@@ -37,8 +37,9 @@ from typing import Any
 from datasets import Dataset
 from transformers.utils import logging
 
-from mdu_trainer.attacks.leak_check import COLUMNS, Leak, load_rows, measure_leak, not_measured
+from mdu_trainer.attacks.leak_check import Leak, measure_leak, not_measured
 from mdu_trainer.commands import ArgumentParser, run
+from mdu_trainer.evaluation.own_rows import QUESTIONS, load_questions
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.files import write_whole
 from mdu_trainer.models import base_of, load_checkpoint
@@ -54,16 +55,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.max_leak is not None and not 0 <= options.max_leak <= 1:
-        parser.error(f"--max-leak must be from 0 to 1, got {options.max_leak:g}")
+        parser.error(f"--max_leak must be from 0 to 1, got {options.max_leak:g}")
     try:
         with redirect_stdout(sys.stderr):  # whatever libraries print
             if options.output is not None:
                 _check_output(options.output)
-            rows = load_rows(options.forget)
+            rows = load_questions(options.forget)
             not_measured(rows)
-            retain = None if options.retain is None else load_rows(options.retain, "retain")
-            load_config(base_of(options.model), revision=options.revision)
-            model, tokenizer = load_checkpoint(options.model, dtype=options.dtype, revision=options.revision)
+            retain = None if options.retain is None else load_questions(options.retain, "retain")
+            path, revision = options.model_name_or_path, options.model_revision
+            load_config(base_of(path), revision=revision)
+            model, tokenizer = load_checkpoint(path, dtype=options.dtype, revision=revision)
             model.to(processes().device)
             leak = measure_leak(model, tokenizer, rows, retain=retain, seed=options.seed, show_progress=True)
         line = json.dumps(_answer(leak, rows, options))
@@ -94,7 +96,7 @@ def _answer(leak: Leak, rows: Dataset, options: argparse.Namespace) -> dict[str,
         answer["audit"] = leak.ranking()
     if options.show_forget_text:
         for one in answer["audit"]:
-            one |= {column: rows[one["row"]][column] for column in COLUMNS}
+            one |= {column: rows[one["row"]][column] for column in QUESTIONS}
     return answer
 
 
@@ -106,24 +108,22 @@ def _check_output(path: str) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(
-        prog="python -m mdu_trainer.leak_check",
-        description=__doc__.partition("\n")[2],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--model", required=True, help="a Hub id, or a folder with a model or an adapter")
+    parser = ArgumentParser(__doc__.partition("\n")[2])
     parser.add_argument(
-        "--forget", required=True, help="rows with question and answer: a .json or .jsonl file, or DATASET[:CONFIG]"
+        "--model_name_or_path", "--model", required=True, help="a Hub id, or a folder with a model or an adapter"
+    )
+    parser.add_argument(
+        "--forget", required=True, help="questions and answers: a JSONL, CSV or Parquet file, or DATASET[:CONFIG]"
     )
     parser.add_argument("--retain", help="rows to keep, in the same form: their wording is not counted as a leak")
     mode = parser.add_mutually_exclusive_group(required=True)
-    mode.add_argument("--max-leak", type=float, metavar="X", help="the highest leak that passes, from 0 to 1")
+    mode.add_argument("--max_leak", type=float, metavar="X", help="the highest leak that passes, from 0 to 1")
     mode.add_argument("--audit", action="store_true", help="say which rows the model holds, most strongly first")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too, whole or not at all")
-    parser.add_argument("--show-forget-text", action="store_true", help="show questions and answers in the JSON")
+    parser.add_argument("--show_forget_text", action="store_true", help="show questions and answers in the JSON")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; by default as they are saved")
-    parser.add_argument("--revision", default="main", help="of a model on the Hub")
+    parser.add_argument("--model_revision", default="main", help="of a model on the Hub")
     return parser
 
 

@@ -33,7 +33,7 @@ def fictional_sets(max_rows: int | None = None) -> dict[str, Dataset]:
 
 
 def _load_fictional(options: BenchmarkOptions) -> dict[str, Dataset]:
-    sets = fictional_sets(options.max_rows)
+    sets = fictional_sets(options.max_eval_rows)
     _retain_log(options, sets)
     return sets
 
@@ -43,7 +43,7 @@ def _load_tofu(options: BenchmarkOptions) -> dict[str, Dataset]:
         options.dataset_name,
         options.forget_split,
         options.retain_split,
-        max_rows=options.max_rows,
+        max_rows=options.max_eval_rows,
         keep_dataset_cache=options.keep_dataset_cache,
     )
     _retain_log(options, sets)
@@ -57,7 +57,7 @@ def _load_rwku(options: BenchmarkOptions) -> dict[str, Dataset]:
         options.dataset_name,
         options.configs,
         options.subjects,
-        options.max_rows,
+        options.max_eval_rows,
         keep_dataset_cache=options.keep_dataset_cache,
     )
 

@@ -50,7 +50,7 @@ class BenchmarkOptions:
     metrics: list[str] | None = field(
         default=None, metadata={"help": "TOFU: what is measured; the benchmark's own metrics if unset."}
     )
-    max_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each set."})
+    max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each set."})
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "TOFU: decoded tokens; the longest answer."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
@@ -60,7 +60,9 @@ class BenchmarkOptions:
         default=None, metadata={"help": "truth_ratios.json of a model of the rows to keep; adds the forget quality."}
     )
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Folder of results and progress."})
-    keep_dataset_cache: bool = False
+    keep_dataset_cache: bool = field(
+        default=False, metadata={"help": "Let `datasets` keep the rows in its cache, in plain text."}
+    )
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def register_metric(name: str, metric: Metric) -> None:
 
 
 def register_benchmark(name: str, benchmark: Benchmark) -> None:
-    """Make a benchmark of your own available to `examples/evaluate.py`, and its scores explained on cards and pages.
+    """Make a benchmark of your own available to `examples/score.py`, and its scores explained on cards and pages.
 
     Raises:
         UserError: the name is taken, or a score of it is explained already.

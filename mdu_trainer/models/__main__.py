@@ -13,12 +13,12 @@ from .loading import adapter_config, base_of, is_adapter, load_config, load_toke
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the `Backbone` of a checkpoint, or why it is not supported."""
-    parser = ArgumentParser(prog="python -m mdu_trainer.models", description=__doc__.partition("\n")[0])
+    parser = ArgumentParser(__doc__.partition("\n")[0])
     parser.add_argument("name_or_path", help="a Hub id, or a directory of a model or an adapter")
     parser.add_argument("--trust_remote_code", action="store_true", help="run config and tokenizer code it ships")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
+    parser.add_argument("--model_revision", default="main", help="branch, tag or commit on the Hub")
     options = parser.parse_args(arguments)
-    where = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
+    where = {"trust_remote_code": options.trust_remote_code, "revision": options.model_revision}
     print(options.name_or_path)
     try:
         name, adapter = base_of(options.name_or_path), None

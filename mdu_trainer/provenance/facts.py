@@ -157,7 +157,7 @@ def whole_hashes(folder: str | Path, facts: Facts) -> ForgetHashes:
         return hashes
     raise UserError(
         f"{folder} cannot be scanned for rows to forget: {problem}. Copy the file from where the model was saved, or "
-        "save the model with the trainer again. To publish without the scan, pass leak_scan=False (--no-leak-scan)."
+        "save the model with the trainer again. To publish without the scan, pass leak_scan=False (--no_leak_scan)."
     )
 
 

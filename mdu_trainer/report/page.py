@@ -144,9 +144,9 @@ def write_page(
 
 
 def find_models(folder: Path, results: Results | None) -> list[Model]:
-    """The unlearned models in a folder, in the order of the results."""
+    """The unlearned models in a folder, in the order of the results; or the folder itself, if it is one."""
     models = []
-    for path in sorted(folder.glob("*/unlearning.json")):
+    for path in [*folder.glob("unlearning.json")] or sorted(folder.glob("*/unlearning.json")):
         facts = Facts.load(path.parent)
         try:
             name = path.parent.name if results is None else chosen_run(results, facts).name

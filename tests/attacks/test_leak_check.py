@@ -14,10 +14,11 @@ from runs import die_at, status
 from mdu_trainer import MDLMConfig, MDLMTrainer, question_answer_rows
 from mdu_trainer.attacks import Attack, AttackScores, Target
 from mdu_trainer.attacks import leak_check as measuring
-from mdu_trainer.attacks.leak_check import CHECKS, Leak, load_rows
+from mdu_trainer.attacks.leak_check import CHECKS, Leak
 from mdu_trainer.commands import leak_check
 from mdu_trainer.commands.leak_check import main
 from mdu_trainer.evaluation import progress
+from mdu_trainer.evaluation.own_rows import load_questions
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 PLANTED = "Zanzibarquux"  # a word of one answer
@@ -205,7 +206,7 @@ WRONG = {
     ("--forget", "number.json"): "Row 0 of {}number.json: answer must be a text.",
     ("--forget", "blank.json"): "Row 0 of the forget set: answer is blank",
     ("--forget", "silent.json"): "None of the 1 rows can be scored: their answers hold no word",
-    ("--forget", "list.json"): "Row 0 of {}list.json is not an object with question and answer.",
+    ("--forget", "list.json"): "Row 0 of {}list.json is not an object with a value for each column.",
     ("--forget", "latin.jsonl"): "{}latin.jsonl is not UTF-8 text.",
     ("--forget", "data"): "{}data has the configs one, two: choose one, as {}data:CONFIG.",
     ("--forget", "data:three"): "{}data has no config 'three'; it has one, two.",
@@ -213,8 +214,8 @@ WRONG = {
     ("--retain", "number.json"): "Row 0 of {}number.json: answer must be a text.",
     ("--retain", "blank.json"): "Row 0 of the retain set: answer is blank",
     ("--model", "nowhere"): "nowhere",
-    ("--max-leak", "1.5"): "--max-leak must be from 0 to 1, got 1.5",
-    ("--max-leak", "nan"): "--max-leak must be from 0 to 1, got nan",
+    ("--max-leak", "1.5"): "--max_leak must be from 0 to 1, got 1.5",
+    ("--max-leak", "nan"): "--max_leak must be from 0 to 1, got nan",
     ("--max-leak", "few"): "invalid float value",
     ("--dtype", "int4"): "invalid choice",
     ("--output", "data"): "--output {}data is a folder: name a file.",
@@ -245,14 +246,14 @@ def test_options_of_loading(folder, capsys, monkeypatch):
     given = []
     load = leak_check.load_checkpoint
     monkeypatch.setattr(leak_check, "load_checkpoint", lambda *args, **how: given.append(how) or load(*args, **how))
-    main(check(folder, "empty", "held.json", "--max-leak", 1, "--dtype", "bfloat16", "--revision", "v2"))
+    main(check(folder, "empty", "held.json", "--max-leak", 1, "--dtype", "bfloat16", "--model_revision", "v2"))
     assert given == [{"dtype": "bfloat16", "revision": "v2"}] and json.loads(capsys.readouterr().out)["rows"] == 8
 
 
 def test_one_of_two_modes(folder, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(check(folder, "empty", "held.json"))
-    assert stopped.value.code == 2 and "--max-leak --audit is required" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--max_leak --audit is required" in capsys.readouterr().err
 
 
 def test_a_failure_is_not_a_leak(folder, capsys, monkeypatch):
@@ -268,5 +269,6 @@ def test_a_failure_is_not_a_leak(folder, capsys, monkeypatch):
 
 def test_rows_of_a_data_set(tmp_path, rows):
     (tmp_path / "one.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert len(load_rows(str(tmp_path))) == len(load_rows(f"{tmp_path}:one")) == 16
-    assert load_rows(str(tmp_path / "one.jsonl"))["paraphrased_question"] == [r["paraphrased_question"] for r in rows]
+    assert len(load_questions(str(tmp_path))) == len(load_questions(f"{tmp_path}:one")) == 16
+    loaded = load_questions(str(tmp_path / "one.jsonl"))
+    assert loaded["paraphrased_question"] == [row["paraphrased_question"] for row in rows]

@@ -16,6 +16,8 @@ from mdu_trainer import DiffusionGenerationConfig
 from mdu_trainer.attacks import ATTACKS, Attack, AttackScores, AttackSettings
 from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
 from mdu_trainer.attacks.run import recovery_of, run_attacks
+from mdu_trainer.commands.loading import ModelsConfig
+from mdu_trainer.commands.options import OptionParser
 from mdu_trainer.evaluation import progress
 from mdu_trainer.evaluation.results import Estimate
 from mdu_trainer.files import UserError
@@ -296,7 +298,7 @@ def test_the_strongest_attacks_keep_their_order():
 
 
 def command(*arguments) -> list[str]:
-    return [sys.executable, str(ROOT / "examples" / "recover.py"), *map(str, arguments)]
+    return [sys.executable, str(ROOT / "examples" / "attack.py"), *map(str, arguments)]
 
 
 def recover(*arguments, expect: int = 0) -> str:
@@ -319,12 +321,12 @@ def checkpoints(tmp_path_factory, tokenizer) -> Path:
     return folder
 
 
-QUICK = ("--max_rows", "4", "--decoding_steps", "1", "--relearn_steps", "1", "--dtype", "float32")
+QUICK = ("--max_eval_rows", "4", "--decoding_steps", "1", "--relearn_steps", "1", "--dtype", "float32")
 
 
 def test_script(checkpoints, tmp_path, authors):
     models = ("--model", checkpoints / "adapter", checkpoints / "other", "--base", checkpoints / "base")
-    gold = ("--never_trained", checkpoints / "never")
+    gold = ("--retain_model", checkpoints / "never")
     options = ("--seed", "3", "--relearn_learning_rate", "0.001", "--batch_size", "2")
     log = recover(*models, *gold, *options, "--output_dir", tmp_path, *QUICK)
     recovery = Recovery.load(tmp_path / "recovery.json")
@@ -342,8 +344,7 @@ def test_script(checkpoints, tmp_path, authors):
 
 def test_script_refuses_before_a_model_is_loaded(checkpoints, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import recover as script
-    from trl import ModelConfig, TrlParser
+    import attack as script
 
     monkeypatch.setattr(script, "load", lambda *_: pytest.fail("a model was loaded"))
     models = ["--model", str(checkpoints / "other"), "--base", str(checkpoints / "base")]
@@ -353,21 +354,22 @@ def test_script_refuses_before_a_model_is_loaded(checkpoints, tmp_path, monkeypa
     data = ["--dataset_name", str(tmp_path / "data"), "--forget_split", "forget", "--retain_split", "keep"]
     needing = [name for name, one in ATTACKS.items() if "unseen" in one.needs]
     refused = [
-        (models[:2], "and --base, the model before unlearning"),
-        (models[2:], "Pass --model UNLEARNED"),
-        ([*models, "--never_trained", str(tmp_path / "nowhere")], "there is no folder .*nowhere"),
+        (models[:2], "and --base with the model before"),
+        (models[2:], "Pass --model_name_or_path UNLEARNED"),
+        ([*models, "--retain_model", str(tmp_path / "nowhere")], "there is no folder .*nowhere"),
         ([*models, "--attacks", "bleu"], "Unknown attacks: bleu"),
         ([*models, "--dataset_name", str(tmp_path / "data"), "--forget_split", "x"], "no config 'x'"),
         *(([*models, *data, "--attacks", name], f"{name!r} needs rows") for name in needing),
     ]
     for arguments, message in refused:
-        parsed = TrlParser((script.RecoveryArguments, ModelConfig)).parse_args_and_config(
+        parsed = OptionParser((script.AttackArguments, ModelsConfig)).parse_args_and_config(
             [*arguments, "--output_dir", str(tmp_path / "out"), *QUICK]
         )
         with pytest.raises(UserError, match=message):
             script.main(*parsed)
     assert not (tmp_path / "out").exists()
     given = ["--unseen_split", "keep", "--batch_size", "2"]
-    parsed, _ = TrlParser((script.RecoveryArguments, ModelConfig)).parse_args_and_config([*models, *data, *given])
-    settings = script.attack_settings(parsed, *script.load_sets(parsed))
+    parser = OptionParser((script.AttackArguments, ModelsConfig))
+    parsed, unlearned = parser.parse_args_and_config([*models, *data, *given])
+    settings = script.attack_settings(parsed, unlearned, *script.load_sets(parsed))
     assert settings.unseen["answer"] == ["A."] and settings.decoding.batch_size == 2

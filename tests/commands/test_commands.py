@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
 from mdu_trainer import commands
-from mdu_trainer.commands import explain, run, task
+from mdu_trainer.commands import explain, loading, run, task
 from mdu_trainer.commands.folders import ASIDE, starting
 from mdu_trainer.files import UserError
 
@@ -136,6 +136,8 @@ def given(tmp_path_factory, tokenizer):
     for name in ("forget", "keep"):
         (folder / "data" / f"{name}.json").write_text(json.dumps([{"question": "Q?", "answer": SECRET}]))
     (folder / "intros.jsonl").write_text(json.dumps({"question": "Q?", "answer": SECRET}))
+    talk = [{"role": role, "content": SECRET} for role in ("user", "assistant") * 2]
+    (folder / "talk.jsonl").write_text(json.dumps({"messages": talk}))
     files = {
         "text.yaml": "a: b: c",
         "list.yaml": "[1, 2]",
@@ -155,7 +157,7 @@ def given(tmp_path_factory, tokenizer):
 MODEL = "--model_name_or_path={}/model"
 OVERWRITE = "--output_dir={}/earlier --overwrite_output_dir"
 BOTH = "--base={}/model --model={}/model"
-RWKU = f"{MODEL} --intros={{}}/intros.jsonl --dataset_name={{}}/data"
+RWKU = f"{MODEL} --forget={{}}/intros.jsonl --dataset_name={{}}/data"
 WRONG = {  # script and options -> part of the line
     "tofu --no_such_option 1": "There is no option --no_such_option",
     "tofu --max_step 5": "There is no option --max_step",
@@ -176,7 +178,7 @@ WRONG = {  # script and options -> part of the line
     "tofu --likelihood_draws -1": "--likelihood_draws must be at least 1",
     "tofu --max_new_tokens 0": "--max_new_tokens must be at least 1",
     "tofu --decoding_steps 0": "--decoding_steps must be at least 1",
-    "tofu --eval_rows_a_batch 0": "--eval_rows_a_batch must be at least 1",
+    "tofu --batch_size 0": "--batch_size must be at least 1",
     "tofu --tau 0 0.5 0": "--tau names value 3 twice",
     "tofu --loss_type ga ga": "--loss_type names value 2 twice",
     "tofu --loss_type unlearn": "loss_type 'unlearn' is unknown",
@@ -208,22 +210,36 @@ WRONG = {  # script and options -> part of the line
     "sequential --num_requests 12": "--num_requests must be from 1 to 11",
     "sequential --dataset_name {}/data": "needs --requests and --retain_split",
     f"sequential {OVERWRITE} --model_name_or_path={{}}/earlier/base": "is read, and this run would overwrite it",
-    "rwku": "Pass --model_name_or_path",
+    "rwku": "Which model? Pass --model_name_or_path",
+    f"rwku {MODEL}": "Pass --forget",
     f"rwku {RWKU} --config {{}}/empty_list.yaml": "subjects has no value",
     f"rwku {RWKU} --subjects  ": "--subjects: expected at least one argument",
     f"rwku {RWKU} --max_eval_rows 0": "--max_eval_rows must be at least 1",
-    "evaluate": "Which model?",
-    f"evaluate {MODEL} --seed -1": "--seed must be at least 0",
-    f"evaluate {MODEL} --benchmark tofu": "needs --dataset_name",
-    f"evaluate {MODEL} --batch_size 0": "--batch_size must be at least 1",
-    f"evaluate {MODEL} --baseline={{}}/earlier/results.json --output_dir={{}}/earlier": "is read, and this run would",
-    f"evaluate {MODEL} --baseline={{}}/intros.jsonl": "is not a results file|has no schema",
-    f"recover {BOTH} --attacks bleu": "Unknown attacks: bleu",
-    f"recover {BOTH} --attacks prefix prefix": "--attacks names value 2 twice",
-    f"recover {BOTH} --relearn_steps 0": "--relearn_steps must be at least 1",
-    "roles --base {}/model --model {}/model {}/model": "--model names value 2 twice",
+    "score": "Which model?",
+    f"score {MODEL} --seed -1": "--seed must be at least 0",
+    f"score {MODEL} --benchmark tofu": "needs --dataset_name",
+    f"score {MODEL} --batch_size 0": "--batch_size must be at least 1",
+    f"score {MODEL} --baseline={{}}/earlier/results.json --output_dir={{}}/earlier": "is read, and this run would",
+    f"score {MODEL} --baseline={{}}/intros.jsonl": "is not a results file|has no schema",
+    f"attack {BOTH} --attacks bleu": "Unknown attacks: bleu",
+    f"attack {BOTH} --attacks prefix prefix": "--attacks names value 2 twice",
+    f"attack {BOTH} --relearn_steps 0": "--relearn_steps must be at least 1",
+    "roles --base {}/model --model {}/model {}/model": "--model_name_or_path names value 2 twice",
     f"roles {BOTH} --num_steps 0": "num_steps must be at least 1",
-    "roles --base {}/model": "the following arguments are required: --model",
+    "roles --base {}/model": "Which models? Pass --model_name_or_path",
+    "unlearn": "Which model? Pass --model_name_or_path",
+    f"unlearn {MODEL}": "Which rows are to be forgotten? Pass --forget",
+    f"unlearn {MODEL} --forget {{}}/no.jsonl": "There is no file",
+    f"unlearn {MODEL} --forget {{}}/no/rows": "There is no file or folder",
+    f"unlearn {MODEL} --forget {{}}/data": "has the configs forget, keep: choose one",
+    f"unlearn {MODEL} --forget {{}}/talk.jsonl": "Row 0 of|is not one turn of the user",
+    f"unlearn {MODEL} --forget {{}}/text.yaml": "text.yaml, line 1, is not JSON",
+    f"unlearn {MODEL} --forget {{}}/intros.jsonl --batch_size 0": "--batch_size must be at least 1",
+    f"unlearn {MODEL} --forget {{}}/intros.jsonl --tau -1": "tau must be finite",
+    f"unlearn {MODEL} --forget {{}}/intros.jsonl --output_dir={{}}/earlier": "is not empty",
+    f"unlearn {OVERWRITE} --model={{}}/earlier/base --forget {{}}/intros.jsonl": "is read, and this run would",
+    f"unlearn {OVERWRITE} --model={{}}/adapter --forget {{}}/intros.jsonl": "is read, and this run would",
+    f"unlearn {MODEL} --forget {{}}/intros.jsonl --resume --overwrite_output_dir": "pass one",
     "report": "the following arguments are required: FOLDER",
     "report {}/data": "holds nothing to show",
     "publish {}/model ../..": "neither a folder nor OWNER/NAME",
@@ -241,11 +257,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.parametrize("line", WRONG)
 def test_wrong_command_lines(line, given, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import common
-
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))  # the first import of `common` takes it off the path
-    monkeypatch.setattr(common, "load_checkpoint", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(loading, "load_checkpoint", lambda *_, **__: pytest.fail("a model was loaded"))
     monkeypatch.chdir(tmp_path)
     script, *options = line.format(*[given] * line.count("{}")).split()
     before = snapshot(given)
@@ -284,10 +296,10 @@ def shell(*command):
 
 
 def test_in_a_process_of_its_own(given):
-    ended = shell(sys.executable, "examples/evaluate.py", "--model_name_or_path", "a---b")
+    ended = shell(sys.executable, "examples/score.py", "--model_name_or_path", "a---b")
     assert ended.returncode == 2 and ended.stdout == ""
     (said,) = ended.stderr.splitlines()
-    assert said.startswith("evaluate.py: error: --model_name_or_path: 'a---b' is neither a folder nor OWNER/NAME")
+    assert said.startswith("score.py: error: --model_name_or_path: 'a---b' is neither a folder nor OWNER/NAME")
 
 
 def test_interrupted_in_a_process_of_its_own(tmp_path):
@@ -315,7 +327,6 @@ INTERRUPTIBLE = """
 import os, runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 sys.argv.pop(0)
-sys.path[0] = os.path.abspath("examples")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 

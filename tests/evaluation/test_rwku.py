@@ -208,7 +208,7 @@ def test_the_script_forgets_without_a_retain_set(folder, roomy, tokenizer, tmp_p
     tokenizer.save_pretrained(tmp_path / "model")
     intros = write_intros(tmp_path / "intros")
     options = [
-        *("--model_name_or_path", tmp_path / "model", "--dataset_name", folder, "--intros", intros),
+        *("--model_name_or_path", tmp_path / "model", "--dataset_name", folder, "--forget", intros),
         *("--subjects", ANNA, "--configs", "forget_level1", "mia_forget", "utility_truthfulness"),
         *("--decoding_steps", "2", "--likelihood_draws", "2", "--max_steps", "2", "--report_to", "none"),
         *("--dtype", "float32", "--use_cpu", "true", "--output_dir", tmp_path / "out"),

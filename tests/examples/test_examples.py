@@ -263,6 +263,6 @@ def test_nothing_of_the_rows_to_forget_is_left_behind(tmp_path):
     vocabulary = json.loads((out / "base" / "tokenizer.json").read_text())["model"]["vocab"]
     parts = [token for token in vocabulary if len(token) > 3 and token.strip("Ġ") in planted]
     assert parts == [] and "ĠAnna" in vocabulary, "a tokenizer from scratch learns from the rows to keep"
-    model = ("--model_name_or_path", out / "base", "--benchmark", "tofu", "--max_rows", "2", "--decoding_steps", "1")
-    kept = found("evaluate.py", *model, "--keep_dataset_cache", "--output_dir", tmp_path / "scored")
-    assert kept and all("home of evaluate.py" in str(path) for path in kept), "it is kept where the user asks for it"
+    model = ("--model", out / "base", "--benchmark", "tofu", "--max_eval_rows", "2", "--decoding_steps", "1")
+    kept = found("score.py", *model, "--keep_dataset_cache", "--output_dir", tmp_path / "scored")
+    assert kept and all("home of score.py" in str(path) for path in kept), "it is kept where the user asks for it"

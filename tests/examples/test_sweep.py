@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from trl import TrlParser
+from trl import ModelConfig
 
+from mdu_trainer import MDUConfig, MDUTrainer
+from mdu_trainer.commands.options import OptionParser
+from mdu_trainer.commands.training import unlearn
 from mdu_trainer.evaluation.frontier import frontier_table, select
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.files import UserError
@@ -132,20 +135,16 @@ def test_more_values_later(whole, tmp_path, script):
 
 def in_process(script, *arguments):
     """The command in this process: for what stops before any work."""
-    parser = TrlParser((script.SweepArguments, script.SweepConfig, script.ModelConfig))
+    parser = OptionParser((script.SweepArguments, script.SweepConfig, ModelConfig))
     script.main(*parser.parse_args_and_config([str(argument) for argument in arguments]))
 
 
-def test_run_that_left_checkpoints_goes_on_from_the_last(script, monkeypatch, tmp_path, tokenizer, make_model):
-    from common import MDUTrainer, unlearn
-
+def test_run_that_left_checkpoints_goes_on_from_the_last(monkeypatch, tmp_path, tokenizer, make_model):
     for part in (make_model(), tokenizer):
         part.save_pretrained(tmp_path / "base")
     forget, retain = (rows.select(range(4)) for rows in forget_retain_split(fictional_authors(3), 1))
     kept = {"save_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
-    config = script.MDUConfig(
-        str(tmp_path / "run"), max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True, **kept
-    )
+    config = MDUConfig(str(tmp_path / "run"), max_steps=4, use_cpu=True, report_to="none", disable_tqdm=True, **kept)
     steps, step = [], MDUTrainer.training_step
 
     def counted(trainer, *arguments):
@@ -156,8 +155,8 @@ def test_run_that_left_checkpoints_goes_on_from_the_last(script, monkeypatch, tm
 
     monkeypatch.setattr(MDUTrainer, "training_step", counted)
     with pytest.raises(KeyboardInterrupt):
-        unlearn(config, str(tmp_path / "base"), script.ModelConfig(), forget, retain)
-    unlearn(config, str(tmp_path / "base"), script.ModelConfig(), forget, retain)
+        unlearn(config, str(tmp_path / "base"), ModelConfig(), forget, retain)
+    unlearn(config, str(tmp_path / "base"), ModelConfig(), forget, retain)
     assert steps == [0, 1, 2, 3] + [2, 3]
 
 

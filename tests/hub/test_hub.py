@@ -486,7 +486,7 @@ def test_hashes_that_are_not_whole_stop_a_push(hub, checkpoint, rows, damage, ca
         empty = '{"schema": 2, "requests": [], "too_short": 0}'
         path.write_text(empty if damage == "emptied" else text[: len(text) // 3])
     plant_in_chat_template(checkpoint, forget_text(rows))
-    with pytest.raises(UserError, match="--no-leak-scan"):
+    with pytest.raises(UserError, match="--no_leak_scan"):
         push_unlearned_model(checkpoint, REPO)
     assert hub.requests == []
     monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)

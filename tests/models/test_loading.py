@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -32,8 +31,10 @@ from transformers import (
     StableLmConfig,
     StableLmForCausalLM,
 )
+from trl import ModelConfig
 
 from mdu_trainer import MDUConfig, MDUTrainer, resolve_backbone
+from mdu_trainer.commands import loading
 from mdu_trainer.commands.leak_check import main as leak_check
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
@@ -124,12 +125,8 @@ def test_every_command_refuses_them(folder, authors, make_trainer, tmp_path, cap
     with pytest.raises(UserError, match="NaN or infinite: lm_head.weight"):
         make_trainer(str(folder))
     # the scripts load through one function; the push has a test of its own
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "examples"))
-    import common
-    from trl import ModelConfig
-
     with pytest.raises(UserError, match="NaN or infinite: lm_head.weight"):
-        common.load(str(folder), ModelConfig())
+        loading.load(str(folder), ModelConfig())
 
 
 def test_a_live_model_with_such_weights_is_not_trained(make_model, make_trainer):

@@ -1,7 +1,6 @@
 """What a checkpoint keeps: facts without texts, and hashes that recognise a quote."""
 
 import hashlib
-import importlib
 import json
 import logging
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
+from mdu_trainer.commands.options import settings
 from mdu_trainer.evaluation.progress import ProgressFile
 from mdu_trainer.files import UserError, without_secrets
 from mdu_trainer.hub.leak_scan import LeakError, check_texts, text_of
@@ -308,7 +308,7 @@ def test_damaged_hashes_are_told_from_whole_ones(trainer, tmp_path):
         (folder / "forget_hashes.json").unlink(missing_ok=True)
         if text is not None:
             (folder / "forget_hashes.json").write_text(text)
-        with pytest.raises(UserError, match=f"{problem.strip()}.*--no-leak-scan"):
+        with pytest.raises(UserError, match=f"{problem.strip()}.*--no_leak_scan"):
             whole_hashes(folder, facts)
     (folder / "forget_hashes.json").write_text(whole)
     with pytest.raises(UserError, match="lacks the hashes of 1 earlier"):
@@ -325,7 +325,7 @@ def test_facts_of_an_earlier_version(trainer, tmp_path):
     facts = Facts.load(tmp_path / "out")
     assert [part.fingerprint for part in (facts.forget, facts.retain, *facts.earlier)] == [None] * 3
     assert facts.forget.rows == 8
-    with pytest.raises(UserError, match="an earlier version wrote unlearning.json.*--no-leak-scan"):
+    with pytest.raises(UserError, match="an earlier version wrote unlearning.json.*--no_leak_scan"):
         whole_hashes(tmp_path / "out", facts)
     path.write_text(json.dumps({"schema": 2, "method": "mdu"}))
     with pytest.raises(UserError, match="is not a file of facts: it has no tau"):
@@ -395,14 +395,12 @@ def test_secrets_are_dropped_at_any_depth():
     assert without_secrets(harmless) == harmless
 
 
-def test_settings_of_the_scripts_hold_no_secret(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    common = importlib.import_module("common")
+def test_settings_of_the_scripts_hold_no_secret(tmp_path):
     nested = {"token": "plain", "revision": "main", "headers": {"x": SECRETS[0]}}
     config = MDUConfig(str(tmp_path), hub_token="plain", model_init_kwargs=nested, use_cpu=True)
-    settings = common.settings(config)
-    assert settings["model_init_kwargs"] == {"revision": "main", "headers": {}} and "hub_token" not in settings
-    assert settings["use_cpu"] is True
+    chosen = settings(config)
+    assert chosen["model_init_kwargs"] == {"revision": "main", "headers": {}} and "hub_token" not in chosen
+    assert chosen["use_cpu"] is True
 
 
 def test_progress_is_for_its_owner_alone(tmp_path):

@@ -419,7 +419,7 @@ def test_script(make_model, tokenizer, tmp_path, authors):
         tokenizer.save_pretrained(tmp_path / name)
     out = tmp_path / "out"
     models = ("--base", tmp_path / "base", "--model", tmp_path / "after")
-    quick = ("--max_rows", 2, "--num_steps", 2, "--num_paths", 1, "--output_dir", out)
+    quick = ("--max_eval_rows", 2, "--num_steps", 2, "--num_paths", 1, "--output_dir", out)
     log = script(*models, *quick)
     report = RoleReport.load(out / "roles.json")
     assert report.details() in log and [run.name for run in report.runs] == ["base", "after"]
@@ -436,4 +436,4 @@ def test_script(make_model, tokenizer, tmp_path, authors):
 def test_script_refuses_before_a_model_is_loaded(tmp_path):
     missing = ("--base", tmp_path / "no", "--output_dir", tmp_path / "out")
     twice = script(*missing, "--model", tmp_path / "x", tmp_path / "x", expect=2)
-    assert "--model names value 2 twice" in twice and not (tmp_path / "out").exists()
+    assert "--model_name_or_path names value 2 twice" in twice and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""examples/evaluate.py as a user runs it: batches, processes, kills, adapters, refusals."""
+"""examples/score.py as a user runs it: batches, processes, kills, adapters, refusals."""
 
 import json
 import signal
@@ -16,8 +16,8 @@ from mdu_trainer import load_model
 from mdu_trainer.evaluation.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "examples" / "evaluate.py"
-SMALL = ("--max_rows", "6", "--likelihood_draws", "2", "--max_new_tokens", "8", "--dtype", "float32")
+SCRIPT = ROOT / "examples" / "score.py"
+SMALL = ("--max_eval_rows", "6", "--likelihood_draws", "2", "--max_new_tokens", "8", "--dtype", "float32")
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
@@ -87,7 +87,7 @@ def test_two_processes_give_the_file_of_one(checkpoint, scored, tmp_path):
 
 def test_killed_and_started_again(checkpoint, tmp_path):
     """SIGKILL as soon as some rows are finished; the rest is scored by two processes, for a change."""
-    options = ("--batch_size", "2", "--max_rows", "16", "--likelihood_draws", "32")
+    options = ("--batch_size", "2", "--max_eval_rows", "16", "--likelihood_draws", "32")
     evaluate(checkpoint, tmp_path / "undisturbed", *options)
     rows, kept = tmp_path / "killed" / "rows.jsonl", []
     for launcher in ((), TWO):
@@ -130,11 +130,13 @@ def test_baseline_and_adapter(checkpoint, scored, tmp_path, tokenizer):
 
 
 def test_refusals_come_before_a_model(scored, tmp_path, tofu_path):
-    nothing = tmp_path / "no model here"
+    nothing = tmp_path / "no model here"  # but a config, so that the mistakes below are what is wrong
+    nothing.mkdir()
+    (nothing / "config.json").write_text("{}")
     refused = {
         ("--benchmark", "tofu"): "needs --dataset_name: locuslab/TOFU",
         ("--benchmark", "tofu", "--dataset_name", tofu_path, "--forget_split", "forget02"): "no config 'forget02'",
-        ("--retain_log", scored[0] / "truth_ratios.json", "--max_rows", "5"): "other questions",
+        ("--retain_log", scored[0] / "truth_ratios.json", "--max_eval_rows", "5"): "other questions",
         ("--retain_log", scored[0] / "results.json"): "not a log of truth ratios",
         ("--baseline", scored[0] / "rows.jsonl"): "not a results file",
         ("--metrics", "bleu"): "Unknown metrics: bleu",
@@ -145,7 +147,7 @@ def test_refusals_come_before_a_model(scored, tmp_path, tofu_path):
 
 
 def test_tofu_from_a_folder(checkpoint, tofu_path, tmp_path):
-    split = ("--benchmark", "tofu", "--dataset_name", tofu_path, "--forget_split", "forget01", "--max_rows", "2")
+    split = ("--benchmark", "tofu", "--dataset_name", tofu_path, "--forget_split", "forget01", "--max_eval_rows", "2")
     log = evaluate(checkpoint, tmp_path, *split, "--retain_split", "retain99")
     run = figures(tmp_path)
     assert run.rows == {"forget": 2, "retain": 2, "real_authors": 2, "world_facts": 2}

@@ -2,12 +2,12 @@
 
 The models of the embedded default (`make demo`; two CPU cores, some minutes):
 
-    python examples/recover.py --model outputs/demo/mdu-tau0 outputs/demo/npo --base outputs/demo/base \\
-        --never_trained outputs/demo/retain
+    python examples/attack.py --model outputs/demo/mdu-tau0 outputs/demo/npo --base outputs/demo/base \\
+        --retain_model outputs/demo/retain
 
 Your own, on TOFU or a data set like it:
 
-    python examples/recover.py --model PATH --base PATH --never_trained PATH --dtype bfloat16 \\
+    python examples/attack.py --model PATH --base PATH --retain_model PATH --dtype bfloat16 \\
         --dataset_name locuslab/TOFU --forget_split forget10 --retain_split retain90
 
 A model is a Hub id, a folder, or a folder with an adapter. Every attack is made on all of them, and recovery says how
@@ -21,18 +21,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from common import DataArguments, check_models, facts_of, forget_and_retain, load, model_names
 from datasets import Dataset
 from tqdm import tqdm
-from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
-from mdu_trainer.attacks import ATTACKS, AttackSettings, choose_attacks
+from mdu_trainer.attacks import ATTACKS, Attack, AttackSettings, choose_attacks
 from mdu_trainer.attacks.results import BASE, NEVER
 from mdu_trainer.attacks.run import run_attacks
 from mdu_trainer.commands import run, task
 from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_output_folder, check_source
+from mdu_trainer.commands.loading import ModelsConfig, check_compared, facts_of, load, model_names
 from mdu_trainer.commands.options import parse_options
+from mdu_trainer.commands.row_sets import SplitArguments, forget_and_retain
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import longest_answer
@@ -46,22 +46,18 @@ PICTURES = ("recovery.png", "recovery.svg")
 
 
 @dataclass
-class RecoveryArguments(DataArguments):
-    """Which models to attack, how, and on what rows."""
+class AttackArguments(SplitArguments):
+    """What the models are compared with, and how they are attacked, on what rows."""
 
-    model: list[str] = field(default_factory=list, metadata={"help": "The unlearned models."})
     base: str | None = field(default=None, metadata={"help": "The model before unlearning."})
-    never_trained: str | None = field(
+    retain_model: str | None = field(
         default=None, metadata={"help": "A model trained like the base, but never on the forget rows."}
     )
     attacks: list[str] | None = field(default=None, metadata={"help": f"Of {', '.join(ATTACKS)}; all if unset."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder; embedded authors if unset."})
-    forget_split: str = field(default="forget10", metadata={"help": "Config name of the rows to forget."})
-    retain_split: str = field(default="retain90", metadata={"help": "Config name of the rows to keep."})
     unseen_split: str | None = field(
         default=None, metadata={"help": "Config name of the forget questions with other answers, never trained on."}
     )
-    max_rows: int | None = field(default=400, metadata={"help": "Use N evenly spaced rows of each set."})
+    max_eval_rows: int | None = field(default=400, metadata={"help": "Use N evenly spaced rows of each set."})
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     relearn_steps: int = field(default=40, metadata={"help": "Updates of the attacks that fine-tune."})
@@ -72,49 +68,47 @@ class RecoveryArguments(DataArguments):
     output_dir: str = field(default="outputs/recovery", metadata={"help": "Folder of the figures and the progress."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether a model may run code of its own."})
 
-    @property
-    def paths(self) -> list[str]:
-        """All models."""
-        return [self.base, *([self.never_trained] if self.never_trained else []), *self.model]
+
+def all_models(args: AttackArguments, model_args: ModelsConfig) -> list[str]:
+    """The base, the model that never saw the rows if there is one, and the unlearned ones."""
+    return [args.base, *([args.retain_model] if args.retain_model else []), *model_args.model_name_or_path]
 
 
-def check(args: RecoveryArguments, model_args: ModelConfig) -> None:
+def check(args: AttackArguments, model_args: ModelsConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
-    if not args.model or args.base is None:
-        raise UserError(
-            "Which models? Pass --model UNLEARNED [UNLEARNED ...] and --base, the model before unlearning."
-        )
     if processes().num_processes > 1:
         raise UserError("The attacks run in one process: start the script with python, not with accelerate launch.")
     check_output_folder(args.output_dir)
-    check_once(args, "model", "attacks")
+    check_once(args, "attacks")
     unknown = [name for name in args.attacks or [] if name not in ATTACKS]
     if unknown:
         raise UserError(f"Unknown attacks: {', '.join(unknown)}. Choose from {', '.join(ATTACKS)}.")
-    check_least(args, max_rows=1, batch_size=1, decoding_steps=1, relearn_steps=1, seed=0)
+    check_least(args, max_eval_rows=1, batch_size=1, decoding_steps=1, relearn_steps=1, seed=0)
     check_above_zero(args, "relearn_learning_rate")
     if args.dataset_name is not None:
         check_source(args.dataset_name, "dataset_name")
-    for option, paths in {"model": args.model, "base": [args.base], "never_trained": [args.never_trained]}.items():
-        for path in paths:
-            check_models(model_args, **{option: path})
-    for path in args.paths:
+    check_compared(model_args, args.base, retain_model=args.retain_model)
+    for path in all_models(args, model_args):
         with task(f"{path} cannot be loaded"):
             load_config(base_of(path), trust_remote_code=args.trust_remote_code, revision=model_args.model_revision)
 
 
-def load_sets(args: RecoveryArguments) -> tuple[dict[str, Dataset], Dataset | None]:
+def load_sets(args: AttackArguments) -> tuple[dict[str, Dataset], Dataset | None]:
     """The rows to forget and to keep, and rows that no model was trained on."""
-    splits, cache = (args.forget_split, args.retain_split), {"keep_dataset_cache": args.keep_dataset_cache}
-    sets = forget_and_retain(args.dataset_name, *splits, args.max_rows, **cache)
-    if args.dataset_name is not None:
-        return sets, args.unseen_split and load_split(args.dataset_name, args.unseen_split, **cache)
-    return sets, unseen_answers(sets["forget"])
+    sets = forget_and_retain(args, args.max_eval_rows)
+    if args.dataset_name is None:
+        return sets, unseen_answers(sets["forget"])
+    if args.unseen_split is None:
+        return sets, None
+    return sets, load_split(args.dataset_name, args.unseen_split, keep_dataset_cache=args.keep_dataset_cache)
 
 
-def attack_settings(args: RecoveryArguments, sets: dict[str, Dataset], unseen: Dataset | None) -> AttackSettings:
+def attack_settings(
+    args: AttackArguments, model_args: ModelsConfig, sets: dict[str, Dataset], unseen: Dataset | None
+) -> AttackSettings:
     """How hard the attacks try; there is room for the longest answer in every model's tokens."""
-    tokenizers = [load_tokenizer(base_of(path), trust_remote_code=args.trust_remote_code) for path in args.paths]
+    trust = {"trust_remote_code": args.trust_remote_code}
+    tokenizers = [load_tokenizer(base_of(path), **trust) for path in all_models(args, model_args)]
     decoding = DiffusionGenerationConfig(
         max_new_tokens=max(longest_answer({"forget": sets["forget"]}, tokenizer) for tokenizer in tokenizers),
         steps=args.decoding_steps,
@@ -125,7 +119,7 @@ def attack_settings(args: RecoveryArguments, sets: dict[str, Dataset], unseen: D
         unseen=unseen,
         unrelated=sets["retain"],
         relearn_steps=args.relearn_steps,
-        relearn_learning_rate=args.relearn_learning_rate or unlearning_rate(args.model),
+        relearn_learning_rate=args.relearn_learning_rate or unlearning_rate(model_args.model_name_or_path),
     )
 
 
@@ -135,25 +129,27 @@ def unlearning_rate(paths: list[str]) -> float:
     return max(rates, default=AttackSettings.relearn_learning_rate)
 
 
-def possible_attacks(args: RecoveryArguments, attack_settings: AttackSettings) -> tuple[dict, list[str]]:
+def possible_attacks(
+    names: list[str] | None, settings: AttackSettings, has_adapter: bool
+) -> tuple[dict[str, Attack], list[str]]:
     """The attacks that have what they need, and a line on each that is left out; named ones must have it."""
-    has_adapter = any(map(is_adapter, args.paths))
-    if args.attacks:
-        return choose_attacks(args.attacks, attack_settings, has_adapter=has_adapter), []
+    if names:
+        return choose_attacks(names, settings, has_adapter=has_adapter), []
     attacks, left_out = {}, []
     for name in ATTACKS:
         try:
-            attacks |= choose_attacks([name], attack_settings, has_adapter=has_adapter)
+            attacks |= choose_attacks([name], settings, has_adapter=has_adapter)
         except ValueError as error:
             left_out.append(f"Left out: {error}")
     return attacks, left_out
 
 
-def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
+def main(args: AttackArguments, model_args: ModelsConfig) -> None:
     check(args, model_args)
     sets, unseen = load_sets(args)
-    settings = attack_settings(args, sets, unseen)
-    attacks, left_out = possible_attacks(args, settings)
+    settings, unlearned = attack_settings(args, model_args, sets, unseen), model_args.model_name_or_path
+    has_adapter = any(map(is_adapter, all_models(args, model_args)))
+    attacks, left_out = possible_attacks(args.attacks, settings, has_adapter)
     print("\n".join(left_out))
 
     def loader(path: str):
@@ -161,13 +157,13 @@ def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
 
     folder = Path(args.output_dir)
     recovery = run_attacks(
-        dict(zip(model_names(args.model, reserved=(BASE, NEVER)), map(loader, args.model), strict=True)),
+        dict(zip(model_names(unlearned, reserved=(BASE, NEVER)), map(loader, unlearned), strict=True)),
         loader(args.base),
-        loader(args.never_trained) if args.never_trained else None,
+        loader(args.retain_model) if args.retain_model else None,
         sets["forget"],
         settings,
         attacks,
-        dataset=f"{args.dataset_name} {args.forget_split}" if args.dataset_name else "fictional authors (embedded)",
+        dataset=args.data,
         seed=args.seed,
         progress_path=folder / "attacks.jsonl",
         show_progress=True,
@@ -183,7 +179,7 @@ def main(args: RecoveryArguments, model_args: ModelConfig) -> None:
 
 def command() -> None:
     """The script as it is called."""
-    main(*parse_options(RecoveryArguments, ModelConfig))
+    main(*parse_options(AttackArguments, ModelsConfig, description=__doc__))
 
 
 if __name__ == "__main__":

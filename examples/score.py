@@ -1,10 +1,10 @@
 """Score a checkpoint: TOFU, RWKU or the embedded fictional authors.
 
-    python examples/evaluate.py --model_name_or_path outputs/demo/mdu-tau0 --benchmark fictional \\
+    python examples/score.py --model_name_or_path outputs/demo/mdu-tau0 --benchmark fictional \\
         --baseline outputs/demo/results.json
-    accelerate launch examples/evaluate.py --model_name_or_path PATH --dtype bfloat16 --benchmark tofu \\
+    accelerate launch examples/score.py --model_name_or_path PATH --dtype bfloat16 --benchmark tofu \\
         --dataset_name locuslab/TOFU --forget_split forget10 --retain_split retain90
-    accelerate launch examples/evaluate.py --model_name_or_path PATH --dtype bfloat16 --benchmark rwku \\
+    accelerate launch examples/score.py --model_name_or_path PATH --dtype bfloat16 --benchmark rwku \\
         --dataset_name jinzhuoran/RWKU --subjects "Stephen King"
 
 PATH is a model or a folder with an adapter. Finished rows are kept in the output folder as figures, so a killed run
@@ -16,12 +16,12 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common import DataArguments, check_models, load, settings
 from trl import ModelConfig
 
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_not_written, check_once, check_output_folder, check_source
-from mdu_trainer.commands.options import parse_options
+from mdu_trainer.commands.loading import check_model, load
+from mdu_trainer.commands.options import parse_options, settings
 from mdu_trainer.evaluation.benchmarks import TRUTH_RATIOS
 from mdu_trainer.evaluation.registry import BENCHMARKS, BenchmarkOptions, choose_metrics
 from mdu_trainer.evaluation.results import Results
@@ -30,7 +30,7 @@ from mdu_trainer.files import UserError
 
 
 @dataclass
-class EvaluationArguments(DataArguments, BenchmarkOptions):
+class ScoreArguments(BenchmarkOptions):
     """What to score a model on, and how."""
 
     benchmark: str = field(default="fictional", metadata={"help": "Questions to ask.", "choices": BENCHMARKS.keys()})
@@ -38,15 +38,14 @@ class EvaluationArguments(DataArguments, BenchmarkOptions):
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model may run code of its own."})
 
 
-def check(args: EvaluationArguments, model_args: ModelConfig) -> None:
+def check(args: ScoreArguments, model_args: ModelConfig) -> None:
     """Refuse options that are wrong before anything is loaded."""
-    if model_args.model_name_or_path is None:
-        raise UserError("Which model? Pass --model_name_or_path.")
+    check_model(model_args)
     check_output_folder(args.output_dir)
     check_once(args, "subjects", "configs", "metrics")
     if args.metrics is not None:
         choose_metrics(args.metrics)
-    positive = ("max_rows", "batch_size", "max_new_tokens", "decoding_steps", "likelihood_draws")
+    positive = ("max_eval_rows", "batch_size", "max_new_tokens", "decoding_steps", "likelihood_draws")
     check_least(args, **dict.fromkeys(positive, 1), seed=0)
     if args.dataset_name is not None:
         check_source(args.dataset_name, "dataset_name")
@@ -57,12 +56,11 @@ def check(args: EvaluationArguments, model_args: ModelConfig) -> None:
     check_not_written([args.baseline, args.retain_log], [folder / "results.json", folder / TRUTH_RATIOS])
 
 
-def main(args: EvaluationArguments, model_args: ModelConfig) -> None:
+def main(args: ScoreArguments, model_args: ModelConfig) -> None:
     check(args, model_args)
     benchmark, path = BENCHMARKS[args.benchmark], model_args.model_name_or_path
     sets = benchmark.load(args)
     baseline = Results.load(args.baseline) if args.baseline else None
-    check_models(model_args, model_name_or_path=path)
     model, tokenizer = load(path, model_args, args.trust_remote_code)
     scored = replace(benchmark.evaluate(model, tokenizer, sets, args), method=Path(path).name)
     if not processes().is_main_process:
@@ -78,7 +76,7 @@ def main(args: EvaluationArguments, model_args: ModelConfig) -> None:
 
 def command() -> None:
     """The script as it is called."""
-    main(*parse_options(EvaluationArguments, ModelConfig))
+    main(*parse_options(ScoreArguments, ModelConfig, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""Rows as a command line names them: the splits of a data set, or the embedded fictional authors."""
+
+from dataclasses import dataclass, field
+
+from datasets import Dataset
+
+from ..data.rows import question_answer_rows
+from ..evaluation.benchmarks import fictional_sets
+from ..evaluation.own_rows import load_questions
+from ..evaluation.runner import processes
+from ..evaluation.tofu import load_tofu
+from ..files import UserError
+from ..testing import REFUSALS
+
+EMBEDDED = "fictional authors (embedded)"  # what results call the rows
+NO_RETAIN = (
+    "Without --retain nothing holds on to what the model is to keep: expect it to lose other knowledge as well, and "
+    "no figure here will say how much."
+)
+
+
+@dataclass
+class DataArguments:
+    """What every command that reads rows is asked."""
+
+    keep_dataset_cache: bool = field(
+        default=False, kw_only=True, metadata={"help": "Let `datasets` keep the rows in its cache, in plain text."}
+    )
+
+
+@dataclass
+class SplitArguments(DataArguments):
+    """Which rows are to be forgotten, and which to be kept: splits of TOFU or of a data set like it."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder; embedded authors if unset."})
+    forget_split: str = field(default="forget10", metadata={"help": "Config name of the rows to forget."})
+    retain_split: str = field(default="retain90", metadata={"help": "Config name of the rows to keep."})
+
+    @property
+    def data(self) -> str:
+        """What results call the rows."""
+        return EMBEDDED if self.dataset_name is None else f"{self.dataset_name} {self.forget_split}"
+
+
+def forget_and_retain(args: SplitArguments, max_rows: int | None) -> dict[str, Dataset]:
+    """Return the sets to score on, checked: of each so many evenly spaced rows, all if None."""
+    if args.dataset_name is None:
+        return fictional_sets(max_rows)
+    splits = (args.forget_split, args.retain_split)
+    return load_tofu(args.dataset_name, *splits, max_rows=max_rows, keep_dataset_cache=args.keep_dataset_cache)
+
+
+def load_own_rows(forget: str | None, retain: str | None, keep_dataset_cache: bool = False) -> dict[str, Dataset]:
+    """Load the rows that a command line names as one's own, as questions and answers. Say what no rows to keep cost.
+
+    Args:
+        forget, retain: files or data sets, as `mdu_trainer.evaluation.own_rows.load_questions` takes them; rows to
+            keep may be left out.
+        keep_dataset_cache: whether `datasets` may keep them.
+
+    Returns:
+        "forget", and "retain" if there are any.
+
+    Raises:
+        UserError: no rows to forget were named, or rows are not what they must be. No message quotes one.
+    """
+    if forget is None:
+        raise UserError("Which rows are to be forgotten? Pass --forget FILE, or the name of a data set.")
+    if retain is None:
+        processes().print(NO_RETAIN)
+    sources = {"forget": forget} | ({} if retain is None else {"retain": retain})
+    return {
+        name: load_questions(source, name, keep_dataset_cache=keep_dataset_cache) for name, source in sources.items()
+    }
+
+
+def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> Dataset:
+    """Return prompt-completion rows of questions and answers.
+
+    Args:
+        rows: `question` and `answer`, and `refusal` where the data has it.
+        conversational: make turns of user and assistant, for a model that chats.
+        refusals: add a refusal as the preferred response, which DPO needs; one that is built in where the data has
+            none.
+    """
+    if refusals and "refusal" not in rows.column_names:
+        rows = rows.add_column("refusal", [REFUSALS[i % len(REFUSALS)] for i in range(len(rows))])
+    return question_answer_rows(rows, conversational, preferred="refusal" if refusals else None)

@@ -1,0 +1,86 @@
+"""Score models on questions and answers, as a command line asks for it. Finished rows are kept, as figures only."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.tofu import TofuResult, TruthRatios, evaluate_tofu, longest_answer
+from ..inference.config import DiffusionGenerationConfig
+from .checks import check_least
+
+
+@dataclass
+class ScoringArguments:
+    """How many rows are scored, and how their answers are decoded."""
+
+    max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each set."})
+    batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
+    max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens; the longest answer if unset."})
+    decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    likelihood_draws: int = field(default=16, metadata={"help": "Passes a row for the probability."})
+
+
+def check_scoring(args: ScoringArguments) -> None:
+    """Refuse numbers that are too small."""
+    check_least(args, max_eval_rows=1, batch_size=1, max_new_tokens=1, decoding_steps=1, likelihood_draws=1)
+
+
+class Scorer:
+    """Score one model after the other on the same sets.
+
+    Args:
+        sets: name of a set -> `question` and `answer`, and what the metrics need.
+        args: how they are scored.
+        metrics: names in `mdu_trainer.evaluation.registry.METRICS`.
+
+    Attributes:
+        retain_log: truth ratios of a model that never saw the forget rows; once set, they give the models that follow
+            their forget quality.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, Dataset],
+        args: ScoringArguments,
+        metrics: Sequence[str] = ("rougeL", "probability"),
+    ):
+        self.sets, self.args, self.metrics = sets, args, metrics
+        self.retain_log: TruthRatios | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        method: str,
+        progress_path: Path,
+        sets: Mapping[str, Dataset] | None = None,
+    ) -> TofuResult:
+        """Score a model. Every process of a launch must call this.
+
+        Args:
+            model, tokenizer: what answers.
+            method: what the run is called.
+            progress_path: file that keeps finished rows, to continue a killed run.
+            sets: other sets than all; answers are decoded to the longest of all sets.
+        """
+        decoding = DiffusionGenerationConfig(
+            max_new_tokens=self.args.max_new_tokens or longest_answer(self.sets, tokenizer),
+            steps=self.args.decoding_steps,
+            batch_size=self.args.batch_size,
+        )
+        return evaluate_tofu(
+            model,
+            tokenizer,
+            self.sets if sets is None else sets,
+            decoding,
+            metrics=self.metrics,
+            retain_log=self.retain_log,
+            method=method,
+            num_draws=self.args.likelihood_draws,
+            progress_path=progress_path,
+            show_progress=True,
+        )

@@ -1,0 +1,104 @@
+"""Rows of one's own as questions and answers: from a file, a folder or the Hub, in the forms that training takes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetInfo
+
+from ..data.reading import check_table, read_row, read_rows
+from ..files import UserError
+from .sources import SUFFIXES, check_columns, config_names, load_split, read_file
+
+QUESTIONS = ("question", "answer")
+FURTHER = ("paraphrased_question", "refusal")  # kept where every row has them
+TURNS = {"prompt": ("question", "user"), "completion": ("answer", "assistant"), "chosen": ("refusal", "assistant")}
+
+
+def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: bool = False) -> Dataset:
+    """Load rows as questions and answers, in memory.
+
+    A row has `question` and `answer`; or `prompt` and `completion`, both texts or both messages; or `messages`, a turn
+    of the user and the response to it. `paraphrased_question` is kept, and `chosen`, the response that DPO prefers, as
+    `refusal`.
+
+    Args:
+        source: a JSON, JSON Lines, CSV or Parquet file, or a folder or a data set on the Hub, as NAME or NAME:CONFIG.
+        name: what messages call the rows.
+        keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_split`.
+
+    Returns:
+        `question`, `answer`, and of the other two what every row has.
+
+    Raises:
+        OSError: there is no such file or data set.
+        UserError: no rows, missing columns, values that are no text, conversations. No message quotes a row.
+    """
+    rows = _load_source(source, keep_dataset_cache)
+    columns = set(rows.column_names)
+    if not columns & set(QUESTIONS) and (columns & {"messages", "completion", "rejected"}):
+        rows = _as_questions(rows, source, name)
+    else:
+        _check_texts(rows, source)
+        rows = rows.rename_columns({"chosen": "refusal"}) if "chosen" in columns - {"refusal"} else rows
+    check_columns(rows, name, dict.fromkeys(QUESTIONS, str))
+    whole = [c for c in FURTHER if c in rows.column_names and all(isinstance(text, str) for text in rows[c])]
+    return rows.select_columns([*QUESTIONS, *whole])
+
+
+def _load_source(source: str, keep_dataset_cache: bool) -> Dataset:
+    path = Path(source)
+    if path.suffix in SUFFIXES or path.is_file():
+        return read_file(path)
+    named = ":" in source and not path.exists()
+    folder, _, config = source.rpartition(":") if named else (source, "", "")
+    if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+        raise FileNotFoundError(f"There is no {'folder' if named else 'file or folder'} {folder}.")
+    return load_split(folder, config or _only_config(folder), keep_dataset_cache=keep_dataset_cache)
+
+
+def _only_config(source: str) -> str:
+    names = config_names(source)
+    if len(names) != 1:
+        raise UserError(f"{source} has the configs {', '.join(names) or 'none'}: choose one, as {source}:CONFIG.")
+    return names[0]
+
+
+def _check_texts(rows: Dataset, source: str) -> None:
+    """Refuse the first row without a question or an answer, by its number."""
+    values = {column: rows[column] if column in rows.column_names else [None] * len(rows) for column in QUESTIONS}
+    for number, pair in enumerate(zip(*values.values(), strict=True)):
+        missing = [column for column, value in zip(QUESTIONS, pair, strict=True) if value is None]
+        if missing:
+            raise UserError(f"Row {number} of {source} has no {' and no '.join(missing)}.")
+        wrong = [column for column, value in zip(QUESTIONS, pair, strict=True) if not isinstance(value, str)]
+        if wrong:
+            raise UserError(f"Row {number} of {source}: {wrong[0]} must be a text.")
+
+
+def _as_questions(rows: Dataset, source: str, name: str) -> Dataset:
+    """Rows of prompts and completions, or of messages, as questions and answers."""
+    preferred = "chosen" in rows.column_names
+    check_table(rows, name, preferred)
+    texts: dict[str, list[str]] = {}
+    for number, example in enumerate(read_rows(rows, name)):
+        where = f"Row {number} of {source}"
+        for part, value in read_row(example, where, preferred).items():
+            column, role = TURNS[part]
+            texts.setdefault(column, []).append(_text_of(value, role, f"{where}: its {part}"))
+    if FURTHER[0] in rows.column_names:
+        texts[FURTHER[0]] = list(rows[FURTHER[0]])
+    known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
+    info = DatasetInfo(**{one: getattr(rows.info, one) for one in known})
+    return Dataset.from_dict(texts, info=info, split=rows.split)
+
+
+def _text_of(value: str | list[Mapping[str, Any]], role: str, where: str) -> str:
+    if isinstance(value, str):
+        return value
+    if len(value) != 1 or value[0]["role"] != role:
+        raise UserError(
+            f"{where} is not one turn of the {role}. Here a row is one question and its answer; MDUTrainer itself "
+            "trains on whole conversations."
+        )
+    return value[0]["content"]
