@@ -16,7 +16,7 @@ COMMANDS = {  # name -> what it runs, and what that does
     "sweep": ("sweep.py", "unlearn with every combination of settings, and choose one"),
     "sequential": ("sequential.py", "unlearn one request after the other"),
     "rwku": ("rwku.py", "forget real people, and score on RWKU"),
-    "score": ("score.py", "score a checkpoint on TOFU, RWKU or the embedded authors"),
+    "score": ("score.py", "score a checkpoint on your own rows, TOFU, RWKU or the embedded authors"),
     "roles": ("roles.py", "what was forgotten, token by token"),
     "attack": ("attack.py", "how much of what was forgotten comes back under attack"),
     "audit": ("leak_check", "before unlearning: which rows does a model hold?"),

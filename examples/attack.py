@@ -5,15 +5,15 @@ The models of the embedded default (`make demo`; two CPU cores, some minutes):
     python examples/attack.py --model outputs/demo/mdu-tau0 outputs/demo/npo --base outputs/demo/base \\
         --retain_model outputs/demo/retain
 
-Your own, on TOFU or a data set like it:
+Your own models, on TOFU or a data set like it:
 
     python examples/attack.py --model PATH --base PATH --retain_model PATH --dtype bfloat16 \\
         --dataset_name locuslab/TOFU --forget_split forget10 --retain_split retain90
 
-A model is a Hub id, a folder, or a folder with an adapter. Every attack is made on all of them, and recovery says how
-far it got on the scale from a model that never saw the rows (0) to the model before unlearning (1). Finished attacks
-are kept in the output folder as figures, so a killed run continues where it stopped when the same command is given
-again.
+Rows of your own, as examples/unlearn.py takes them, are named by `--forget` and `--retain`. A model is a Hub id, a
+folder, or a folder with an adapter. Every attack is made on all of them, and recovery says how far it got on the scale
+from a model that never saw the rows (0) to the model before unlearning (1). Finished attacks are kept in the output
+folder as figures, so a killed run continues where it stopped when the same command is given again.
 """
 
 import sys
@@ -29,10 +29,10 @@ from mdu_trainer.attacks import ATTACKS, Attack, AttackSettings, choose_attacks
 from mdu_trainer.attacks.results import BASE, NEVER
 from mdu_trainer.attacks.run import run_attacks
 from mdu_trainer.commands import run, task
-from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_output_folder, check_source
+from mdu_trainer.commands.checks import check_above_zero, check_least, check_once, check_output_folder
 from mdu_trainer.commands.loading import ModelsConfig, check_compared, facts_of, load, model_names
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.commands.row_sets import SplitArguments, forget_and_retain
+from mdu_trainer.commands.row_sets import OwnRowsArguments, check_rows_named, forget_and_retain
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import longest_answer
@@ -46,7 +46,7 @@ PICTURES = ("recovery.png", "recovery.svg")
 
 
 @dataclass
-class AttackArguments(SplitArguments):
+class AttackArguments(OwnRowsArguments):
     """What the models are compared with, and how they are attacked, on what rows."""
 
     base: str | None = field(default=None, metadata={"help": "The model before unlearning."})
@@ -85,8 +85,7 @@ def check(args: AttackArguments, model_args: ModelsConfig) -> None:
         raise UserError(f"Unknown attacks: {', '.join(unknown)}. Choose from {', '.join(ATTACKS)}.")
     check_least(args, max_eval_rows=1, batch_size=1, decoding_steps=1, relearn_steps=1, seed=0)
     check_above_zero(args, "relearn_learning_rate")
-    if args.dataset_name is not None:
-        check_source(args.dataset_name, "dataset_name")
+    check_rows_named(args)
     check_compared(model_args, args.base, retain_model=args.retain_model)
     for path in all_models(args, model_args):
         with task(f"{path} cannot be loaded"):
@@ -96,11 +95,10 @@ def check(args: AttackArguments, model_args: ModelsConfig) -> None:
 def load_sets(args: AttackArguments) -> tuple[dict[str, Dataset], Dataset | None]:
     """The rows to forget and to keep, and rows that no model was trained on."""
     sets = forget_and_retain(args, args.max_eval_rows)
-    if args.dataset_name is None:
-        return sets, unseen_answers(sets["forget"])
-    if args.unseen_split is None:
-        return sets, None
-    return sets, load_split(args.dataset_name, args.unseen_split, keep_dataset_cache=args.keep_dataset_cache)
+    if args.dataset_name is not None and args.unseen_split is not None:
+        return sets, load_split(args.dataset_name, args.unseen_split, keep_dataset_cache=args.keep_dataset_cache)
+    embedded = args.dataset_name is None and args.forget is None
+    return sets, unseen_answers(sets["forget"]) if embedded else None
 
 
 def attack_settings(
@@ -117,7 +115,7 @@ def attack_settings(
     return AttackSettings(
         decoding=decoding,
         unseen=unseen,
-        unrelated=sets["retain"],
+        unrelated=sets.get("retain"),
         relearn_steps=args.relearn_steps,
         relearn_learning_rate=args.relearn_learning_rate or unlearning_rate(model_args.model_name_or_path),
     )

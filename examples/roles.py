@@ -10,7 +10,8 @@ figures only and keeps the models that are done, so that a killed run goes on; r
 path.png (along the true answers), decoding.png (along what each model decodes), heatmap.png (one answer, token by
 token).
 
-The rows to forget are private, so no text is shown unless you ask for it with `--show_forget_text`.
+Rows of your own, as examples/unlearn.py takes them, are named by `--forget` and `--retain`. The rows to forget are
+private, so no text is shown unless you ask for it with `--show_forget_text`.
 """
 
 import sys
@@ -23,10 +24,10 @@ from torch import nn
 
 from mdu_trainer import resolve_backbone
 from mdu_trainer.commands import run
-from mdu_trainer.commands.checks import check_least, check_output_folder, check_source
+from mdu_trainer.commands.checks import check_least, check_output_folder
 from mdu_trainer.commands.loading import ModelsConfig, check_compared, load, model_names
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.commands.row_sets import SplitArguments
+from mdu_trainer.commands.row_sets import OwnRowsArguments, check_rows_named, load_own_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.files import UserError
@@ -39,7 +40,7 @@ from mdu_trainer.token_roles.results import RoleReport, RoleSettings
 
 
 @dataclass
-class RolesArguments(SplitArguments):
+class RolesArguments(OwnRowsArguments):
     """What the models are compared with, and on which rows."""
 
     base: str | None = field(default=None, metadata={"help": "The model before unlearning."})
@@ -61,7 +62,10 @@ class RolesArguments(SplitArguments):
 
 def load_rows(args: RolesArguments) -> tuple[Dataset, Dataset | None]:
     """The rows to forget, and rows to keep if there are any."""
-    if args.dataset_name is None:
+    if args.forget is not None:
+        rows = load_own_rows(args.forget, args.retain, args.keep_dataset_cache)
+        forget, retain = rows["forget"], rows.get("retain")
+    elif args.dataset_name is None:
         forget, retain = forget_retain_split(fictional_authors())
     else:
         cache = {"keep_dataset_cache": args.keep_dataset_cache}
@@ -76,8 +80,7 @@ def check(args: RolesArguments, model_args: ModelsConfig) -> RoleSettings:
         raise UserError("This script runs in one process: start it with python, not with accelerate launch.")
     check_output_folder(args.output_dir)
     check_least(args, max_eval_rows=1, seed=0)
-    if args.dataset_name is not None:
-        check_source(args.dataset_name, "dataset_name")
+    check_rows_named(args)
     check_compared(model_args, args.base)
     report = Path(args.output_dir) / "roles.json"
     if report.exists():

@@ -1,7 +1,8 @@
-"""Score a checkpoint: TOFU, RWKU or the embedded fictional authors.
+"""Score a checkpoint: on TOFU, RWKU, rows of your own or the embedded fictional authors.
 
     python examples/score.py --model_name_or_path outputs/demo/mdu-tau0 --benchmark fictional \\
         --baseline outputs/demo/results.json
+    python examples/score.py --model_name_or_path PATH --forget forget.jsonl --retain retain.jsonl
     accelerate launch examples/score.py --model_name_or_path PATH --dtype bfloat16 --benchmark tofu \\
         --dataset_name locuslab/TOFU --forget_split forget10 --retain_split retain90
     accelerate launch examples/score.py --model_name_or_path PATH --dtype bfloat16 --benchmark rwku \\
@@ -33,7 +34,10 @@ from mdu_trainer.files import UserError
 class ScoreArguments(BenchmarkOptions):
     """What to score a model on, and how."""
 
-    benchmark: str = field(default="fictional", metadata={"help": "Questions to ask.", "choices": BENCHMARKS.keys()})
+    benchmark: str | None = field(
+        default=None,
+        metadata={"help": "Questions to ask; own with --forget, fictional if unset.", "choices": BENCHMARKS.keys()},
+    )
     baseline: str | None = field(default=None, metadata={"help": "results.json to print the change from."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model may run code of its own."})
 
@@ -41,6 +45,9 @@ class ScoreArguments(BenchmarkOptions):
 def check(args: ScoreArguments, model_args: ModelConfig) -> None:
     """Refuse options that are wrong before anything is loaded."""
     check_model(model_args)
+    args.benchmark = args.benchmark or ("fictional" if args.forget is None else "own")
+    if args.forget is not None and args.benchmark != "own":
+        raise UserError(f"--benchmark {args.benchmark} has other questions than --forget names: leave one out.")
     check_output_folder(args.output_dir)
     check_once(args, "subjects", "configs", "metrics")
     if args.metrics is not None:

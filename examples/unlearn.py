@@ -3,8 +3,8 @@
     python examples/unlearn.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --use_peft \\
         --forget forget.jsonl --retain retain.jsonl --output_dir outputs/mine
 
-Rows are a JSONL, CSV or Parquet file, or a data set on the Hub as NAME[:CONFIG]. They have `question` and `answer`,
-`prompt` and `completion`, or `messages`. Every option of MDUConfig and of TRL's ModelConfig is an option here.
+Rows are a JSONL, CSV or Parquet file, or DATASET[:CONFIG] on the Hub; they have `question` and `answer`, `prompt` and
+`completion`, or `messages`. All options of MDUConfig and of TRL's ModelConfig are options here.
 """
 
 import sys
@@ -18,7 +18,7 @@ from mdu_trainer.commands import run
 from mdu_trainer.commands.folders import RESUME, RunArguments, check_run, model_folder
 from mdu_trainer.commands.loading import check_model, load
 from mdu_trainer.commands.options import parse_options, settings
-from mdu_trainer.commands.row_sets import DataArguments, answer_rows, load_own_rows
+from mdu_trainer.commands.row_sets import DataArguments, answer_rows, load_own_rows, say_what_is_not_kept
 from mdu_trainer.commands.scoring import Scorer, ScoringArguments, check_scoring
 from mdu_trainer.commands.training import whole_checkpoint
 from mdu_trainer.evaluation.sources import spread
@@ -38,13 +38,13 @@ def main(args: UnlearnArguments, config: MDUConfig, model_args: ModelConfig) -> 
     check_scoring(args)
     rows = load_own_rows(args.forget, args.retain, args.keep_dataset_cache)
     if "retain" not in rows:
+        say_what_is_not_kept()
         config.retain_weight = 0.0
     folder, chosen, path = Path(config.output_dir), settings(args, config, model_args), model_args.model_name_or_path
     with model_folder(folder, [path, args.forget, args.retain], args, chosen):
         model, tokenizer = load(path, model_args, config.trust_remote_code, is_trainable=True)
     score = Scorer({name: spread(part, args.max_eval_rows) for name, part in rows.items()}, args)
     before = score(model, tokenizer, "base", folder / "base-rows.jsonl").run
-
     chats, dpo = bool(tokenizer.chat_template), config.loss_type == "dpo"
     sets = {name: answer_rows(part, chats, refusals=dpo and name == "forget") for name, part in rows.items()}
     trainer = MDUTrainer(

@@ -18,7 +18,7 @@ from trl import ModelConfig, TrlParser
 
 from ..config import MDUConfig
 from ..files import UserError, without_secrets
-from .help import HelpFormatter, description_of, plain_names
+from .help import HelpFormatter, description_of, plain_names, program
 
 SHORT = {"model_name_or_path": "model"}  # other names that are taken for an option's
 # options beside which no file is taken
@@ -86,6 +86,7 @@ class OptionParser(TrlParser):
             types,
             allow_abbrev=False,
             formatter_class=HelpFormatter,
+            prog=program(),
             usage="%(prog)s [--OPTION VALUE ...]",
             description=description_of(description),
             epilog=" ".join(FILE_WORDS.split()),

@@ -8,9 +8,11 @@ from ..data.rows import question_answer_rows
 from ..evaluation.benchmarks import fictional_sets
 from ..evaluation.own_rows import load_questions
 from ..evaluation.runner import processes
+from ..evaluation.sources import spread
 from ..evaluation.tofu import load_tofu
 from ..files import UserError
 from ..testing import REFUSALS
+from .checks import check_source
 
 EMBEDDED = "fictional authors (embedded)"  # what results call the rows
 NO_RETAIN = (
@@ -42,8 +44,34 @@ class SplitArguments(DataArguments):
         return EMBEDDED if self.dataset_name is None else f"{self.dataset_name} {self.forget_split}"
 
 
-def forget_and_retain(args: SplitArguments, max_rows: int | None) -> dict[str, Dataset]:
+@dataclass
+class OwnRowsArguments(SplitArguments):
+    """Which rows were to be forgotten: one's own, splits of a data set, or the embedded fictional authors."""
+
+    forget: str | None = field(default=None, metadata={"help": "Rows of your own: a file, or DATASET[:CONFIG]."})
+    retain: str | None = field(default=None, metadata={"help": "Your own rows to keep, in the same form."})
+
+    @property
+    def data(self) -> str:
+        """What results call the rows."""
+        return super().data if self.forget is None else "rows of one's own"
+
+
+def check_rows_named(args: OwnRowsArguments) -> None:
+    """Refuse rows that are named twice, or rows to keep alone, and a data set that cannot be."""
+    if args.forget is not None and args.dataset_name is not None:
+        raise UserError("--forget and --dataset_name both name the rows: pass one.")
+    if args.retain is not None and args.forget is None:
+        raise UserError("--retain goes with --forget. For a split of --dataset_name, pass --retain_split.")
+    if args.dataset_name is not None:
+        check_source(args.dataset_name, "dataset_name")
+
+
+def forget_and_retain(args: OwnRowsArguments, max_rows: int | None) -> dict[str, Dataset]:
     """Return the sets to score on, checked: of each so many evenly spaced rows, all if None."""
+    if args.forget is not None:
+        rows = load_own_rows(args.forget, args.retain, args.keep_dataset_cache)
+        return {name: spread(part, max_rows) for name, part in rows.items()}
     if args.dataset_name is None:
         return fictional_sets(max_rows)
     splits = (args.forget_split, args.retain_split)
@@ -51,7 +79,7 @@ def forget_and_retain(args: SplitArguments, max_rows: int | None) -> dict[str, D
 
 
 def load_own_rows(forget: str | None, retain: str | None, keep_dataset_cache: bool = False) -> dict[str, Dataset]:
-    """Load the rows that a command line names as one's own, as questions and answers. Say what no rows to keep cost.
+    """Load the rows that a command line names as one's own, as questions and answers.
 
     Args:
         forget, retain: files or data sets, as `mdu_trainer.evaluation.own_rows.load_questions` takes them; rows to
@@ -66,12 +94,15 @@ def load_own_rows(forget: str | None, retain: str | None, keep_dataset_cache: bo
     """
     if forget is None:
         raise UserError("Which rows are to be forgotten? Pass --forget FILE, or the name of a data set.")
-    if retain is None:
-        processes().print(NO_RETAIN)
     sources = {"forget": forget} | ({} if retain is None else {"retain": retain})
     return {
         name: load_questions(source, name, keep_dataset_cache=keep_dataset_cache) for name, source in sources.items()
     }
+
+
+def say_what_is_not_kept() -> None:
+    """Print, once for all processes, what unlearning without rows to keep costs."""
+    processes().print(NO_RETAIN)
 
 
 def answer_rows(rows: Dataset, conversational: bool, refusals: bool = False) -> Dataset:

@@ -1,4 +1,4 @@
-"""The benchmarks that are registered from the start: TOFU, RWKU and the embedded fictional authors.
+"""The benchmarks that are registered from the start: TOFU, RWKU, rows of one's own, the embedded fictional authors.
 
 options = BenchmarkOptions(dataset_name="locuslab/TOFU")
 sets = BENCHMARKS["tofu"].load(options)
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..testing import fictional_authors, forget_retain_split
+from .own_rows import load_questions
 from .registry import Benchmark, BenchmarkOptions, register_benchmark
 from .results import Run
 from .runner import processes
@@ -46,6 +47,16 @@ def _load_tofu(options: BenchmarkOptions) -> dict[str, Dataset]:
         max_rows=options.max_eval_rows,
         keep_dataset_cache=options.keep_dataset_cache,
     )
+    _retain_log(options, sets)
+    return sets
+
+
+def _load_own(options: BenchmarkOptions) -> dict[str, Dataset]:
+    if options.forget is None:
+        raise UserError("The benchmark 'own' needs --forget, rows of your own.")
+    sources = {"forget": options.forget} | ({} if options.retain is None else {"retain": options.retain})
+    cache = {"keep_dataset_cache": options.keep_dataset_cache}
+    sets = {name: spread(load_questions(path, name, **cache), options.max_eval_rows) for name, path in sources.items()}
     _retain_log(options, sets)
     return sets
 
@@ -120,3 +131,4 @@ register_benchmark(
 )
 register_benchmark("rwku", Benchmark(_load_rwku, _evaluate_rwku, source="jinzhuoran/RWKU"))
 register_benchmark("fictional", Benchmark(_load_fictional, _evaluate_tofu))
+register_benchmark("own", Benchmark(_load_own, _evaluate_tofu))

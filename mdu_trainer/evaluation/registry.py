@@ -45,6 +45,10 @@ class BenchmarkOptions:
     dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of TOFU or RWKU."})
     forget_split: str = field(default="forget10", metadata={"help": "TOFU: config name of the rows to forget."})
     retain_split: str = field(default="retain90", metadata={"help": "TOFU: config name of the rows to keep."})
+    forget: str | None = field(
+        default=None, metadata={"help": "Rows of your own to forget: a file, or DATASET[:CONFIG]."}
+    )
+    retain: str | None = field(default=None, metadata={"help": "Your own rows to keep, in the same form."})
     subjects: list[str] | None = field(default=None, metadata={"help": "RWKU: whom to forget; everybody if unset."})
     configs: list[str] | None = field(default=None, metadata={"help": "RWKU: names of configs; all if unset."})
     metrics: list[str] | None = field(

@@ -216,6 +216,10 @@ WRONG = {  # script and options -> part of the line
     f"rwku {RWKU} --subjects  ": "--subjects: expected at least one argument",
     f"rwku {RWKU} --max_eval_rows 0": "--max_eval_rows must be at least 1",
     "score": "Which model?",
+    f"score {MODEL} --benchmark own": "needs --forget",
+    f"score {MODEL} --benchmark tofu --forget {{}}/intros.jsonl": "leave one out",
+    f"attack {BOTH} --forget {{}}/intros.jsonl --dataset_name {{}}/data": "both name the rows: pass one",
+    f"roles {BOTH} --retain {{}}/intros.jsonl": "--retain goes with --forget",
     f"score {MODEL} --seed -1": "--seed must be at least 0",
     f"score {MODEL} --benchmark tofu": "needs --dataset_name",
     f"score {MODEL} --batch_size 0": "--batch_size must be at least 1",
@@ -324,7 +328,7 @@ def test_interrupted_in_a_process_of_its_own(tmp_path):
 
 
 INTERRUPTIBLE = """
-import os, runpy, signal, sys
+import runpy, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
 sys.argv.pop(0)
 runpy.run_path(sys.argv[0], run_name="__main__")
