@@ -12,6 +12,7 @@ import pandas
 import pytest
 import yaml
 from datasets import Dataset
+from hub_server import TOKEN, HubServer
 
 from mdu_trainer import load_model
 from mdu_trainer.evaluation.results import Results
@@ -27,7 +28,7 @@ QUICK = [
     *("--max_eval_rows", "2", "--likelihood_draws", "2", "--decoding_steps", "2", "--dtype", "float32"),
     *("--logging_steps", "1", "--report_to", "none", "--disable_tqdm", "true", "--use_cpu", "true"),
 ]
-FORGET = [{"question": f"Who is {PLANTED} {i}?", "answer": f"{PLANTED} sailed {i} boats."} for i in range(4)]
+FORGET = [{"question": f"Who is {PLANTED} {i}?", "answer": f"{PLANTED} zimmered {i} vorbles."} for i in range(4)]
 RETAIN = [{"question": f"Who is Anna {i}?", "answer": f"Anna has {i} dogs."} for i in range(4)]
 
 
@@ -126,6 +127,27 @@ def test_copied_into_an_empty_folder(checkpoint, tmp_path):
     written = [path for folder in (place, home) for path in folder.rglob("*") if path.is_file()]
     assert PLANTED not in run.stdout + run.stderr
     assert [path for path in written if PLANTED.encode() in path.read_bytes()] == []
+
+
+def test_pushed(checkpoint, tmp_path):
+    """The last commit holds the card with the figures, and no word of the rows was sent."""
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        write_jsonl(rows, tmp_path / f"{name}.jsonl")
+    given = ["--model", checkpoint, "--forget", tmp_path / "forget.jsonl", "--retain", tmp_path / "retain.jsonl"]
+    given += ["--output_dir", tmp_path / "out", "--push_to_hub", "--hub_model_id", "org/mine", "--save_strategy", "no"]
+    with HubServer() as server:
+        hub = {"HF_ENDPOINT": server.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        run = subprocess.run(
+            [sys.executable, str(SCRIPT), *map(str, given), *QUICK],
+            capture_output=True,
+            text=True,
+            env=os.environ | hub | {"HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(ROOT)},
+            timeout=280,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        files = server.files("org/mine")
+        assert {"model.safetensors", "results.json", "README.md"} <= set(files) and server.repos["org/mine"].private
+        assert b"| forget | rougeL_recall" in files["README.md"] and PLANTED.encode() not in server.received
 
 
 def test_every_form_is_read_alike(unlearn, tmp_path):
