@@ -16,8 +16,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if not action.option_strings:
             return super()._format_action_invocation(action)
         names = [name for name in action.option_strings if "-" not in name.lstrip("-")] or action.option_strings[:1]
-        default = self._get_default_metavar_for_optional(action)
-        return f"{', '.join(names)} {self._format_args(action, default)}".rstrip()
+        is_switch = action.nargs == "?" and action.const is True
+        value = "" if is_switch else self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(names)} {value}".rstrip()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         shown, default = action.help or "", action.default

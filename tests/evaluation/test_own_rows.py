@@ -8,6 +8,7 @@ from mdu_trainer.evaluation.own_rows import load_questions
 from mdu_trainer.files import UserError
 
 SECRET = "Zanzibar Quillfeather"
+ROLES, TEXTS = ("user", "assistant"), ("Q?", "A.")
 
 
 def turn(role, content=SECRET):
@@ -27,7 +28,7 @@ def write(folder, rows):
         {"prompt": "Q?", "completion": "A."},
         {"prompt": [turn("user", "Q?")], "completion": [turn("assistant", "A.")]},
         {"messages": [turn("user", "Q?"), turn("assistant", "A.")]},
-        {"messages": [turn("user", [{"type": "text", "text": "Q?"}]), turn("assistant", "A.")]},
+        {"messages": [turn(role, [{"type": "text", "text": text}]) for role, text in zip(ROLES, TEXTS, strict=True)]},
         {"prompt": "Q?", "rejected": "A."},
     ],
 )

@@ -103,7 +103,7 @@ def test_copied_into_an_empty_folder(checkpoint, tmp_path):
     for name, rows in (("forget", FORGET), ("retain", RETAIN)):
         write_jsonl(rows, tmp_path / f"{name}.jsonl")
     rows = ["--forget", str(tmp_path / "forget.jsonl"), "--retain", str(tmp_path / "retain.jsonl")]
-    lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "--tau", "0.5"]
+    lora = ["--use_peft", "--lora_r", "2", "--lora_target_modules", "q_proj", "v_proj", "--tau", "0.5"]
     places = {"HF_HOME": str(home), "TMPDIR": str(home / "tmp"), "XDG_CACHE_HOME": str(home), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "mine.py", "--model", str(checkpoint), *rows, "--output_dir", "out", *lora, *QUICK],
