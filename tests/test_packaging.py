@@ -65,7 +65,7 @@ def test_wheel_holds_every_module_the_type_marker_and_the_templates(wheel):
     files = {name for name in wheel.namelist() if name.startswith("mdu_trainer/")}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mdu_trainer").rglob("*.py")}
     templates = {f"mdu_trainer/model_cards/{name}.jinja" for name in ("unlearned_model.md", "report.html")}
-    assert files == modules | templates | {"mdu_trainer/py.typed"}
+    assert files == modules | templates | {"mdu_trainer/py.typed", "mdu_trainer/__init__.pyi"}
 
 
 def test_wheel_metadata(wheel):
