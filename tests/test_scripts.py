@@ -278,7 +278,7 @@ def test_a_check_that_fails_is_no_pass(check, capsys, monkeypatch):
     def refuse(*_):
         raise ValueError("broken")
 
-    monkeypatch.setitem(leak_check.ATTACKS, "paraphrase", leak_check.ATTACKS["paraphrase"]._replace(run=refuse))
+    monkeypatch.setitem(leak_check.ATTACKS, "paraphrase", replace(leak_check.ATTACKS["paraphrase"], run=refuse))
     with pytest.raises(SystemExit) as stopped:
         check("empty", "rows.json")
     assert stopped.value.code == 2 and capsys.readouterr().out == ""
