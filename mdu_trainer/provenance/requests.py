@@ -1,5 +1,6 @@
-"""What a run leaves beside its weights: facts of this request to forget and of those before it, and their hashes."""
+"""The facts and hashes that a run leaves beside its weights, of this request to forget and of those before it."""
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,12 @@ from ..files import UserError
 from ..models import Backbone
 from ..objectives import OBJECTIVES
 from .facts import FACTS_FILE, Facts, Seal, SetFacts, set_facts, whole_hashes
-from .forget_hashes import HASHES_FILE, MARKUP, SHORTEST_ROW_WORDS, ForgetHashes, row_texts, row_turns
+from .forget_hashes import HASHES_FILE, SHORTEST_ROW_WORDS, ForgetHashes
+from .texts import row_texts
 
 logger = logging.get_logger(__name__)
 
+CONTROL_TOKEN = re.compile(r"[<\[].*[>\]]")  # <|user|>, [MASK]
 PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 TRAINING_OPTIONS = (
     "learning_rate",
@@ -38,7 +41,7 @@ TRAINING_OPTIONS = (
 
 @dataclass(frozen=True)
 class Run:
-    """What facts are read from.
+    """A run, as far as facts are read from it.
 
     Attributes:
         args, state: of the trainer.
@@ -68,7 +71,7 @@ class Provenance:
         self, forget: Dataset | None, retain: Dataset | None, start: Path | None, special_tokens: Sequence[str] = ()
     ):
         self._rows, self._start = (forget, retain), start
-        self._control_tokens = [token for token in special_tokens if MARKUP.fullmatch(token)]
+        self._control_tokens = [token for token in special_tokens if CONTROL_TOKEN.fullmatch(token)]
         self._key = secrets.token_bytes(16)
         self._sets: tuple[SetFacts, SetFacts | None] | None = None
         self._hashes: ForgetHashes | None = None
@@ -89,8 +92,8 @@ class Provenance:
         if self._hashes is None:
             forget, retain = self._rows
             hashes = ForgetHashes.of(
-                row_turns(forget),
-                () if retain is None else row_turns(retain),
+                row_texts(forget),
+                () if retain is None else row_texts(retain),
                 key=self._key,
                 control_tokens=self._control_tokens,
             )
@@ -109,7 +112,7 @@ class Provenance:
         retain = self._rows[1]
         if retain is None or not hashes.requests:
             return
-        quoting = sum(any(hashes.found_in(text) for text in row_texts([row])) for row in retain)
+        quoting = sum(any(map(hashes.found_in, texts)) for texts in row_texts(retain))
         if quoting:
             logger.warning(
                 f"{quoting} of {len(retain)} rows to keep quote what an earlier request made the model forget, and "
