@@ -7,7 +7,7 @@ import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 LARGEST_INT, LARGEST_FLOAT = 2**63, 1e300  # what is beyond them was never counted or measured
@@ -46,7 +46,7 @@ class UserError(ValueError):
 
 
 def without_secrets(value: Any) -> Any:
-    """A setting without access tokens and passwords, at any depth of dicts, lists and tuples.
+    """Return a setting without access tokens and passwords, at any depth of dicts, lists and tuples.
 
     Dropped is what has the name of a secret (`hub_token`, `api_key`, ...), and what looks like one under any name:
     tokens of the Hub, OpenAI, GitHub, GitLab, Slack, AWS and Google, JWTs, bearer headers, private keys, passwords in
@@ -73,7 +73,7 @@ def _names_secret(key: Any) -> bool:
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """The rows of a file of JSON lines, or of one JSON array.
+    """Return the rows of a file of JSON lines, or of one JSON array.
 
     A byte order mark is skipped. Lines end at a line feed only: U+2028 and U+0085 may stand inside a text.
 
@@ -101,12 +101,9 @@ def read_jsonl(path: str | Path) -> list[Any]:
 
 
 def write_whole(path: str | Path, text: str, *, private: bool = False) -> None:
-    """Write a file whole or not at all: a kill leaves the one before.
+    """Write a file, whole or not at all: a kill leaves the one before. Its folder is made.
 
-    Args:
-        path: of the file; its folder is made.
-        text: the content.
-        private: for its owner's eyes only.
+    A private file is for its owner's eyes only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,12 +202,9 @@ class FolderRecord(Record):
 
 
 def read_json(path: str | Path, kind: str, remedy: str) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
-    Args:
-        path: of the file.
-        kind: what messages call it, with its article.
-        remedy: what to do if it cannot be read.
+    Messages call it `kind`, with its article, and say with `remedy` what to do if it cannot be read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -228,7 +222,7 @@ def read_json(path: str | Path, kind: str, remedy: str) -> Any:
 
 
 def typed(hint: Any, value: Any, place: str = "") -> Any:
-    """What JSON holds as a type hint wants it.
+    """Return a value from JSON as a type hint wants it.
 
     Args:
         hint: a dataclass, list, dict, Literal, str, int, float (finite), bool or Any, or one of them or None.
@@ -271,7 +265,7 @@ def _decode_union(options: tuple[Any, ...], value: Any, place: str) -> Any:
     return typed(option, value, place)
 
 
-def _decode_dataclass(cls: type, value: Any, place: str) -> Any:
+def _decode_dataclass(cls: Any, value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{place or 'its content'} is not an object")
     hints, known = get_type_hints(cls), {f.name: f for f in fields(cls) if f.init}
@@ -287,12 +281,12 @@ def _at(place: str, name: Any) -> str:
     return f"{place}.{name}" if place else str(name)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _finite(value: Any) -> Any:
-    """JSON without NaN and infinity."""
+    """Return JSON without NaN and infinity."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

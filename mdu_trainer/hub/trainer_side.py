@@ -1,8 +1,8 @@
 """Publishing from a trainer: its card, its pushes, and those of its checkpoints while it trains.
 
-What is uploaded is the list of `mdu_trainer.hub.push`: weights, config, tokenizer, card and figures. It has no state
-of optimizer, scheduler or random numbers, so the strategies "checkpoint" and "all_checkpoints" publish the weights of
-checkpoints in folders of their own, from which a run cannot be resumed: resume from `output_dir`.
+The files are those of `mdu_trainer.hub.push`, without state of optimizer, scheduler or random numbers. So the
+strategies "checkpoint" and "all_checkpoints" publish the weights of checkpoints in folders of their own, from which a
+run cannot be resumed: resume from `output_dir`.
 """
 
 import os
@@ -24,7 +24,7 @@ from ..report.records import RecoveryLike, ResultsLike
 from ..trainer.checkpoints import SNAPSHOT
 from ..trainer.run_lock import FolderInUseError, check_free
 from ..trainer.run_record import RUN_FILE
-from .push import hub_api, prepare_push
+from .push import Destination, hub_api, prepare_push, read_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -77,19 +77,15 @@ def push(
         return None
     trainer._finish_current_push()
     _remove_snapshots(Path(args.output_dir))
-    commit = prepare_push(
-        args.output_dir,
+    destination = Destination(
         trainer.hub_model_id,
-        commit_message=commit_message,
+        is_private(trainer, private),
+        revision or args.hub_revision,
         token=token,
-        revision=revision or args.hub_revision,
-        private=is_private(trainer, private),
-        tokenizer=tokenizer,
-        results=results,
-        recovery=recovery,
-        leak_scan=leak_scan,
-        details=said,
+        commit_message=commit_message,
     )
+    checkpoint = read_checkpoint(args.output_dir, results, recovery, leak_scan)
+    commit = prepare_push(checkpoint, destination, said, tokenizer=tokenizer)
     return commit() if blocking else hub_api().run_as_future(commit)
 
 
@@ -118,17 +114,16 @@ def push_checkpoint(trainer: Trainer, checkpoint_folder: str) -> None:
     snapshot = Path(args.output_dir) / f".push-{Path(checkpoint_folder).name}"
     try:
         _link_tree(checkpoint_folder, snapshot)
-        commit = prepare_push(
-            snapshot,
+        destination = Destination(
             trainer.hub_model_id,
-            commit_message=f"Training in progress, step {trainer.state.global_step}",
+            is_private(trainer),
+            args.hub_revision,
             token=args.hub_token,
-            revision=args.hub_revision,
-            private=is_private(trainer),
+            commit_message=f"Training in progress, step {trainer.state.global_step}",
             copy_to=names.get(strategy),
-            results=False,  # figures of the end, if there are any, are not this checkpoint's
-            recovery=False,
         )
+        # scores of the end, if there are any, are not this checkpoint's
+        commit = prepare_push(read_checkpoint(snapshot, results=False, recovery=False), destination)
     except Exception as error:
         _report(error, snapshot)
         return

@@ -164,10 +164,9 @@ class ForgetHashes(FolderRecord):
         requests = [
             _PackedHashes(
                 base64.b64encode(request.key).decode(),
-                *(
-                    {str(length): _packed(part[length]) for length in sorted(part)}
-                    for part in (request.sequences, request.questions, request.answers)
-                ),
+                _packed_by_length(request.sequences),
+                _packed_by_length(request.questions),
+                _packed_by_length(request.answers),
                 _packed(request.terms),
             )
             for request in self.requests
@@ -180,10 +179,9 @@ class ForgetHashes(FolderRecord):
         requests = [
             RequestHashes(
                 base64.b64decode(request.key),
-                *(
-                    {int(length): _unpacked(packed) for length, packed in part.items()}
-                    for part in (request.hashes, request.questions, request.answers)
-                ),
+                _unpacked_by_length(request.hashes),
+                _unpacked_by_length(request.questions),
+                _unpacked_by_length(request.answers),
                 _unpacked(request.terms),
             )
             for request in typed(list[_PackedHashes], content.get("requests"), "requests")
@@ -271,8 +269,16 @@ def _packed(digests: set[bytes]) -> str:
     return base64.b64encode(b"".join(sorted(digests))).decode()
 
 
+def _packed_by_length(sets: dict[int, set[bytes]]) -> dict[str, str]:
+    return {str(length): _packed(sets[length]) for length in sorted(sets)}
+
+
 def _unpacked(packed: str) -> set[bytes]:
     joined = base64.b64decode(packed, validate=True)
     if len(joined) % DIGEST_BYTES:
         raise ValueError("it has half a hash")
     return {joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)}
+
+
+def _unpacked_by_length(packed: dict[str, str]) -> dict[int, set[bytes]]:
+    return {int(length): _unpacked(part) for length, part in packed.items()}

@@ -32,7 +32,15 @@ from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.files import UserError
 from mdu_trainer.hub.files import saved_tokenizer
 from mdu_trainer.hub.leak_scan import check_texts
-from mdu_trainer.hub.push import LeakError, PushError, hub_api, prepare_push, push_unlearned_model
+from mdu_trainer.hub.push import (
+    Destination,
+    LeakError,
+    PushError,
+    hub_api,
+    prepare_push,
+    push_unlearned_model,
+    read_checkpoint,
+)
 from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
 from mdu_trainer.report.model_card import CardDetails, write_model_card
@@ -65,6 +73,12 @@ QUICK = {
     "disable_tqdm": True,
     "learning_rate": 1e-2,
 }
+
+
+def prepare(folder, tokenizer=None, base_model=None, **where):
+    """A push that is not sent."""
+    details = CardDetails(base_model=base_model)
+    return prepare_push(read_checkpoint(folder), Destination(REPO, **where), details, tokenizer=tokenizer)
 
 
 @pytest.fixture
@@ -419,7 +433,7 @@ def test_every_name_that_is_sent_is_scanned(hub, checkpoint, rows, tmp_path):
     with pytest.raises(LeakError, match="revision"):
         push_unlearned_model(checkpoint, REPO, revision=name)
     with pytest.raises(LeakError, match="commit_message"):
-        prepare_push(checkpoint, REPO, commit_message=forget_text(rows))
+        prepare(checkpoint, commit_message=forget_text(rows))
     hashes = ForgetHashes.load(checkpoint)
     picture = io.BytesIO()
     chunks = PngInfo()
@@ -451,12 +465,12 @@ def test_a_vocabulary_that_learned_the_names(hub, checkpoint, authors, rows, cap
         before = path.read_text() if path.exists() else None
         path.write_text(json.dumps(plant(json.loads(before or "{}"))))
         with pytest.raises(LeakError, match=file):
-            prepare_push(checkpoint, REPO)
+            prepare(checkpoint)
         path.unlink() if before is None else path.write_text(before)
     piece = b"\x0a" + bytes([len("\u2581x".encode()) - 1 + len(name)]) + f"\u2581{name}".encode()
     (checkpoint / "spiece.model").write_bytes(b"\x0a" + bytes([len(piece)]) + piece)
     with pytest.raises(LeakError, match="spiece.model"):
-        prepare_push(checkpoint, REPO)
+        prepare(checkpoint)
 
 
 def test_entries_of_a_base_on_the_hub_are_no_leak(hub, checkpoint, authors):
@@ -467,14 +481,12 @@ def test_entries_of_a_base_on_the_hub_are_no_leak(hub, checkpoint, authors):
         api.create_repo(name, private=private)
         for path in saved_tokenizer(everything).items():
             api.upload_file(path_or_fileobj=path[1], path_in_repo=path[0], repo_id=name)
-    prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/base"), private=False)
-    prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/private"))
+    prepare(checkpoint, everything, "org/base", private=False)
+    prepare(checkpoint, everything, "org/private")
     with pytest.raises(LeakError, match="entries"):
-        prepare_push(
-            checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/private"), private=False
-        )
+        prepare(checkpoint, everything, "org/private", private=False)
     with pytest.raises(LeakError, match="entries"):
-        prepare_push(checkpoint, REPO, tokenizer=everything, details=CardDetails(base_model="org/nothing"))
+        prepare(checkpoint, everything, "org/nothing")
 
 
 @pytest.mark.parametrize("damage", ["missing", "emptied", "cut"])
@@ -744,7 +756,7 @@ def test_remote_code_is_neither_copied_nor_named(hub, rows, tmp_path):
     config = json.loads((tmp_path / "out" / "config.json").read_text()) | {"model_type": "other"}
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="needs code"):
-        prepare_push(tmp_path / "out", REPO)
+        prepare(tmp_path / "out")
 
 
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
