@@ -40,7 +40,7 @@ from .files import (
     card_files,
     content_of,
     model_files,
-    read_json,
+    read_object,
     regular_files,
     tokenizer_files,
 )
@@ -345,7 +345,7 @@ def _merged(folder: Path) -> PreTrainedModel:
     """Load the base of an adapter, and merge the adapter into it."""
     facts = Facts.load(folder)
     base = load_model(
-        read_json(folder / ADAPTER_CONFIG)["base_model_name_or_path"],
+        read_object(folder / ADAPTER_CONFIG)["base_model_name_or_path"],
         dtype=facts.training["weights"],
         revision=facts.base_revision or "main",
     )

@@ -49,23 +49,16 @@ def push(
     leak_scan: bool = True,
     **details: Any,
 ) -> CommitInfo | Future | None:
-    """Save a trainer's model in `args.output_dir` and publish it as `mdu_trainer.push_unlearned_model` does.
+    """Save a trainer's model in `args.output_dir` and publish it.
 
     Args:
         trainer: a `MDUTrainer`.
         commit_message, blocking, token, revision: as in `Trainer.push_to_hub`.
         private: whether a new repository is private; by default `args.hub_private_repo`, or True.
-        tokenizer, results, recovery: as in `mdu_trainer.push_unlearned_model`.
-        leak_scan: False publishes without the scan for rows to forget, and says so in the log.
-        **details: for the card, the fields of `CardDetails`.
+        tokenizer, results, recovery, leak_scan, **details: as in `mdu_trainer.push_unlearned_model`, as are errors.
 
     Returns:
         What was committed, or a `Future` of it if not `blocking`; None on processes other than the first.
-
-    Raises:
-        LeakError: a file quotes a row to forget. Nothing was sent.
-        PushError: the Hub could not be reached or refused.
-        TypeError: for a keyword that is no detail of a card.
     """
     args, said = trainer.args, CardDetails.of(**details)
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
@@ -90,12 +83,7 @@ def push(
 
 
 def write_card(trainer: Trainer, **details: Any) -> None:
-    """Write the card of a trainer's model into `args.output_dir`, and the picture that it shows.
-
-    Args:
-        trainer: a `MDUTrainer`.
-        **details: as in `mdu_trainer.write_model_card`.
-    """
+    """Write the card of a trainer's model into `args.output_dir`. The details are as in `write_model_card`."""
     if trainer.is_world_process_zero():
         facts = trainer.provenance.facts(trainer._run())
         write_model_card(trainer.args.output_dir, facts, repo_id=trainer.hub_model_id, **details)
@@ -143,7 +131,7 @@ def _remove_snapshots(folder: Path) -> None:
 
 
 def _link_tree(source: str, target: Path) -> None:
-    """The checkpoint's files under a second name, so that the Trainer may delete it while it is being sent."""
+    """Give the checkpoint's files a second name, so that the Trainer may delete it while it is being sent."""
     shutil.rmtree(target, ignore_errors=True)
 
     def link(file: str, other: str) -> None:
@@ -168,6 +156,6 @@ def _reporting(commit: Callable[[], CommitInfo], snapshot: Path) -> CommitInfo |
 
 
 def _report(error: Exception, snapshot: Path) -> None:
-    """A push that fails while training goes on costs the push, not the training."""
+    """Log a failed push: while training goes on it costs the push, not the training."""
     shutil.rmtree(snapshot, ignore_errors=True)
     logger.error(f"The checkpoint was saved but not pushed. {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""Pictures of what was forgotten, token by token: figures by role, along the path, and token by token."""
+"""Pictures of what was forgotten, token by token: scores by role, along the path, and token by token."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from ..files import UserError
 from ..token_roles.labels import ROLES
 from ..token_roles.results import OWN, TRUE, RoleReport, role_words
-from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, PictureFile, new_figure, save_figure
+from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, PictureFile, new_figure, reach, save_figure
 
 LABELS = {
     "kl": "KL to the prompt-masked\nprediction (nats)",
@@ -19,11 +19,10 @@ AXES = {TRUE: "share of the true answer revealed", OWN: "share of the own answer
 
 
 def plot_roles(report: RoleReport, file: PictureFile, figure: str = "kl") -> None:
-    """A figure by role, a bar a model with its 95 % interval, and the change from the base in percent.
+    """Draw a score by role, a bar a model with its 95 % interval, and the change from the base in percent.
 
     Args:
         report: base and unlearned models.
-        file: the PNG or SVG to write, a path or a binary file with a name.
         figure: "kl", "entropy" or "probability", on the ground-truth path.
     """
     base, runs = report.runs[0], report.runs
@@ -41,7 +40,7 @@ def plot_roles(report: RoleReport, file: PictureFile, figure: str = "kl") -> Non
             )
             axes.bar(at, found.value, width=0.85, facecolor="none", edgecolor=colour, linewidth=1.2)
             if found.low is not None and found.high is not None:
-                ends = [[found.value - found.low], [found.high - found.value]]
+                ends = [[side] for side in reach(found)]
                 axes.errorbar(at, found.value, yerr=ends, color="black", linewidth=1, capsize=3)
             percent = None if run is base else run.changes[figure][role].percent
             if percent is not None:
@@ -63,11 +62,10 @@ def plot_roles(report: RoleReport, file: PictureFile, figure: str = "kl") -> Non
 def plot_path(
     report: RoleReport, file: PictureFile, kind: str = TRUE, figures: Sequence[str] = ("kl", "entropy", "probability")
 ) -> None:
-    """Figures along the denoising steps by role, a column a model, with bands of one standard error over rows.
+    """Draw scores along the denoising steps by role, a column a model, with bands of one standard error over rows.
 
     Args:
         report: base and unlearned models.
-        file: the PNG or SVG to write, a path or a binary file with a name.
         kind: "true" for the ground-truth path, the same for all models, or "own" for each model's own decoding.
         figures: a row of axes each.
     """
@@ -95,13 +93,12 @@ def plot_path(
 
 
 def plot_heatmap(report: RoleReport, file: PictureFile, tokens: Sequence[str] | None = None) -> None:
-    """The divergence of every token of one answer at every step of a ground-truth path, a panel a model.
+    """Draw the divergence of every token of one answer at every step of a ground-truth path, a panel a model.
 
     White is what was revealed already.
 
     Args:
         report: base and unlearned models.
-        file: the PNG or SVG to write, a path or a binary file with a name.
         tokens: text of each token, for the axis. It shows the answer, which is forget data: without it the axis has
             positions and roles.
 
