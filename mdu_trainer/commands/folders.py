@@ -1,5 +1,6 @@
 """The output folder of a run, which replaces what an earlier one left only once it has started."""
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -82,7 +83,7 @@ def _put_back(written: Sequence[Path], aside: Path, folder: Path) -> None:
 
 
 def _rename(path: Path, new: Path) -> None:
-    if _is_there(path):
+    if os.path.lexists(path):
         new.parent.mkdir(parents=True, exist_ok=True)
         path.rename(new)
 
@@ -93,7 +94,3 @@ def _delete(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()

@@ -3,7 +3,7 @@
     push_unlearned_model("outputs/demo/mdu-tau0", "ORG/NAME", results="outputs/demo/results.json")
 
 What is uploaded is safetensors weights, config, generation config, tokenizer, adapter files, the card with its
-picture, and `results.json` and `recovery.json` with figures only. Whatever else lies in the folder stays there:
+picture, and `results.json` and `recovery.json` with scores only. Whatever else lies in the folder stays there:
 training arguments (which can hold a token), optimizer, scheduler and random state, logs, data, predictions, caches.
 
 Before anything is sent, the weights are checked to be whole and finite, and every text and name is scanned for

@@ -27,15 +27,8 @@ logger = logging.get_logger(__name__)
 CONTROL_TOKEN = re.compile(r"[<\[].*[>\]]")  # <|user|>, [MASK]
 PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 TRAINING_OPTIONS = (
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "max_length",
-    "t_min",
-    "t_max",
-    "time_epsilon",
-    "seed",
+    *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "max_length", "t_min", "t_max"),
+    *("time_epsilon", "seed"),
 )
 
 
@@ -78,7 +71,7 @@ class Provenance:
         self._earlier: tuple[list[SetFacts], ForgetHashes] | None = None
 
     def facts(self, run: Run) -> Facts | None:
-        """The facts of the run's model as it is now; None without rows to forget."""
+        """Return the facts of the run's model as it is now; None without rows to forget."""
         forget, retain = self._rows
         if forget is None:
             return None
@@ -88,7 +81,7 @@ class Provenance:
         return replace(facts, earlier=self._requests_before()[0], hashes=Seal.of(self.hashes()))
 
     def hashes(self) -> ForgetHashes:
-        """The hashes of the rows to forget, and of those that the model at the start had been made to forget."""
+        """Return the hashes of the rows to forget, and of those that the model at the start was made to forget."""
         if self._hashes is None:
             forget, retain = self._rows
             hashes = ForgetHashes.of(
@@ -120,7 +113,7 @@ class Provenance:
             )
 
     def _requests_before(self) -> tuple[list[SetFacts], ForgetHashes]:
-        """Facts and hashes of the requests that made the model at the start, from its folder."""
+        """Return facts and hashes of the requests that made the model at the start, from its folder."""
         if self._earlier is None:
             folder = self._start
             facts = Facts.load(folder) if folder is not None and (folder / FACTS_FILE).is_file() else None
@@ -150,7 +143,7 @@ class Provenance:
 
 
 def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
-    """The facts of a model as it is now."""
+    """Return the facts of a model as it is now."""
     args, state, model = run.args, run.state, run.model
     name = getattr(model.config, "_name_or_path", None) or None
     is_local = name is None or Path(name).exists()
@@ -188,7 +181,7 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a Hub model was loaded from, as far as the cache tells: transformers does not keep it."""
+    """Return the commit that a Hub model was loaded from, as far as the cache tells: transformers does not keep it."""
     path = try_to_load_from_cache(name, "config.json", revision=revision)
     if not isinstance(path, str):
         return None

@@ -1,21 +1,21 @@
-"""Pictures of a comparison: trade-off, frontier, training curves, tables. Each function writes one into a file."""
+"""Pictures of a comparison: trade-off, frontier, training curves. Each function writes one into a file."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ..evaluation.frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
-from ..evaluation.results import Estimate, Results, Run
+from ..evaluation.results import Estimate, Run
 from ..files import UserError
-from .markup import plain_text
 from .recovery_plots import Recoveries, draw_recovery, strongest
 from .style import PictureFile, RunStyle, label_points, new_figure, reach, run_styles, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+FORGET = "forget"  # the score on the axis from left to right
 AXES = {  # score -> words beside its axis
-    "forget": "forget ROUGE-L recall (lower is better)",
+    FORGET: "forget ROUGE-L recall (lower is better)",
     "retain": "retain ROUGE-L recall (higher is better)",
     "utility": "model utility (higher is better)",
 }
@@ -69,7 +69,6 @@ def plot_frontier(
     runs: Sequence[Run],
     file: PictureFile,
     *,
-    forget: str = "forget",
     keep: str = "retain",
     selected: Run | None = None,
 ) -> None:
@@ -79,30 +78,30 @@ def plot_frontier(
 
     Args:
         runs: of one comparison. The base and a retain model are drawn to compare with.
-        forget, keep: names of the scores, see `mdu_trainer.evaluation.frontier.place_of`.
+        keep: name of the score of what is kept, see `mdu_trainer.evaluation.frontier.place_of`.
         selected: the run to draw a ring around.
 
     Raises:
         ValueError: for a score that does not exist or that no run has.
     """
-    drawn = [run for run in runs if not math.isnan(value_of(run, forget) + value_of(run, keep))]
+    drawn = [run for run in runs if not math.isnan(value_of(run, FORGET) + value_of(run, keep))]
     if not drawn:
-        raise UserError(f"No run has both figures, {forget} and {keep}.")
+        raise UserError(f"No run has both figures, {FORGET} and {keep}.")
     figure, axes = new_figure(size=(9.2, 4.8))
-    status = {mark.run.name: mark.status for mark in frontier(drawn, forget, keep)}
-    front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, forget))
-    points = [(value_of(run, forget), value_of(run, keep)) for run in front]
+    status = {mark.run.name: mark.status for mark in frontier(drawn, FORGET, keep)}
+    front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, FORGET))
+    points = [(value_of(run, FORGET), value_of(run, keep)) for run in front]
     x, y = [x for x, _ in points], [y for _, y in points]
     axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
     styles = run_styles(run.method for run in drawn)
     for run in drawn:
-        _point_with_intervals(axes, run, (forget, keep), styles[run.method], status.get(run.name, FRONT))
-    axes.set(xlabel=AXES.get(forget, forget), ylabel=AXES.get(keep, keep))
-    axes.set(xlim=_limits(drawn, forget), ylim=_limits(drawn, keep))
+        _point_with_intervals(axes, run, (FORGET, keep), styles[run.method], status.get(run.name, FRONT))
+    axes.set(xlabel=AXES[FORGET], ylabel=AXES.get(keep, keep))
+    axes.set(xlim=_limits(drawn, FORGET), ylim=_limits(drawn, keep))
     label_points(axes, points, [str(i) for i in range(1, len(points) + 1)])
     ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
     if selected is not None:
-        axes.plot(value_of(selected, forget), value_of(selected, keep), **ring)
+        axes.plot(value_of(selected, FORGET), value_of(selected, keep), **ring)
     handles = _frontier_key(styles, set(status.values()), front, selected is not None)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
     save_figure(figure, file)
@@ -148,28 +147,6 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], file: Pict
         axes.tick_params(labelbottom=True)
     handles, labels = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=8.5, ncols=columns, frameon=False)
-    save_figure(figure, file)
-
-
-def plot_table(results: Results, file: PictureFile) -> None:
-    """Draw the table of a comparison."""
-    head, *body = ([plain_text(cell) for cell in row] for row in results.table_cells())
-    cells = [[cell.replace(" ", "\n", 1) if i else cell for i, cell in enumerate(head)], *body]
-    letters = [max(len(part) for row in cells for part in row[i].split("\n")) for i in range(len(head))]
-    ends = [sum(letters[: i + 1]) + 2.5 * i for i in range(len(letters))]  # right end of each column, in letters
-    width, rows = ends[-1] + 1, len(body)
-    figure, axes = new_figure(size=(0.085 * width + 0.3, 0.27 * rows + 0.75))
-    axes.set_axis_off()
-    axes.set(xlim=(-1, width), ylim=(rows + 0.1, -1.7))
-    for i, row in enumerate(cells):
-        if i % 2 == 0 and i:
-            axes.axhspan(i - 1, i, color="#f1f1f1", linewidth=0)
-        for j, cell in enumerate(row):
-            place = {"ha": "right" if j else "left", "va": "center", "fontsize": 9}
-            weight = "bold" if i == 0 else "normal"
-            axes.text(ends[j] if j else 0, i - 0.5 if i else -0.75, cell, fontweight=weight, **place)
-    for y, thickness in ((-1.6, 1.2), (0, 0.7), (rows, 1.2)):
-        axes.axhline(y, color="black", linewidth=thickness)
     save_figure(figure, file)
 
 
