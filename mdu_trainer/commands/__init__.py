@@ -94,8 +94,8 @@ def task(words: str) -> Iterator[None]:
 def explain(error: BaseException) -> str | None:
     """Return one line for the user on an error that he can mend; None for a fault of ours.
 
-    He can mend a `UserError`, a file or repository that cannot be read or written, a missing package, no memory, modules
-    that PEFT does not find, and whatever a library refuses within a `task`.
+    He can mend a `UserError`, a file or repository that cannot be read or written, a missing package, no memory,
+    modules that PEFT does not find, and whatever a library refuses within a `task`.
     """
     text, doing = " ".join(str(error).split()), getattr(error, "task", None)
     if _no_memory(error):
