@@ -236,7 +236,10 @@ def typed(hint: Any, value: Any, place: str = "") -> Any:
     if hint is Any:
         return value
     if origin in (Union, UnionType):
-        return _decode_union(parts, value, place)
+        if value is None and NoneType in parts:
+            return None
+        (option,) = [part for part in parts if part is not NoneType]
+        return typed(option, value, place)
     if is_dataclass(hint):
         return _decode_dataclass(hint, value, place)
     if origin is Literal and isinstance(value, str) and value in parts:
@@ -256,13 +259,6 @@ def typed(hint: Any, value: Any, place: str = "") -> Any:
         return value
     wanted = _WORDS.get(origin or hint, "one of its choices")
     raise ValueError(f"{place or 'its content'} is not {wanted}")
-
-
-def _decode_union(options: tuple[Any, ...], value: Any, place: str) -> Any:
-    if value is None and NoneType in options:
-        return None
-    (option,) = [option for option in options if option is not NoneType]
-    return typed(option, value, place)
 
 
 def _decode_dataclass(cls: Any, value: Any, place: str) -> Any:

@@ -49,10 +49,7 @@ def check_files(
 def check_texts(files: dict[str, Source], hashes: ForgetHashes, names: Mapping[str, str | None] | None = None) -> None:
     """Scan every text, and the names of the files, for sentences of the rows to forget.
 
-    Args:
-        files: path in the repository -> file or content.
-        hashes: of the rows.
-        names: what else is sent, by what a message calls it: the repository's name, say.
+    `names` are what else is sent, by what a message calls it: the repository's name, say.
 
     Raises:
         LeakError: one was found; the message names the file, never the sentence.

@@ -62,13 +62,7 @@ Pairs = list[tuple[str, str]]  # question, answer
 
 
 class Picture(NamedTuple):
-    """A picture in the page.
-
-    Attributes:
-        source: the picture itself, as a data URI.
-        alt: what it shows, for those who cannot see it.
-        caption: what to look for.
-    """
+    """A picture in the page: a data URI, words for those who cannot see it, and what to look for."""
 
     source: str
     alt: str
@@ -76,13 +70,7 @@ class Picture(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A trained model in a folder beside the results.
-
-    Attributes:
-        name: of its run, or of the folder if the results have none.
-        folder: where it is.
-        facts: what is on record.
-    """
+    """A trained model in a folder beside the results, under the name of its run, or of the folder without one."""
 
     name: str
     folder: Path

@@ -78,10 +78,12 @@ def label_points(
         texts: one a point.
         others: further points that are not to be covered.
     """
+    from matplotlib.transforms import Bbox
+
     axes.figure.draw_without_rendering()  # so that sizes are known
     inside, radius = axes.get_window_extent(), 4 * axes.figure.dpi / 72
     places = [axes.transData.transform(point) for point in [*points, *others]]
-    taken = [_around(place, radius) for place in places]
+    taken = [Bbox([place, place]).padded(radius) for place in places]
     offsets = [
         (x * r, y * r) for r in (8, 12, 17, 24) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.3), (0, -1.3))
     ]
@@ -101,13 +103,6 @@ def label_points(
         for note in notes:
             if note is not best:
                 note[2].remove()
-
-
-def _around(point: Sequence[float], radius: float) -> Any:
-    from matplotlib.transforms import Bbox
-
-    x, y = point
-    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
 
 
 def _distance(point: Sequence[float], box: Any) -> float:
