@@ -135,12 +135,11 @@ def _scores(
     left_out: Callable[[str, ValueError], None] | None,
 ) -> dict[tuple[str, str], AttackScores]:
     """Return the scores of every model under every attack: (model, attack) -> scores; what is done is not repeated."""
-    content = [list(rows[column]) for column in COLUMNS if column in rows.column_names]
     header = {
         "progress": "attacks 1",
         "scoring": SCORING,
-        "rows": digest(content),
-        "settings": _settings(settings) | _digests(settings),
+        "rows": _rows_digest(rows),
+        "settings": _settings(settings, _rows_digest),
         "seed": seed,
     }
     scores: dict[tuple[str, str], AttackScores] = {}
@@ -204,22 +203,16 @@ def _mean(values: Sequence[float]) -> Estimate:
     return Estimate(math.fsum(values) / len(values), *bootstrap_interval(values))
 
 
-def _settings(settings: AttackSettings) -> dict[str, Any]:
+def _settings(settings: AttackSettings, of_rows: Callable[[Dataset], Any] = len) -> dict[str, Any]:
     """Return the settings, and of rows how many. The batch size of decoding is left out: it changes nothing."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     decoding = {name: value for name, value in asdict(values.pop("decoding")).items() if name != "batch_size"}
-    counted = {name: len(value) if isinstance(value, Dataset) else value for name, value in values.items()}
-    return {"decoding": decoding} | counted
+    shown = {name: of_rows(value) if isinstance(value, Dataset) else value for name, value in values.items()}
+    return {"decoding": decoding} | shown
 
 
-def _digests(settings: AttackSettings) -> dict[str, str]:
-    """Return the rows among the settings, as hashes."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return {
-        name: digest([list(value[column]) for column in COLUMNS if column in value.column_names])
-        for name, value in values.items()
-        if isinstance(value, Dataset)
-    }
+def _rows_digest(rows: Dataset) -> str:
+    return digest([list(rows[column]) for column in COLUMNS if column in rows.column_names])
 
 
 def _finished(line: dict[str, Any]) -> _Finished:

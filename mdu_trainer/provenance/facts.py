@@ -9,6 +9,7 @@ Two files lie beside the weights. Neither is ever uploaded:
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,13 +137,14 @@ def whole_hashes(folder: str | Path, facts: Facts) -> ForgetHashes:
     Raises:
         ValueError: they are missing, cut short or changed, so that a scan would find less than it should.
     """
-    path, seal = Path(folder) / HASHES_FILE, facts.hashes
-    hashes = None
+    seal, hashes = facts.hashes, None
+    with suppress(ValueError, FileNotFoundError):
+        hashes = ForgetHashes.load(folder)
     if seal is None:
         problem = f"an earlier version wrote {FACTS_FILE}, without noting what {HASHES_FILE} must hold"
-    elif not path.is_file():
+    elif not (Path(folder) / HASHES_FILE).is_file():
         problem = f"{HASHES_FILE} is missing"
-    elif (hashes := _readable(path)) is None:
+    elif hashes is None:
         problem = f"{HASHES_FILE} cannot be read"
     elif hashes.count != seal.count:
         problem = f"{HASHES_FILE} holds {hashes.count} hashes instead of {seal.count}"
@@ -156,13 +158,6 @@ def whole_hashes(folder: str | Path, facts: Facts) -> ForgetHashes:
         f"{folder} cannot be scanned for rows to forget: {problem}. Copy the file from where the model was saved, or "
         "save the model with the trainer again. To publish without the scan, pass leak_scan=False (--no-leak-scan)."
     )
-
-
-def _readable(path: Path) -> ForgetHashes | None:
-    try:
-        return ForgetHashes.load(path.parent)
-    except ValueError:
-        return None
 
 
 def set_facts(dataset: Dataset, key: bytes) -> SetFacts:
