@@ -201,7 +201,7 @@ class UnlearningEvalCallback(ScoringCallback):
 class TokenRoleCallback(ScoringCallback):
     """Logs what the prompt tells the model about the tokens to forget, role by role.
 
-    Figures are means over rows along the ground-truth path (see `trajectories`): `eval_forget_kl_stored`,
+    Figures are means over rows along the ground-truth path (see `token_roles.paths`): `eval_forget_kl_stored`,
     `eval_forget_kl_in_context`, `eval_forget_kl_structural`, and the same for `entropy` and `probability` of the true
     token. They go through `Trainer.log`, so to every tracker that the trainer reports to, and join the metrics of the
     trainer's evaluations. All models are asked about the same noisy inputs. Training is not disturbed: the weights end

@@ -24,7 +24,7 @@ from mdu_trainer.evaluation.rwku import ngram_entropy, word_match
 from mdu_trainer.evaluation.scoring import estimates
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
-from mdu_trainer.provenance.forget_hashes import words as hashed_words
+from mdu_trainer.provenance.texts import words as hashed_words
 from mdu_trainer.provenance.words import has_words, split_words
 from mdu_trainer.testing import tiny_mdlm, train_tokenizer
 from mdu_trainer.token_roles.labels import label_roles

@@ -1,4 +1,4 @@
-"""How much a model still gives away of rows that it should have forgotten: `measure_leak`.
+"""Measure how much a model still gives away of rows that it should have forgotten.
 
 It makes the attacks that train nothing and cost some decoding. `python -m mdu_trainer.leak_check` is its command.
 """
@@ -31,7 +31,7 @@ COLUMNS = ("question", "answer")
 
 @dataclass(frozen=True)
 class Leak:
-    """What a model gives away of some rows. Figures only.
+    """The leak of a model: what it gives away of some rows. Numbers only.
 
     Attributes:
         checks: name of a check -> number of a row -> score, 0 to 1, higher where more came out. "plain" has all rows
@@ -46,7 +46,7 @@ class Leak:
 
     @property
     def rows(self) -> list[float]:
-        """Of each row, the worst of the checks."""
+        """The worst of the checks, for each row."""
         return [max(self._of(row).values()) for row in self.checks[PLAIN]]
 
     @property
@@ -56,11 +56,11 @@ class Leak:
 
     @property
     def upper(self) -> float:
-        """What is compared with a limit: the upper end of the interval; the leak itself of a single row."""
+        """The value to compare with a limit: the upper end of the interval, or the leak itself of a single row."""
         return self.estimate.value if self.estimate.high is None else self.estimate.high
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the model as a whole, for JSON."""
+        """Return the scores of the model as a whole, for JSON."""
         leak = self.estimate
         checks = {name: _mean(list(scores.values())).value for name, scores in self.checks.items()}
         return {
@@ -74,7 +74,7 @@ class Leak:
         }
 
     def ranking(self) -> list[dict[str, Any]]:
-        """The rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks.
+        """Return the rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks.
 
         Last come rows that are not measured, without a leak.
         """
@@ -98,7 +98,7 @@ def measure_leak(
     seed: int = 0,
     show_progress: bool = False,
 ) -> Leak:
-    """What a model gives away of some rows.
+    """Measure what a model gives away of some rows.
 
     Args:
         model, tokenizer: a masked diffusion language model and its tokenizer.
@@ -142,17 +142,14 @@ def not_measured(rows: Dataset) -> list[int]:
     return without
 
 
-def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = False) -> Dataset:
-    """Rows in memory: of a JSON, CSV or Parquet file, or of a folder or the Hub as NAME or NAME:CONFIG.
+def load_rows(source: str, name: str = "forget") -> Dataset:
+    """Read rows into memory: of a JSON, CSV or Parquet file, or of a folder or the Hub as NAME or NAME:CONFIG.
 
-    Args:
-        source: the file or the data set.
-        name: what messages call the rows.
-        keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_split`.
+    Messages call them the `name` rows, and quote none.
 
     Raises:
         OSError: there is no such file or data set.
-        ValueError: no rows, missing columns, values that are no text. No message quotes a row.
+        ValueError: no rows, missing columns, values that are no text.
     """
     path = Path(source)
     if path.suffix in SUFFIXES or path.is_file():
@@ -162,8 +159,7 @@ def load_rows(source: str, name: str = "forget", *, keep_dataset_cache: bool = F
         folder, _, config = source.rpartition(":") if named else (source, "", "")
         if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
             raise FileNotFoundError(f"There is no {'folder' if named else 'file or folder'} {folder}.")
-        config = config or _only_config(folder)
-        rows = load_split(folder, config, keep_dataset_cache=keep_dataset_cache)
+        rows = load_split(folder, config or _only_config(folder))
     check_columns(rows, name, dict.fromkeys(COLUMNS, str))
     other = "paraphrased_question"
     worded = other in rows.column_names and all(isinstance(text, str) for text in rows[other])

@@ -30,7 +30,7 @@ DECIMALS = 4  # closer log-likelihoods are a tie, or the rounding of a batched f
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """The row scores under the one of the three that tells most; `path` holds the area under the curve of each.
+    """Return the row scores under the one of the three that tells most; `path` holds the area under the curve of each.
 
     `before` is 1/2, a guess: nothing can be told without looking. An area below 1/2, of rows that stick out by being
     too unlikely, says that something was deleted, but brings nothing back; it is in `path` all the same.
@@ -63,20 +63,24 @@ def attack(target: Target, seed: int) -> AttackScores:
 
 
 def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Of each score, the share of the others that are below it; equal ones count half."""
+    """Return for each score the share of the others that are below it; equal ones count half."""
     scores, others = np.asarray(scores)[:, None], np.asarray(others)
     return ((scores > others) + (scores == others) / 2).mean(axis=1).tolist()
 
 
 @torch.no_grad()
 def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np.ndarray:
-    """Mean log p of the masked tokens of each row at each of `SIZES`, over a few draws: `[rows, sizes]`, in nats."""
+    """Return the mean log p of the masked tokens of each row at each of `SIZES`: `[rows, sizes]`, in nats.
+
+    It is a mean over a few draws of the masks, each a forward pass. With 2 rows, 4 sizes and 4 draws the columns of
+    `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ... (1, 3, 3).
+    """
     draws = max(1, target.settings.num_draws // len(SIZES))
-    figures = np.zeros((len(questions), len(SIZES), draws))
-    passes = np.stack(np.unravel_index(np.arange(figures.size), figures.shape))  # [3, passes]
+    values = np.zeros((len(questions), len(SIZES), draws))
+    passes = np.stack(np.unravel_index(np.arange(values.size), values.shape))  # [3, passes]
     step = target.settings.decoding.batch_size
     with evaluation_mode(target.model):
-        for first in range(0, figures.size, step):
+        for first in range(0, values.size, step):
             row, size, draw = places = passes[:, first : first + step]
             masks = _SizedMasks(seed, torch.from_numpy(places))
             batch = target.collate(
@@ -86,8 +90,8 @@ def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np
                     for number, one in enumerate(questions[i] for i in row)
                 ]
             )
-            figures[row, size, draw] = -target.masked_nll(batch).cpu().numpy()
-    return figures.mean(axis=2).round(DECIMALS)
+            values[row, size, draw] = -target.masked_nll(batch).cpu().numpy()
+    return values.mean(axis=2).round(DECIMALS)
 
 
 class _SizedMasks(NamedTuple):

@@ -18,7 +18,7 @@ NO_DEFAULT = {"config", "model_name_or_path", "dataset_name", "h", "help"}  # op
 
 
 def parse_options(*types: Any, default: Path | None = None) -> tuple[Any, ...]:
-    """The options on the command line, over those of the file that `--config` names.
+    """Return the options on the command line, over those of the file that `--config` names.
 
     Args:
         types: the dataclasses to fill.
@@ -97,5 +97,5 @@ class OptionParser(TrlParser):
 
 
 def _split_config(argument: str) -> list[str]:
-    """`--config=FILE`, which TRL would not see, as two words."""
+    """Split `--config=FILE`, which TRL would not see, into two words."""
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]

@@ -1,6 +1,6 @@
 """What was forgotten, token by token: figures by role before and after unlearning. Figures only, never texts.
 
-    report = RoleReport.load("roles.json")  # of `role_analysis.analyse_roles`, or of examples/roles.py
+    report = RoleReport.load("roles.json")  # of `measure.analyse_roles`, or of examples/roles.py
     print(report.details())
 
 How to read it. `kl` says how much the prompt changes a prediction, right or wrong: a model that never saw the rows
@@ -77,7 +77,7 @@ class RoleRun:
     Attributes:
         name: what tables and pictures call it.
         fingerprint: of its weights.
-        figures: on the ground-truth path, figure -> role -> mean over rows. The figures are those of `trajectories`.
+        figures: on the ground-truth path, figure -> role -> mean over rows. The figures are those of `paths`.
         changes: from the base, figure -> role -> change; empty for the base itself.
         curves: path ("true" or "own") -> figure -> role -> along its steps.
         order: when its own decoding reveals the tokens of each role: 0 first, 1 last.
