@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation.metrics import loss_score, min_k_score
+from ..evaluation.metrics import loss_score, min_k_score, outscored
 from ..evaluation.scoring import Question
 from ..inference.generation import evaluation_mode
 from ..inference.likelihood import response_likelihood
@@ -60,12 +60,6 @@ def attack(target: Target, seed: int) -> AttackScores:
     areas = {name: mean(values) for name, values in shares.items()}
     strongest = shares[max(areas, key=areas.__getitem__)]
     return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, areas)
-
-
-def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Of each score, the share of the others that are below it; equal ones count half."""
-    scores, others = np.asarray(scores)[:, None], np.asarray(others)
-    return ((scores > others) + (scores == others) / 2).mean(axis=1).tolist()
 
 
 @torch.no_grad()

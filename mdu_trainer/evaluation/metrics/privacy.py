@@ -7,9 +7,9 @@ alone, `loss_score`, `min_k_score` and `zlib_score`, are functions of `mdu_train
 import math
 import zlib
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
-from scipy.stats import mannwhitneyu
 
 from ...files import UserError
 from .base import RowMetric
@@ -41,7 +41,7 @@ class MembershipInference(RowMetric):
             mia_auc: float in [0, 1].
 
         Raises:
-            ValueError: for empty input, columns of different lengths, or rows of one kind only.
+            ValueError: for rows of one kind only.
         """
         return {"mia_auc": _auc(scores, members)}
 
@@ -74,8 +74,8 @@ class PrivacyLeakage(RowMetric):
             privacy_leakage: float, percent.
 
         Raises:
-            ValueError: for empty input, columns of different lengths, rows of one kind only, or a retain model that
-                the attack is never wrong about, to which nothing can be relative.
+            ValueError: for rows of one kind only, or a retain model that the attack is never wrong about, to which
+                nothing can be relative.
         """
         reference = 1 - _auc(reference_scores, members)
         if reference == 0:
@@ -84,6 +84,16 @@ class PrivacyLeakage(RowMetric):
                 "two kinds of rows differ by themselves. Choose others."
             )
         return {"privacy_leakage": 100 * (1 - _auc(scores, members) - reference) / reference}
+
+
+def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
+    """The share of the others that each score is above, ties counting half. Its mean is the area under the ROC curve.
+
+    >>> outscored([3, 1], others=[0, 1, 2, 2])
+    [1.0, 0.375]
+    """
+    of_row, others = np.asarray(scores)[:, None], np.asarray(others)
+    return ((of_row > others) + (of_row == others) / 2).mean(axis=1).tolist()
 
 
 def loss_score(per_token: Sequence[float]) -> list[float]:
@@ -128,9 +138,7 @@ def zlib_score(per_token: Sequence[float], texts: Sequence[str]) -> list[float]:
 
 
 def _auc(scores: list[float], members: list[int]) -> float:
-    """Area under the ROC curve, which is Mann and Whitney's U over the number of pairs."""
-    scores, members = np.asarray(scores), np.asarray(members, dtype=bool)
-    if members.all() or not members.any():
+    inside, outside = ([score for score, one in zip(scores, members, strict=True) if one == kind] for kind in (1, 0))
+    if not inside or not outside:
         raise UserError(f"There must be members and others, but all {len(members)} rows are of one kind.")
-    inside, outside = scores[members], scores[~members]
-    return float(mannwhitneyu(inside, outside).statistic) / (len(inside) * len(outside))
+    return fmean(outscored(inside, outside))
