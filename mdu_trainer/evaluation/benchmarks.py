@@ -27,7 +27,7 @@ TRUTH_RATIOS = "truth_ratios.json"
 
 
 def fictional_sets(max_rows: int | None = None) -> dict[str, Dataset]:
-    """The embedded fictional authors to forget and to keep; of each so many evenly spaced rows."""
+    """The embedded fictional authors to forget and to keep: at most `max_rows` evenly spaced rows of each."""
     forget, retain = forget_retain_split(fictional_authors())
     return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
 

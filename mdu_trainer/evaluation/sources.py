@@ -27,6 +27,7 @@ from ..data.reading import private, whole_cache
 from ..files import UserError, read_jsonl
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+QUESTION_ANSWER = {"question": str, "answer": str}  # columns of most sets, see `check_columns`
 KINDS = {str: "a text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
