@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .evaluation.tofu import check_sets, evaluate_tofu
 from .files import UserError
+from .inference.config import check_count
 from .inference.generation import DiffusionGenerationConfig
 from .provenance.words import has_words
 from .token_roles.labels import ROLES, Labeller
@@ -40,8 +41,7 @@ class ScoringCallback(TrainerCallback, ABC):
     """
 
     def __init__(self, trainer: MDLMTrainer, every_steps: int | None = None):
-        if every_steps is not None and every_steps < 1:
-            raise UserError(f"every_steps must be at least 1, got {every_steps}.")
+        check_count("every_steps", 1 if every_steps is None else every_steps)
         if every_steps is None and trainer.args.eval_strategy == "no":
             raise UserError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():

@@ -206,9 +206,5 @@ def _dominates(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate])
 
 def _clearly(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
     """Whether one of the two scores is better beyond both intervals."""
-    (forget, keep), (other_forget, other_keep) = one, other
-    return _below(forget, other_forget) or _below(other_keep, keep)
-
-
-def _below(one: Estimate, other: Estimate) -> bool:
-    return one.high is not None and other.low is not None and one.high < other.low
+    pairs = (one[0], other[0]), (other[1], one[1])
+    return any(None not in (low.high, high.low) and low.high < high.low for low, high in pairs)

@@ -209,7 +209,7 @@ class _Analysis:
         """The values of a model, by role."""
         is_base = name == BASE
         after = self.before if is_base else self.measure(model, self.paths, f"{name}, true answers", self.base)
-        own = self.decode(model, name)
+        own = self.decode(model)
         along_own = self.measure(model, own, f"{name}, own decoding", None if is_base else self.base)
         means = {value: self.means(of_paths) for value, of_paths in after.items()}
         changes = {
@@ -243,16 +243,14 @@ class _Analysis:
             show_progress=name if self.show_progress else None,
         )
 
-    def decode(self, model: nn.Module, name: str) -> list[Path]:
-        length = max(map(len, self.data.completion_ids))
-        config = DiffusionGenerationConfig(
-            max_new_tokens=length, batch_size=self.settings.batch_size, seed=self.settings.seed
-        )
-        return decoded_paths(model, self.data.prompt_ids, self.backbone, config, self.label_decoded)
+    def decode(self, model: nn.Module) -> list[Path]:
+        def label(decoded: list[list[int]]) -> list[list[Role]]:
+            texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
+            return self.data.label(texts, decoded, self.tokenizer, self.labeller)
 
-    def label_decoded(self, decoded: list[list[int]]) -> list[list[Role]]:
-        texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
-        return self.data.label(texts, decoded, self.tokenizer, self.labeller)
+        longest, settings = max(map(len, self.data.completion_ids)), self.settings
+        config = DiffusionGenerationConfig(max_new_tokens=longest, batch_size=settings.batch_size, seed=settings.seed)
+        return decoded_paths(model, self.data.prompt_ids, self.backbone, config, label)
 
     def means(self, values: Sequence[np.ndarray]) -> dict[Role, Estimate]:
         rows = {role: by_row(values, self.paths, role) for role in ROLES}
@@ -282,16 +280,10 @@ class _Analysis:
 def _curves(values: Sequence[np.ndarray], paths: Sequence[Path]) -> dict[Role, Curve]:
     curves = {}
     for role in ROLES:
-        steps = by_step(values, paths, role)
-        count = np.isfinite(steps).sum(axis=0)
-        filled = np.where(np.isfinite(steps), steps, 0)
-        mean = filled.sum(axis=0) / np.maximum(count, 1)
-        squares = np.where(np.isfinite(steps), (steps - mean) ** 2, 0).sum(axis=0)
-        error = np.sqrt(squares / np.maximum(count - 1, 1) / np.maximum(count, 1))
-        curves[role] = Curve(
-            [_number(value) if n else None for value, n in zip(mean, count, strict=True)],
-            [_number(value) if n > 1 else None for value, n in zip(error, count, strict=True)],
-        )
+        steps = np.ma.masked_invalid(by_step(values, paths, role))
+        error = np.ma.sqrt(steps.var(axis=0, ddof=1) / steps.count(axis=0))
+        mean, error = (found.filled(np.nan) for found in (steps.mean(axis=0), error))
+        curves[role] = Curve([_number(value) for value in mean], [_number(value) for value in error])
     return curves
 
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
+from ..inference.config import check_count
 from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, evaluation_mode, generate_ids
 from ..masking import corrupt, counter_uniform
 from ..models import Backbone, hidden_at
@@ -85,8 +86,7 @@ def true_paths(
     Raises:
         ValueError: for a number of paths below 1, or a response without tokens.
     """
-    if num_paths < 1:
-        raise UserError(f"num_paths must be at least 1, got {num_paths}.")
+    check_count("num_paths", num_paths)
     paths = []
     for row, (prompt, response, row_roles) in enumerate(zip(prompts, responses, roles, strict=True)):
         if not response:
@@ -264,8 +264,7 @@ def _compare(
 
 def _check(paths: Sequence[Path], backbone: Backbone, num_steps: int, batch_size: int) -> None:
     for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("the number of paths", len(paths))):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}.")
+        check_count(name, value)
     for path in paths:
         length = len(path.prompt) + len(path.response)
         if backbone.context_length is not None and length > backbone.context_length:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from ..evaluation.results import Estimate, markdown_table
 from ..files import Record, UserError
+from ..inference.config import check_count
 from .labels import ROLES, Role
 
 TRUE, OWN = "true", "own"  # the ground-truth path, and the model's own decoding
@@ -39,8 +40,7 @@ class RoleSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_paths", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True)

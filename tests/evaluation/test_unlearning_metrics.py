@@ -25,7 +25,6 @@ from mdu_trainer.evaluation.metrics import (
     aggregate_truth_ratios,
     bootstrap_interval,
     greedy_completions,
-    loss_score,
     min_k_score,
     shortest_prefixes,
     zlib_score,
@@ -255,7 +254,6 @@ def test_auc_counts_pairs():
 
 
 def test_scores_are_higher_for_members():
-    assert loss_score(np.array([-0.5, -2.0])) == [-0.5, -2.0]
     tokens = [np.array([-3.0, -0.1, -1.0, -2.0, -0.2]), [-0.5]]
     assert min_k_score(tokens, k=0.4) == pytest.approx([-2.5, -0.5])
     assert min_k_score(tokens, k=1) == pytest.approx([np.mean(tokens[0]), -0.5])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ...files import UserError
+from ...inference.config import check_count
 from ...inference.generation import DiffusionGenerationConfig, generate_ids
 from ...models import Backbone
 from ..registry import RowScores
@@ -162,8 +163,7 @@ def shortest_prefixes(
     Raises:
         ValueError: for a response without tokens before its end token, or num_prefixes below 1.
     """
-    if num_prefixes < 1:
-        raise UserError(f"num_prefixes must be at least 1, got {num_prefixes}.")
+    check_count("num_prefixes", num_prefixes)
     answers = _answers(response_ids, backbone)
     lengths = [len(ids) for ids in answers]
     tries = [sorted({length * i // num_prefixes for i in range(num_prefixes)}, reverse=True) for length in lengths]

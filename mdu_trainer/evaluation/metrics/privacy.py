@@ -1,7 +1,8 @@
 """Can it be told that a row was trained on? Attacks that guess it, and how far unlearning brings them down.
 
-An attack gives each row a score, the higher the likelier it was trained on (a member). Three that need likelihoods
-alone, `loss_score`, `min_k_score` and `zlib_score`, are functions of `mdu_trainer.response_likelihood`'s result.
+An attack gives each row a score, the higher the likelier it was trained on (a member). Three need nothing but
+`mdu_trainer.response_likelihood`: its `per_token` itself, the mean log-likelihood a token (Yeom et al., 2018, arXiv
+1709.01604), and `min_k_score` and `zlib_score`, which are functions of its result.
 """
 
 import math
@@ -23,7 +24,7 @@ class MembershipInference(RowMetric):
 
     Example:
 
-        scores = [*loss_score(forget.per_token), *loss_score(holdout.per_token)]
+        scores = [*forget.per_token, *holdout.per_token]  # of `response_likelihood`
         MembershipInference().compute(scores=scores, members=[1] * len(forget) + [0] * len(holdout))
     """
 
@@ -94,11 +95,6 @@ def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
     """
     of_row, others = np.asarray(scores)[:, None], np.asarray(others)
     return ((of_row > others) + (of_row == others) / 2).mean(axis=1).tolist()
-
-
-def loss_score(per_token: Sequence[float]) -> list[float]:
-    """The mean log-likelihood a token of each row, as it is (Yeom et al., 2018, arXiv 1709.01604)."""
-    return np.asarray(per_token, dtype=np.float64).tolist()
 
 
 def min_k_score(token_log_likelihoods: Sequence[Sequence[float]], k: float = 0.2) -> list[float]:
