@@ -19,7 +19,7 @@ from .inference.generation import DiffusionGenerationConfig
 from .provenance.words import has_words
 from .token_roles.labels import ROLES, Labeller
 from .token_roles.measure import check_rows, role_data
-from .token_roles.paths import by_row, measure_paths, true_paths
+from .token_roles.paths import by_row, measure_paths
 from .token_roles.results import RoleSettings
 from .trainer.mdlm import MDLMTrainer
 
@@ -238,13 +238,7 @@ class TokenRoleCallback(ScoringCallback):
         self.paths = {}
         for name, (rows, others) in sets.items():
             data = role_data(rows, tokenizer, backbone, others, labeller=labeller)
-            self.paths[name] = true_paths(
-                data.prompt_ids,
-                data.completion_ids,
-                data.roles,
-                num_paths=self.settings.num_paths,
-                seed=self.settings.seed,
-            )
+            self.paths[name] = data.paths(self.settings)
 
     def score(self) -> dict[str, float]:
         """Means over rows of each set, value and role; a role that no row has is left out."""

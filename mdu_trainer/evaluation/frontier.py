@@ -24,10 +24,9 @@ CONDITION = re.compile(r"\s*([\w.]+)\s*(>=|<=)\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*
 
 
 class Mark(NamedTuple):
-    """Where a run lies.
+    """A run, and where it lies.
 
     Attributes:
-        run: the run.
         status: "front": no other run forgets as much and keeps as much, and more of one. "dominated": one does, and
             its interval of one of the two scores lies beyond this run's. "within intervals": one does, but the
             intervals of both scores overlap for each such run.
@@ -171,11 +170,7 @@ def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", ke
 
 
 def parse_conditions(text: str) -> list[Condition]:
-    """Read bounds like `retain>=0.95*base,forget<=0.2`.
-
-    Raises:
-        ValueError: for a part that is none, or a score that does not exist.
-    """
+    """Read bounds like `retain>=0.95*base,forget<=0.2`. A part that is none, or an unknown score, is a ValueError."""
     conditions = []
     for part in filter(str.strip, text.split(",")):
         found = CONDITION.fullmatch(part)

@@ -106,11 +106,7 @@ def register_benchmark(name: str, benchmark: Benchmark) -> None:
 
 
 def choose_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """Metrics by their names.
-
-    Raises:
-        ValueError: for no name, or one that is unknown.
-    """
+    """Metrics by their names. No name, or one that is unknown, is a ValueError."""
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise UserError(f"Unknown metrics: {', '.join(unknown) or 'none given'}. Choose from {', '.join(METRICS)}.")

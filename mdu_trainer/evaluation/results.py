@@ -32,12 +32,7 @@ HEADLINES = {  # the one of a further set that the table shows
 
 @dataclass(frozen=True)
 class Estimate:
-    """A score, with its 95 % bootstrap interval over rows.
-
-    Attributes:
-        value: the score.
-        low, high: ends of the interval, both None where there is none.
-    """
+    """The value of a score, with its 95 % bootstrap interval over rows: `low` and `high`, None where there is none."""
 
     value: float
     low: float | None = None

@@ -58,10 +58,8 @@ def score_questions(
     are those of one process, since batches are put together without regard to who scores them.
 
     Args:
-        model: a masked diffusion language model, the same on all processes.
-        tokenizer: the model's.
+        model, tokenizer, backbone: the same on all processes; the backbone is resolved if not given.
         sets: the questions and what to measure.
-        backbone: of the model; resolved if not given.
         progress_path: file that keeps finished rows, scores only. Given again after a kill, they are not scored anew.
         show_progress: show a progress bar over rows, with rate and time left.
 
@@ -80,10 +78,17 @@ def score_questions(
             header["sets"] = {part.name: part.fingerprint() for part in sets}
             for key, line in _from_main(lambda: progress.resume(header, _finished)):
                 done.setdefault(key, line)
-        total = sum(map(len, sets))
-        bar = tqdm(total=total, initial=len(done), unit="row", disable=not (show_progress and state.is_main_process))
+        # batches with a row that is not done; they are scored whole, so that rounding is that of an undisturbed run
+        batches = [(part, rows) for part in sets for rows in part.chunks()]
+        left = [(part, rows) for part, rows in batches if any((part.name, row) not in done for row in rows)]
+        bar = tqdm(
+            total=sum(map(len, sets)),
+            initial=len(done),
+            unit="row",
+            disable=not (show_progress and state.is_main_process),
+        )
         with bar:
-            for lines in _rounds(model, tokenizer, backbone, _unfinished(sets, done)):
+            for lines in _rounds(model, tokenizer, backbone, left):
                 new = {key: line for key, line in lines if key not in done}
                 progress.append([{"set": key[0], "row": key[1], **line._asdict()} for key, line in new.items()])
                 done |= new
@@ -105,16 +110,6 @@ def _finished(line: dict[str, Any]) -> tuple[Key, Line]:
 def processes() -> PartialState:
     """The processes of this launch. Those on the CPU accelerate overlooks unless told so."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _unfinished(sets: Sequence[QuestionSet], done: dict[Key, Line]) -> list[tuple[QuestionSet, list[int]]]:
-    """Batches with a row that is not done. They are scored whole, so that rounding is that of an undisturbed run."""
-    return [
-        (questions, rows)
-        for questions in sets
-        for rows in questions.chunks()
-        if any((questions.name, row) not in done for row in rows)
-    ]
 
 
 def _rounds(

@@ -70,7 +70,7 @@ def load_rwku(
     for config in configs:
         rows = load_split(source, config, FILES, keep_dataset_cache=keep_dataset_cache)
         if subjects is not None and config in ABOUT_SUBJECTS:
-            rows = about(rows, subjects, config)
+            rows = _about(rows, subjects, config)
         sets[config] = rows
     check_sets(sets)
     return {config: spread(rows, max_rows) for config, rows in sets.items()}
@@ -105,15 +105,11 @@ def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) ->
         check_columns(table(read, str(file)), f"forget ({file.name})", QUESTION_ANSWER)
         rows += read
     rows = table(rows, str(path))
-    return rows if subjects is None else about(rows, subjects, "forget")
+    return rows if subjects is None else _about(rows, subjects, "forget")
 
 
-def about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:
-    """The rows about these subjects.
-
-    Raises:
-        ValueError: for rows without a subject, or a subject that no row is about.
-    """
+def _about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:
+    """The rows about these subjects. Each must have some."""
     if "subject" not in rows.column_names:
         raise UserError(f"The {name} set has no column subject to select by; its columns are {rows.column_names}.")
     found = [_plain(str(subject)) for subject in rows["subject"]]
@@ -124,12 +120,7 @@ def about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:
 
 
 def check_sets(sets: Mapping[str, Dataset]) -> None:
-    """Refuse rows that cannot be asked or scored, before any model is loaded.
-
-    Raises:
-        ValueError: as `check_columns`, and for questions whose choices are fewer than two or whose answer is none of
-            them.
-    """
+    """Refuse rows that cannot be asked or scored, and questions without a true and a false choice."""
     for name, rows in sets.items():
         check_columns(rows, name, CONFIGS[name].columns)
         for number, row in enumerate(read_rows(rows, name)):

@@ -16,6 +16,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +29,7 @@ from .registry import METRICS, Metric, RowScores
 from .scoring import QuestionBatch
 
 LETTERS = string.ascii_uppercase
+BRIEFLY = "Please briefly answer the following question."
 SHORT, LONG = 32, 256  # tokens decoded, for probes and for chains of thought
 
 Row = dict[str, Any]
@@ -59,17 +61,14 @@ class Config(NamedTuple):
     conversational: bool | None = None
 
 
-def _probe(instruction: str) -> Callable[[Row], Asked]:
-    def ask(row: Row) -> Asked:
-        return Asked(f"{instruction}\nQuestion: {row['query']}\nAnswer:", [row["answer"]])
-
-    return ask
+def _probe(instruction: str, row: Row) -> Asked:
+    return Asked(f"{instruction}\nQuestion: {row['query']}\nAnswer:", [row["answer"]])
 
 
 def _adversarial(row: Row) -> Asked:
     if row.get("type") == "incontext learning":  # the query holds its examples and their form
-        return Asked(f"Please briefly answer the following question.\n{row['query']}\nAnswer:", [row["answer"]])
-    return _probe("Please briefly answer the following question.")(row)
+        return Asked(f"{BRIEFLY}\n{row['query']}\nAnswer:", [row["answer"]])
+    return _probe(BRIEFLY, row)
 
 
 def _multiple_choice(row: Row) -> Asked:
@@ -88,10 +87,8 @@ def _multiple_choice(row: Row) -> Asked:
 def _truthful(row: Row) -> Asked:
     targets = row["mc1_targets"]
     pairs = list(zip(targets["choices"], targets["labels"], strict=True))
-    choices = {
-        role: [text for text, label in pairs if bool(label) == true] for role, true in (("true", 1), ("false", 0))
-    }
-    return Asked(f"Q: {row['question']}\nA:", [], choices)
+    true, false = ([text for text, label in pairs if bool(label) == kind] for kind in (True, False))
+    return Asked(f"Q: {row['question']}\nA:", [], {"true": true, "false": false})
 
 
 def _reason(row: Row) -> Asked:
@@ -103,7 +100,7 @@ def _reason(row: Row) -> Asked:
 
 
 def _trivia(row: Row) -> Asked:
-    return Asked(f"Please briefly answer the following question.\nQ: {row['question']}\nA:", list(row["answers"]))
+    return Asked(f"{BRIEFLY}\nQ: {row['question']}\nA:", list(row["answers"]))
 
 
 def _instruction(row: Row) -> Asked:
@@ -191,8 +188,8 @@ _PROBE = {name: METRICS[name] for name in ("rougeL", "degeneracy")}
 _CHOICE = {"accuracy": METRICS["accuracy"]}
 _MEMBER = {"loss": Metric(_loss, ("answer",))}
 _QUERY = {"query": str, "answer": str}
-_CLOZE = Config(_QUERY, _probe("Please complete the blank in the following question."), _PROBE)
-_QUESTION = Config(_QUERY, _probe("Please briefly answer the following question."), _PROBE)
+_CLOZE = Config(_QUERY, partial(_probe, "Please complete the blank in the following question."), _PROBE)
+_QUESTION = Config(_QUERY, partial(_probe, BRIEFLY), _PROBE)
 _TEXT = Config({"text": str}, _text, _MEMBER, conversational=False)
 
 CONFIGS = {

@@ -116,26 +116,25 @@ class AnswerLikelihood(NamedTuple):
         return self.log_likelihood / self.num_tokens
 
 
+@dataclass(eq=False, repr=False)
 class QuestionBatch:
     """Rows of a set before a model.
 
-    Args:
-        model, tokenizer, backbone: what answers.
-        questions: the set.
-        rows: row numbers in it.
+    Attributes:
+        model, tokenizer, backbone: they answer.
+        set: the questions, of which `rows` are the numbers that are asked.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: Backbone,
-        questions: QuestionSet,
-        rows: Sequence[int],
-    ):
-        self.model, self.tokenizer, self.backbone = model, tokenizer, backbone
-        self.set, self.rows = questions, list(rows)
-        self.questions = [questions.questions[row] for row in rows]
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    backbone: Backbone
+    set: QuestionSet
+    rows: Sequence[int]
+
+    @cached_property
+    def questions(self) -> list[Question]:
+        """The questions that are asked."""
+        return [self.set.questions[row] for row in self.rows]
 
     def scores(self) -> RowScores:
         """The scores of every metric of the set.
@@ -327,49 +326,25 @@ def _extraction_strength(batch: QuestionBatch) -> RowScores:
     return _by_row(ExtractionStrength(), prefix_tokens=prefixes, num_tokens=lengths)
 
 
-register_metric(
-    "rougeL",
-    Metric(
-        _rouge,
-        words={
-            "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher "
-            "elsewhere)"
-        },
-    ),
-)
-register_metric(
-    "probability",
-    Metric(
-        _probability,
-        ("answer",),
-        {"probability": "probability of the true answer, a token, estimated over draws of masks"},
-    ),
-)
+WORDS = {
+    "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher elsewhere)",
+    "probability": "probability of the true answer, a token, estimated over draws of masks",
+    "truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one",
+    "degeneracy": "share of answers that are empty, repetitive or made of special tokens",
+    "exact_memorization": "share of the answer's tokens that decoding at its true length gets right",
+    "extraction_strength": "share of the answer that need not be revealed for the model to complete it",
+}
+
+
+def _explained(score: str) -> dict[str, str]:
+    return {score: WORDS[score]}
+
+
+register_metric("rougeL", Metric(_rouge, words=_explained("rougeL_recall")))
+register_metric("probability", Metric(_probability, ("answer",), _explained("probability")))
 register_metric("choice_probability", Metric(_choice_probability, ("answer", "perturbed")))
-register_metric(
-    "truth_ratio",
-    Metric(
-        _truth_ratio,
-        ("answer", "paraphrased", "perturbed"),
-        {"truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one"},
-    ),
-)
+register_metric("truth_ratio", Metric(_truth_ratio, ("answer", "paraphrased", "perturbed"), _explained("truth_ratio")))
 register_metric("accuracy", Metric(_accuracy, ("true", "false")))
-register_metric(
-    "degeneracy",
-    Metric(_degeneracy, words={"degeneracy": "share of answers that are empty, repetitive or made of special tokens"}),
-)
-register_metric(
-    "exact_memorization",
-    Metric(
-        _exact_memorization,
-        words={"exact_memorization": "share of the answer's tokens that decoding at its true length gets right"},
-    ),
-)
-register_metric(
-    "extraction_strength",
-    Metric(
-        _extraction_strength,
-        words={"extraction_strength": "share of the answer that need not be revealed for the model to complete it"},
-    ),
-)
+register_metric("degeneracy", Metric(_degeneracy, words=_explained("degeneracy")))
+register_metric("exact_memorization", Metric(_exact_memorization, words=_explained("exact_memorization")))
+register_metric("extraction_strength", Metric(_extraction_strength, words=_explained("extraction_strength")))

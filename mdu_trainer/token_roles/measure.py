@@ -49,6 +49,11 @@ class RoleData:
     answers: list[str]
     others: tuple[list[str], list[str]]
 
+    def paths(self, settings: RoleSettings) -> list[Path]:
+        """The ground-truth paths of each row."""
+        ids = self.prompt_ids, self.completion_ids
+        return true_paths(*ids, self.roles, num_paths=settings.num_paths, seed=settings.seed)
+
     def label(
         self,
         answers: list[str],
@@ -69,11 +74,7 @@ class RoleData:
 
 
 def check_rows(forget: Dataset, retain: Dataset | None = None) -> None:
-    """Refuse rows that cannot be asked, before any model is loaded.
-
-    Raises:
-        ValueError: for an empty set, a missing column or a blank text.
-    """
+    """Refuse an empty set, a missing column or a blank text with a ValueError, before any model is loaded."""
     for name, rows in {"forget": forget, "retain": retain}.items():
         if rows is not None:
             check_columns(rows, name, QUESTION_ANSWER)
@@ -87,16 +88,13 @@ def role_data(
     *,
     labeller: Labeller | None = None,
 ) -> RoleData:
-    """Tokenise and label rows.
+    """Tokenise and label rows, once `check_rows` has passed them.
 
     Args:
         forget: rows with columns `question` and `answer`.
         tokenizer, backbone: of the model; questions become chat turns if the tokenizer has a chat template.
         retain: further rows of the same kind, so that template words are found among many answers.
         labeller: as in `label_roles`.
-
-    Raises:
-        ValueError: as `check_rows`.
     """
     check_rows(forget, retain)
     chats = bool(tokenizer.chat_template)
@@ -195,10 +193,7 @@ class _Analysis:
     @cached_property
     def paths(self) -> list[Path]:
         """The ground-truth paths."""
-        data, settings = self.data, self.settings
-        return true_paths(
-            data.prompt_ids, data.completion_ids, data.roles, num_paths=settings.num_paths, seed=settings.seed
-        )
+        return self.data.paths(self.settings)
 
     @cached_property
     def before(self) -> PathValues:

@@ -136,29 +136,29 @@ class RoleReport(Record):
         if any({*counts} != {*ROLES} for counts in (self.rows, self.tokens, *(run.own_tokens for run in self.runs))):
             raise ValueError("it does not count every role")
 
-    def details(self, figure: str = "kl") -> str:
+    def details(self, value: str = "kl") -> str:
         """The cells of `details_cells` as a Markdown table."""
-        return markdown_table(self.details_cells(figure), text_columns=2)
+        return markdown_table(self.details_cells(value), text_columns=2)
 
-    def details_cells(self, figure: str = "kl") -> list[list[str]]:
+    def details_cells(self, value: str = "kl") -> list[list[str]]:
         """A value by role under a header, before and after, with intervals and the change.
 
         Args:
-            figure: "kl", "entropy" or "probability".
+            value: "kl", "entropy" or "probability".
 
         Raises:
             ValueError: for a value that there is no change of.
         """
         base, *others = self.runs
-        if figure not in base.figures:
-            raise UserError(f"There is no change of {figure!r}; there is one of {', '.join(base.figures)}.")
-        rows = [["model", "role", "tokens", f"{figure} before", f"{figure} after", "change", "change in %"]]
+        if value not in base.figures:
+            raise UserError(f"There is no change of {value!r}; there is one of {', '.join(base.figures)}.")
+        rows = [["model", "role", "tokens", f"{value} before", f"{value} after", "change", "change in %"]]
         for run in others:
-            for role in base.figures[figure]:
-                change = run.changes[figure][role]
-                values = [base.figures[figure][role], run.figures[figure][role], change.difference]
+            for role in base.figures[value]:
+                change = run.changes[value][role]
+                cells = map(str, (base.figures[value][role], run.figures[value][role], change.difference))
                 percent = "" if change.percent is None else _percent(change.percent)
-                rows.append([run.name, role_words(role), str(self.tokens[role]), *map(str, values), percent])
+                rows.append([run.name, role_words(role), str(self.tokens[role]), *cells, percent])
         return rows
 
     def order_table(self) -> str:

@@ -29,8 +29,7 @@ All metrics:
 class Kind(NamedTuple):
     """A kind of values in a column of a metric."""
 
-    item: str  # a value of it, in words
-    items: str  # several
+    items: str  # values of it, in words
     fits: Callable[[Any], bool]
     feature: Any
 
@@ -46,18 +45,16 @@ def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
 _NUMBER, _TEXT, _ID = datasets.Value("float64"), datasets.Value("string"), datasets.Value("int64")
 
 KINDS = {
-    "text": Kind("a text", "texts", lambda value: isinstance(value, str), _TEXT),
-    "number": Kind("a finite number", "finite numbers", _is_number, _NUMBER),
-    "count": Kind("a count", "counts", lambda value: isinstance(value, Integral) and value >= 0, _ID),
-    "flag": Kind("0 or 1", "0 or 1", lambda value: isinstance(value, Integral) and value in (0, 1), _ID),
+    "text": Kind("texts", lambda value: isinstance(value, str), _TEXT),
+    "number": Kind("finite numbers", _is_number, _NUMBER),
+    "count": Kind("counts", lambda value: isinstance(value, Integral) and value >= 0, _ID),
+    "flag": Kind("0 or 1", lambda value: isinstance(value, Integral) and value in (0, 1), _ID),
     "numbers": Kind(
-        "a list of finite numbers",
         "non-empty lists of finite numbers",
         lambda value: _is_list(value, _is_number) and len(value) > 0,
         datasets.List(_NUMBER),
     ),
     "ids": Kind(
-        "a list of token ids",
         "lists of token ids",
         lambda value: _is_list(value, lambda item: isinstance(item, Integral)),
         datasets.List(_ID),
@@ -76,9 +73,6 @@ class RowMetric(evaluate.Metric):
         inputs: name of a column -> name of what it holds, in `KINDS`.
         source: the paper that defines the metric.
         url: of the paper.
-
-    Args:
-        kwargs: those of `evaluate.Metric`.
     """
 
     inputs: ClassVar[dict[str, str]]

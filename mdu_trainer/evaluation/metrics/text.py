@@ -31,10 +31,6 @@ class RougeL(RowMetric):
     Words are those of any script (`mdu_trainer.provenance.words`), English ones after Porter's stemmer, so scores on
     English text are those of the `rouge_score` package. A reference without a word, as of punctuation alone, is not
     measured.
-
-    Example:
-
-        scores = RougeL().compute(predictions=answers, references=dataset["answer"])
     """
 
     inputs = {"predictions": "text", "references": "text"}
@@ -84,11 +80,8 @@ def _pieces(word: str) -> tuple[str, ...]:
     "gardens" -> ("garden",)   "exupéry" -> ("exupé", "ry")   "москва" -> ("москва",)
     """
     found = _PIECE.findall(word)
-    return tuple(before + _stem(latin) + after for before, latin, after in found) or (word,)
-
-
-def _stem(word: str) -> str:
-    return _stemmer.stem(word) if len(word) >= STEMMED else word
+    stems = [_stemmer.stem(latin) if len(latin) >= STEMMED else latin for _, latin, _ in found]
+    return tuple(before + stem + after for (before, _, after), stem in zip(found, stems, strict=True)) or (word,)
 
 
 _stemmer = PorterStemmer()

@@ -47,11 +47,7 @@ class Probability(RowMetric):
 class ChoiceProbability(RowMetric):
     """Probability of the true answer among given ones: what TOFU reports of real authors and world facts.
 
-        p(a | q)^(1/|a|) / sum over a' in {a, wrong answers} of p(a' | q)^(1/|a'|)
-
-    Example:
-
-        ChoiceProbability().compute(per_token=[-1.0], wrong_per_token=[[-2.0, -3.0]])
+    p(a | q)^(1/|a|) / sum over a' in {a, wrong answers} of p(a' | q)^(1/|a'|)
     """
 
     inputs = {"per_token": "number", "wrong_per_token": "numbers"}
@@ -82,10 +78,6 @@ class TruthRatio(RowMetric):
 
     How rows are summed up is TOFU's, too: `aggregation="forget"`, mean of min(R, 1/R), is 1 if the model cannot tell
     truth from error; `"retain"`, mean of max(0, 1 - R), is 1 if it never errs; `"ratio"` is the mean of R.
-
-    Example:
-
-        TruthRatio().compute(per_token=paraphrased, wrong_per_token=perturbed, aggregation="forget")
     """
 
     inputs = {"per_token": "number", "wrong_per_token": "numbers"}
@@ -162,10 +154,6 @@ class ForgetQuality(RowMetric):
 
     p-value of the two-sample Kolmogorov-Smirnov test. Above 0.05 it cannot, which is as good as it gets; TOFU plots
     the logarithm. It needs equally many draws for the likelihoods of both, and it falls with the number of rows.
-
-    Example:
-
-        ForgetQuality().compute(predictions=truth_ratios, references=truth_ratios_of_retain_model)
     """
 
     inputs = {"predictions": "number", "references": "number"}
