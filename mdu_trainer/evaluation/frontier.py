@@ -1,4 +1,4 @@
-"""Which runs are worth having: the Pareto front of forgetting against what is kept, and the one run to take.
+"""The Pareto front of forgetting against what is kept, and the choice of one run.
 
 marks = frontier(results.runs)
 run = select(results.runs, "retain>=0.95*base,forget<=0.3")
@@ -57,7 +57,7 @@ class Condition(NamedTuple):
         return f"{self.figure}{'>=' if self.at_least else '<='}{self.bound:g}{'*base' if self.relative else ''}"
 
     def shortfall(self, run: Run, base: Run | None) -> float:
-        """How far a run is from satisfying it: 0 if it does, infinite if it was not measured."""
+        """The distance of a run from satisfying it: 0 if it does, infinite if it was not measured."""
         value, bound = value_of(run, self.figure), self.bound
         if self.relative:
             assert base is not None  # `select` has looked

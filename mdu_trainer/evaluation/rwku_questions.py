@@ -44,7 +44,7 @@ class Asked(NamedTuple):
 
 
 class Config(NamedTuple):
-    """How one config is asked and scored.
+    """The way in which one config is asked and scored.
 
     Attributes:
         columns: name -> kind, `str` or `list` (of texts), checked before a model is loaded.

@@ -1,4 +1,4 @@
-"""Which tokens of an answer carry what a model has stored: one role a token.
+"""A role for each token of an answer: stored knowledge, in context, or structural.
 
     roles = label_roles(questions, answers, answer_ids, tokenizer)
 

@@ -187,7 +187,7 @@ def by_row(values: Sequence[np.ndarray], paths: Sequence[Path], role: Role) -> n
 
 
 def revelation(paths: Sequence[Path], role: Role) -> np.ndarray:
-    """When the tokens of a role are revealed, mean of each row: 0 first, 1 last, `[R]`, NaN for rows without it."""
+    """The mean moment at which a role's tokens are revealed, a row: 0 first, 1 last, `[R]`, NaN without the role."""
     ranks = [rankdata(path.revealed[: len(path.roles)]) - 1 for path in paths]  # those of one step share their mean
     return by_row([(rank / max(1, len(rank) - 1))[None] for rank in ranks], paths, role)
 

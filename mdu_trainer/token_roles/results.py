@@ -22,7 +22,7 @@ TRUE, OWN = "true", "own"  # the ground-truth path, and the model's own decoding
 
 @dataclass(frozen=True)
 class RoleSettings:
-    """How the denoising path is measured.
+    """Settings of the measurement along the denoising path.
 
     Attributes:
         num_steps: moments of each path, evenly spaced over the tokens revealed.
@@ -45,7 +45,7 @@ class RoleSettings:
 
 @dataclass(frozen=True)
 class Change:
-    """How a value moved from the base to a model, on the same noisy inputs.
+    """The move of a value from the base to a model, on the same noisy inputs.
 
     Attributes:
         difference: after minus before, with the paired bootstrap interval over rows.

@@ -175,6 +175,14 @@ def test_best_reference_counts(model, tokenizer, backbone):
     assert batch.scores()["rougeL_recall"] == [1.0, 0.0]
 
 
+def test_a_row_that_cannot_be_measured_is_read_back(model, tokenizer, backbone, tmp_path):
+    questions = encode_questions("q", ["Who?", "Where?"], [["one"], ["..."]], {}, tokenizer, backbone)
+    part = QuestionSet("q", questions, choose_metrics(["rougeL"]), DiffusionGenerationConfig(max_new_tokens=4))
+    first = score_questions(model, tokenizer, [part], progress_path=tmp_path / "rows.jsonl")
+    again = score_questions(model, tokenizer, [part], progress_path=tmp_path / "rows.jsonl")
+    assert again.scores == first.scores and first.scores["q"]["rougeL_recall"][1] is None
+
+
 def test_estimates_leave_out_what_is_not_finite():
     scores = estimates({"a": [0.0, 1.0], "b": [1.0, float("nan")]})
     assert set(scores) == {"a"} and scores["a"].value == 0.5 and scores["a"].low <= 0.5 <= scores["a"].high

@@ -1,4 +1,4 @@
-"""What the metrics share: columns that are checked without being quoted, kept in memory, averaged over rows."""
+"""The base of the metrics: columns that are checked without being quoted, kept in memory, averaged over rows."""
 
 import inspect
 import math

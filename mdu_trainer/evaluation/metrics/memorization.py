@@ -1,4 +1,4 @@
-"""Does the answer come out word for word? Two metrics of autoregressive models, restated for masked decoding.
+"""Metrics of whether an answer comes out word for word: two of autoregressive models, restated for masked decoding.
 
 Teacher forcing predicts token i from the true tokens before it. A masked diffusion model has no such pass, since it
 sees both sides; what stands for it here is greedy decoding at the true length: all that is not revealed is [MASK], the
@@ -60,7 +60,7 @@ class ExactMemorization(RowMetric):
 
 
 class ExtractionStrength(RowMetric):
-    """How little of an answer must be revealed for the model to complete it.
+    """The share of an answer that need not be revealed for the model to complete it.
 
         ES = 1 - k / |y|,  k the shortest prefix after which greedy decoding gives the rest of y exactly
 

@@ -1,4 +1,4 @@
-"""Can it be told that a row was trained on? Attacks that guess it, and how far unlearning brings them down.
+"""Attacks that guess whether a row was trained on, and how far unlearning brings them down.
 
 An attack gives each row a score, the higher the likelier it was trained on (a member). Three need nothing but
 `mdu_trainer.response_likelihood`: its `per_token` itself, the mean log-likelihood a token (Yeom et al., 2018, arXiv
@@ -17,7 +17,7 @@ from .base import RowMetric
 
 
 class MembershipInference(RowMetric):
-    """How well a score tells members from other rows: area under the ROC curve.
+    """Area under the ROC curve of a score that is to tell members from other rows.
 
     The probability that a random member scores higher than a random other row, ties counting half: 1/2 is a guess, 1
     a certain leak. Below 1/2 members are told apart by scoring low: the sign of over-unlearning.

@@ -67,7 +67,7 @@ class ChoiceProbability(RowMetric):
 
 
 class TruthRatio(RowMetric):
-    """Does the model prefer the truth? Wrong answers' probability over that of the true one, in other words.
+    """The probability of wrong answers over that of the true one in other words: does the model prefer the truth?
 
         R = mean over wrong answers a' of p(a' | q)^(1/|a'|)  /  p(a | q)^(1/|a|)
 
@@ -120,7 +120,7 @@ def aggregate_truth_ratios(ratios: Sequence[float], aggregation: Aggregation) ->
 
 
 class ModelUtility(RowMetric):
-    """What is left of a model: the harmonic mean of nine scores, so that one that is near 0 pulls all down.
+    """The use that is left of a model: the harmonic mean of nine scores, so that one that is near 0 pulls all down.
 
     ROUGE-L recall, probability and truth ratio (`aggregation="retain"`) of the retain set, real authors and world
     facts, where the probability of the latter two is that among choices. 0 if any of them is 0.
@@ -150,7 +150,7 @@ class ModelUtility(RowMetric):
 
 
 class ForgetQuality(RowMetric):
-    """Can the model be told from one that never saw the forget rows, by its truth ratios on them?
+    """Test whether the truth ratios on the forget rows tell the model from one that never saw them.
 
     p-value of the two-sample Kolmogorov-Smirnov test. Above 0.05 it cannot, which is as good as it gets; TOFU plots
     the logarithm. It needs equally many draws for the likelihoods of both, and it falls with the number of rows.
