@@ -20,7 +20,7 @@ from mdu_trainer.callbacks import UnlearningEvalCallback
 from mdu_trainer.commands import leak_check as leak_command
 from mdu_trainer.evaluation.metrics import Degeneracy, RougeL, zlib_score
 from mdu_trainer.evaluation.metrics.text import RougeTokenizer
-from mdu_trainer.evaluation.rwku import ngram_entropy, word_match
+from mdu_trainer.evaluation.rwku_questions import ngram_entropy, word_match
 from mdu_trainer.evaluation.scoring import estimates
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.provenance.forget_hashes import ForgetHashes

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation.metrics import loss_score, min_k_score
+from ..evaluation.metrics import min_k_score, outscored
 from ..evaluation.scoring import Question
 from ..inference.generation import evaluation_mode
 from ..inference.likelihood import response_likelihood
@@ -52,7 +52,7 @@ def attack(target: Target, seed: int) -> AttackScores:
     sizes = [masked_log_p(target, questions, seed) for questions in sets]
     median = np.median(sizes[1], axis=0)
     scores = {
-        "loss": [np.round(loss_score(one.per_token), DECIMALS) for one in likelihoods],
+        "loss": [np.round(one.per_token, DECIMALS) for one in likelihoods],
         "min-k": [np.round(min_k_score(one.tokens), DECIMALS) for one in likelihoods],
         "multi-mask": [(one > median).sum(axis=1) for one in sizes],
     }
@@ -60,12 +60,6 @@ def attack(target: Target, seed: int) -> AttackScores:
     areas = {name: mean(values) for name, values in shares.items()}
     strongest = shares[max(areas, key=areas.__getitem__)]
     return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, areas)
-
-
-def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Return for each score the share of the others that are below it; equal ones count half."""
-    scores, others = np.asarray(scores)[:, None], np.asarray(others)
-    return ((scores > others) + (scores == others) / 2).mean(axis=1).tolist()
 
 
 @torch.no_grad()

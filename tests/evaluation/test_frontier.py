@@ -12,11 +12,11 @@ from mdu_trainer.evaluation.frontier import (
     FRONT,
     WITHIN,
     frontier,
-    frontier_table,
+    frontier_cells,
     parse_conditions,
     select,
 )
-from mdu_trainer.evaluation.results import Estimate, Results, Run
+from mdu_trainer.evaluation.results import Estimate, Results, Run, markdown_table
 from mdu_trainer.report.plots import plot_frontier, plot_losses, plot_tradeoff
 from mdu_trainer.report.style import COLOURS, run_styles
 
@@ -123,7 +123,7 @@ def test_what_a_relative_bound_needs():
 
 
 def test_table_marks_the_front_and_the_selected():
-    table = frontier_table(Results("m", "d", {}, RUNS), selected=RUNS[3])
+    table = markdown_table(frontier_cells(Results("m", "d", {}, RUNS), selected=RUNS[3]))
     assert [line.rstrip(" |").rsplit("| ", 1)[-1].strip() for line in table.splitlines()[3:]] == [
         "front",
         "dominated",
