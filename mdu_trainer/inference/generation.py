@@ -13,7 +13,6 @@ published samplers, in the fields of `DiffusionGenerationConfig`:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -25,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import check_prompt_ids, check_prompts, encode_prompt
 from ..files import UserError
-from ..models import Backbone, logits_at, resolve_backbone
+from ..masking import pad_rows
+from ..models import Backbone, evaluation_mode, logits_at, resolve_backbone
 from .config import DiffusionGenerationConfig
 from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
@@ -146,18 +146,6 @@ def generate_ids(
     return responses
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode, and each of its modules back to its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class Revealed(NamedTuple):
     """What a step revealed of the prompts of a batch: M tokens.
 
@@ -206,12 +194,8 @@ class _Canvas(NamedTuple):
 
 
 def _blank(places: list[int], rows: list[int], prompts: list[list[int]], length: int, backbone: Backbone) -> _Canvas:
-    ids = torch.full((len(rows), max(map(len, prompts)) + length), backbone.pad_token_id)
-    attention_mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        ids[i, len(prompt) : len(prompt) + length] = backbone.mask_token_id
-        attention_mask[i, : len(prompt) + length] = 1
+    response = [backbone.mask_token_id] * length
+    ids, attention_mask = pad_rows([[*prompt, *response] for prompt in prompts], backbone.pad_token_id)
     start = torch.tensor([len(prompt) for prompt in prompts])
     masked = torch.ones(len(rows), length, dtype=torch.bool)
     return _Canvas(torch.tensor(places), torch.tensor(rows), start, ids, attention_mask, masked)

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from ..data.encoding import check_ids
 from ..divergence import TokenNLL
 from ..files import UserError
-from ..models import Backbone, measure_at
+from ..masking import pad_rows
+from ..models import Backbone, evaluation_mode, measure_at
 from .config import check_count
-from .generation import evaluation_mode
 from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
 
 ROWS_AT_ONCE = 256  # whose sets are drawn together
@@ -180,22 +180,19 @@ def _row_generator(seed: int, prompt: list[int], response: list[int]) -> np.rand
 
 def _fill_log_p(model: nn.Module, batch: list[_Piece], backbone: Backbone) -> None:
     """One forward pass: log p of the true tokens at the masked positions goes into the rows of the batch."""
-    width = max(len(piece.row.prompt) + len(piece.row.response) for piece in batch)
-    ids = np.full((sum(len(piece.masked) for piece in batch), width), backbone.pad_token_id)
-    attention_mask, masked = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
-    first = 0
-    for piece in batch:
-        rows, content = slice(first, first + len(piece.masked)), piece.row.prompt + piece.row.response
-        ids[rows, : len(content)] = content
-        attention_mask[rows, : len(content)] = 1
-        masked[rows, len(piece.row.prompt) : len(content)] = piece.masked
-        first = rows.stop
+    counts = [len(piece.masked) for piece in batch]
+    padded = pad_rows([piece.row.prompt + piece.row.response for piece in batch], backbone.pad_token_id)
+    ids, attention_mask = (part.repeat_interleave(torch.tensor(counts), dim=0) for part in padded)
+    masked = torch.zeros_like(ids, dtype=torch.bool)
+    for piece, rows in zip(batch, masked.split(counts), strict=True):
+        start = len(piece.row.prompt)
+        rows[:, start : start + len(piece.row.response)] = torch.from_numpy(piece.masked)
     device = next(model.parameters()).device
-    ids, attention_mask, masked = (torch.from_numpy(part).to(device) for part in (ids, attention_mask, masked))
+    ids, attention_mask, masked = (part.to(device) for part in (ids, attention_mask, masked))
     noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
     measure, shift = TokenNLL(ids[masked]), backbone.logit_shift
-    figures = measure_at(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift)
-    log_p = -figures.value.cpu().double().numpy()
+    nll = measure_at(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift).value
+    log_p = -nll.cpu().double().numpy()
     for piece in batch:
         found, log_p = np.split(log_p, [piece.masked.sum()])
         piece.row.log_p[piece.start : piece.stop][piece.masked] = found

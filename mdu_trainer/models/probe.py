@@ -87,17 +87,23 @@ def probe_tokens(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """Without gradient and dropout, and with nothing changed afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode, and each of its modules back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-            yield
+        yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradient and dropout, and leave its modes and the random state as they were."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        yield
 
 
 def logits_of(output: object) -> Tensor:

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
-from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, evaluation_mode, generate_ids
-from ..masking import corrupt, counter_uniform
-from ..models import Backbone, hidden_at
+from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, generate_ids
+from ..masking import corrupt, counter_uniform, pad_rows
+from ..models import Backbone, evaluation_mode, hidden_at
 from .labels import Role
 
 NEVER = np.iinfo(np.int64).max  # a position behind the end of a decoded response, which nothing revealed
@@ -216,14 +216,11 @@ def _measure(
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
     """Of each input: the measured positions `[l]`, and a column `[l]` a figure."""
     device = next(models[0].parameters()).device
-    width = max(len(path.prompt) + len(path.response) for path, _ in inputs)
-    ids = torch.full((len(inputs), width), backbone.pad_token_id)
-    attention_mask, response = torch.zeros_like(ids), torch.zeros_like(ids)
+    ids, attention_mask = pad_rows([path.prompt + path.response for path, _ in inputs], backbone.pad_token_id)
+    response = torch.zeros_like(ids)
     noise, rows = torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool)
     for i, (path, masked) in enumerate(inputs):
         start, stop = len(path.prompt), len(path.prompt) + len(path.response)
-        ids[i, :stop] = torch.tensor(path.prompt + path.response)
-        attention_mask[i, :stop] = 1
         response[i, start:stop] = 1
         noise[i, start:stop] = 1 - torch.from_numpy(masked).float()
         rows[i, start : start + len(path.roles)] = torch.from_numpy(masked[: len(path.roles)])
