@@ -1,7 +1,8 @@
-"""What a model does, found out by running it on a few tokens: configs claim more than their models keep."""
+"""Find out what a model does by running it on a few tokens: configs claim more than their models keep."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -11,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from ..files import UserError
 
 LENGTH = 5  # tokens of a probe
-# Of what a token moves after itself, what it moves before itself is more than this, unless that is rounding: experts
-# and 8-bit layers work on a sequence as a whole. Over the classes of transformers: causal to 1e-7, others from 0.1
+# A changed token moves predictions after itself and before itself. If the largest move before it is below this share of
+# the largest after it, it is rounding: experts and 8-bit layers work on a sequence as a whole. Over the classes of
+# transformers: causal models up to 1e-7, others from 0.1
 LEAST_SHARE = 1e-2
 
 _BOTH_WAYS: WeakSet[nn.Module] = WeakSet()  # models that were found to attend in both directions
@@ -106,6 +108,6 @@ def probing(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def logits_of(output: object) -> Tensor:
+def logits_of(output: Any) -> Tensor:
     """The logits among what a model's forward returns."""
     return output.logits if hasattr(output, "logits") else output[0]
