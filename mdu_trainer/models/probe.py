@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor
 from ..files import UserError
 
 LENGTH = 5  # tokens of a probe
-# A changed token moves predictions after itself and before itself. If the largest move before it is below this share of
-# the largest after it, it is rounding: experts and 8-bit layers work on a sequence as a whole. Over the classes of
+# A changed token moves predictions after and before itself. If the largest move before it is below this share of the
+# largest after it, it is rounding: experts and 8-bit layers work on a sequence as a whole. Over the classes of
 # transformers: causal models up to 1e-7, others from 0.1
 LEAST_SHARE = 1e-2
 
