@@ -1,14 +1,15 @@
-"""How many tokens each step of decoding reveals, and where."""
+"""The plan of a decoding: how many tokens each step reveals, and where."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 DREAM_EPSILON = 1e-3  # where Dream's timesteps end
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """A step of the plan: where it reveals, and how much."""
 
     index: int
