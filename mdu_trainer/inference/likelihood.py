@@ -101,7 +101,9 @@ def response_likelihood(
 
     Source: LLaDA (arXiv 2502.09992, appendix B); how sets are drawn and combined: `mdu_trainer.inference.mask_sets`.
     """
-    _check(prompt_ids, response_ids, backbone, num_draws, batch_size)
+    check_count("num_draws", num_draws)
+    check_count("batch_size", batch_size)
+    _check(prompt_ids, response_ids, backbone)
     parts: list[np.ndarray] = [np.empty(0)] * len(response_ids)
     errors = np.zeros(len(response_ids))
     total = sum(num_sets(len(ids), num_draws) for ids in response_ids)
@@ -164,15 +166,7 @@ def _fill_log_p(model: nn.Module, batch: list[tuple[_Row, int]], backbone: Backb
         row.log_p[k, row.draws.masked[k]] = found.numpy()
 
 
-def _check(
-    prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]],
-    backbone: Backbone,
-    num_draws: int,
-    batch_size: int,
-) -> None:
-    for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
-        check_count(name, value)
+def _check(prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], backbone: Backbone) -> None:
     if len(prompt_ids) != len(response_ids):
         raise UserError(f"There are {len(prompt_ids)} prompts and {len(response_ids)} responses: pass one for each.")
     for row, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):

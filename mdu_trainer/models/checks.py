@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: its files lie in its folder, no tensor is missing, every weight is a number."""
+"""Check that a checkpoint is whole: its files lie in its folder, no tensor is missing, every weight is a number."""
 
 import json
 import re
@@ -102,22 +102,18 @@ def check_complete(model: PreTrainedModel, info: dict[str, Collection], source: 
         raise UserError(
             f"{source} holds tensors of other shapes than its config.json says: {some(mismatched)}. {INTACT}"
         )
-    modules = {name for name, _ in model.named_modules()}
+    modules, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix
     unexpected = [
         name
         for name in info.get("unexpected_keys", ())
-        if not POOLING.search(name)
-        and (_is_below(name, model.base_model_prefix) or name.rpartition(".")[0] in modules)
+        if (prefix and name.startswith(f"{prefix}.") or name.rpartition(".")[0] in modules)
+        and not POOLING.search(name)
     ]
     if unexpected:
         raise UserError(
             f"{source} holds tensors that its {type(model).__name__} does not have: {some(unexpected)}. Its "
             f"config.json may name fewer layers than it holds, or another class. {INTACT}"
         )
-
-
-def _is_below(name: str, prefix: str) -> bool:
-    return bool(prefix) and name.startswith(f"{prefix}.")
 
 
 def check_finite(model: nn.Module, source: str, known: Iterable[Tensor] = ()) -> None:
@@ -153,7 +149,7 @@ def _own_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; of a quantised weight its scales."""
+    """Whether all numbers of a tensor are finite; of a quantised weight, its scales."""
     scales = getattr(tensor, "SCB", None)
     if scales is None:
         scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)
