@@ -158,14 +158,13 @@ class _Canvas(NamedTuple):
 
     def give(self, beginnings: Sequence[Sequence[int | None]]) -> None:
         """Reveal the first ids of each response but for those that are None, in place."""
-        given = [(i, n, ids[n]) for i, ids in enumerate(beginnings) for n in range(len(ids)) if ids[n] is not None]
-        i, position, token = torch.tensor(given, dtype=torch.long, device=self.ids.device).view(-1, 3).T
-        self.reveal(i, position, token)
+        given = [(b, n, ids[n]) for b, ids in enumerate(beginnings) for n in range(len(ids)) if ids[n] is not None]
+        self.reveal(*torch.tensor(given, dtype=torch.long, device=self.ids.device).view(-1, 3).T)
 
-    def reveal(self, i: Tensor, position: Tensor, token: Tensor) -> None:
-        """Put M tokens to positions of the responses i, in place: `[M]` each."""
-        self.ids[i, self.start[i] + position] = token
-        self.masked[i, position] = False
+    def reveal(self, batch_index: Tensor, position: Tensor, token: Tensor) -> None:
+        """Put M tokens to positions of the responses, in place: `[M]` each."""
+        self.ids[batch_index, self.start[batch_index] + position] = token
+        self.masked[batch_index, position] = False
 
     def response(self) -> Tensor:
         """The response positions: ids `[B, N]`."""
@@ -221,15 +220,15 @@ class _Decoder(NamedTuple):
             tokens, scores = self.predict(canvas, chosen, step)
             best = best_positions(chosen, scores, canvas.row, step, self.config)
             tokens, chosen = tokens[best[chosen]], best
-        i, position = chosen.nonzero(as_tuple=True)
-        canvas.reveal(i, position, tokens)
-        return Revealed(step.index, canvas.place[i], position, tokens)
+        batch_index, position = chosen.nonzero(as_tuple=True)
+        canvas.reveal(batch_index, position, tokens)
+        return Revealed(step.index, canvas.place[batch_index], position, tokens)
 
     def predict(self, canvas: _Canvas, chosen: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Token and score at M response positions (bool `[B, N]`), in their order: `[M]`, `[M]`."""
-        i, position = chosen.nonzero(as_tuple=True)
+        batch_index, position = chosen.nonzero(as_tuple=True)
         selected = torch.zeros_like(canvas.ids, dtype=torch.bool)
-        selected[i, canvas.start[i] + position] = True
+        selected[batch_index, canvas.start[batch_index] + position] = True
         scale, backbone, inputs = self.config.cfg_scale, self.backbone, [canvas.ids]
         if scale:
             prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
@@ -238,8 +237,8 @@ class _Decoder(NamedTuple):
         logits = [logits_at(self.model, ids, *where, logit_shift=backbone.logit_shift) for ids in inputs]
         banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
         size = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
-        found = []
-        for *parts, row, at in zip(*(part.split(size) for part in (*logits, canvas.row[i], position)), strict=True):
+        found, columns = [], (*logits, canvas.row[batch_index], position)
+        for *parts, row, at in zip(*(column.split(size) for column in columns), strict=True):
             guided, *unguided = (part.float() for part in parts)
             for other in unguided:
                 guided = other + (scale + 1) * (guided - other)

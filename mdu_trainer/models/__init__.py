@@ -5,8 +5,8 @@ Importing this package registers the native classes with transformers, so that `
 """
 
 from .backbone import Backbone, resolve_backbone
+from .checks import weights_fingerprint
 from .dream import DreamConfig, DreamModel, DreamTokenizer
-from .fingerprint import weights_fingerprint
 from .head import hidden_at, logits_at, measure_at
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM

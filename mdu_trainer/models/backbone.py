@@ -299,19 +299,14 @@ def _anatomy(
     first, parent = next(iter(lists.values())), next(iter(lists)).rpartition(".")[0]
     # XLM keeps attention and MLP in two lists side by side
     beside = {path: part for path, part in lists.items() if path.rpartition(".")[0] == parent}
-    patterns = [
-        rf"{re.escape(path)}\.\d+\.(?:.*\.)?(?:{'|'.join(_linear_leaves(part))})" for path, part in beside.items()
-    ]
+    patterns = []
+    for path, part in beside.items():
+        linear = (name.rpartition(".")[2] for name, layer in part.named_modules() if isinstance(layer, LINEAR))
+        patterns.append(rf"{re.escape(path)}\.\d+\.(?:.*\.)?(?:{'|'.join(dict.fromkeys(linear))})")
     layer = first[0]
     while isinstance(layer, nn.ModuleList):  # Funnel's layers stand in blocks
         layer = layer[0]
     return "|".join(patterns), type(layer).__name__
-
-
-def _linear_leaves(layers: nn.Module) -> list[str]:
-    """The last parts of the names of the linear layers below."""
-    names = (name for name, part in layers.named_modules() if isinstance(part, LINEAR))
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def target_modules_of(backbone: Backbone, layers: int | list[int] | None = None) -> str | list[str] | None:

@@ -51,8 +51,7 @@ def logits_at(
     Returns:
         `[N, V]`, in the order of `selected.nonzero()`.
     """
-    wanted = _wanted(model, input_ids, attention_mask, selected, logit_shift)
-    return wanted.keep(wanted.run()) if head_way(model) is Way.LOGITS else _logits_of_rows(wanted)
+    return _logits(_Wanted(model, input_ids, attention_mask, selected, logit_shift))
 
 
 def measure_at(
@@ -68,16 +67,12 @@ def measure_at(
 
     Args:
         model, input_ids, attention_mask, selected, logit_shift: as in `logits_at`.
-        measure: what is asked of each prediction; targets or anchor are in the order of `selected.nonzero()`.
-
-    Returns:
-        The values of the N tokens.
+        measure: what is asked of each prediction; targets or anchor are in the order of `selected.nonzero()`, as are
+            the values returned.
     """
-    inputs = (model, input_ids, attention_mask, selected)
-    values = _inside(_wanted(*inputs, logit_shift), lambda projection: torch.stack(measure(projection), dim=1))
-    if values is None:
-        return measure(logits_at(*inputs, logit_shift=logit_shift))
-    return TokenValues(values[:, 0], values[:, 1].detach())
+    wanted = _Wanted(model, input_ids, attention_mask, selected, logit_shift)
+    values = _inside(wanted, lambda projection: torch.stack(measure(projection), dim=1))
+    return measure(_logits(wanted)) if values is None else TokenValues(values[:, 0], values[:, 1].detach())
 
 
 @torch.no_grad()
@@ -88,19 +83,19 @@ def hidden_at(
 
     The weights are left out: a wrapper may hold them only during its forward.
     """
-    inputs = (model, input_ids, attention_mask, selected)
-    hidden = _inside(_wanted(*inputs, logit_shift), lambda projection: projection.hidden)
-    return logits_at(*inputs, logit_shift=logit_shift) if hidden is None else Projection(hidden)
+    wanted = _Wanted(model, input_ids, attention_mask, selected, logit_shift)
+    hidden = _inside(wanted, lambda projection: projection.hidden)
+    return _logits(wanted) if hidden is None else Projection(hidden)
 
 
 class _Wanted(NamedTuple):
-    """A forward pass, and the N places at which its predictions are wanted."""
+    """A forward pass, and the N tokens of which its predictions are wanted; fields as the arguments of `logits_at`."""
 
     model: nn.Module
-    input_ids: Tensor  # [B, L]
-    attention_mask: Tensor  # [B, L]
-    batch_index: Tensor  # [N]
-    position: Tensor  # [N], where the model predicts: one before the token if its logits are shifted
+    input_ids: Tensor
+    attention_mask: Tensor
+    selected: Tensor
+    logit_shift: bool
 
     def run(self) -> Tensor:
         """The logits that the forward returns, or what the hooks have put in their place."""
@@ -108,15 +103,12 @@ class _Wanted(NamedTuple):
 
     def keep(self, states: Tensor) -> Tensor:
         """The wanted of `[B, L, ...]` states: `[N, ...]`. Perceiver's logits are longer than its input."""
-        return states[self.batch_index.to(states.device), self.position.to(states.device)]
+        batch_index, position = self.selected.to(states.device).nonzero(as_tuple=True)
+        return states[batch_index, (position - 1).clamp(min=0) if self.logit_shift else position]
 
 
-def _wanted(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, selected: Tensor, logit_shift: bool
-) -> _Wanted:
-    batch_index, position = selected.nonzero(as_tuple=True)
-    position = (position - 1).clamp(min=0) if logit_shift else position
-    return _Wanted(model, input_ids, attention_mask, batch_index, position)
+def _logits(wanted: _Wanted) -> Tensor:
+    return wanted.keep(wanted.run()) if head_way(wanted.model) is Way.LOGITS else _logits_of_rows(wanted)
 
 
 def _inside(wanted: _Wanted, compute: Callable[[Projection], Tensor]) -> Tensor | None:
@@ -182,7 +174,7 @@ def head_way(model: nn.Module) -> Way:
     Args:
         model: wrapped or not. Where weights are sharded all processes must ask together, as they do for a forward.
     """
-    base, head = _base(model), _head(model)
+    base, head = extract_model_from_parallel(model, keep_torch_compile=False), _head(model)
     known_head, way = _WAYS.get(base, (None, None))
     if way is None or known_head is not head:
         zero_3 = any(hasattr(p, "ds_id") for p in base.parameters())  # its engine has to run the forward
@@ -203,7 +195,8 @@ def _try_ways(model: nn.Module, base: nn.Module, head: nn.Module | None) -> Way:
     ids = probe_tokens(base)
     mask = torch.ones_like(ids)
     mask[1, -1] = 0
-    wanted = _wanted(model, ids, mask, mask.bool() & (torch.arange(LENGTH, device=ids.device) % 2 == 0), False)
+    selected = mask.bool() & (torch.arange(LENGTH, device=ids.device) % 2 == 0)
+    wanted = _Wanted(model, ids, mask, selected, logit_shift=False)
     with probing(model):
         expected = wanted.keep(wanted.run())
         for way, trial in (
@@ -236,12 +229,8 @@ def _is_last(head: nn.Linear, wanted: _Wanted, expected: Tensor) -> bool:
     return untouched and output.shape == mark.shape and _is_close(seen[0], expected)
 
 
-def _base(model: nn.Module) -> nn.Module:
-    return extract_model_from_parallel(model, keep_torch_compile=False)
-
-
 def _head(model: nn.Module) -> nn.Module | None:
-    base: Any = _base(model)
+    base: Any = extract_model_from_parallel(model, keep_torch_compile=False)
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 

@@ -270,12 +270,11 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False, **hub_arg
     model_type = raw.get("model_type")
     refuse_unsupported(model_type, raw.get("architectures"))
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
-        advice = (
-            "The checkpoint ships its own, which trust_remote_code=True would run"
-            if raw.get("auto_map")
-            else "The checkpoint ships none either"
+        code = "its own, which trust_remote_code=True would run" if raw.get("auto_map") else "none either"
+        raise UserError(
+            f"{name_or_path}: no code here or in transformers knows model_type {model_type!r}. The checkpoint ships "
+            f"{code}."
         )
-        raise UserError(f"{name_or_path}: no code here or in transformers knows model_type {model_type!r}. {advice}.")
     remote = trust_remote_code and model_type not in NATIVE
     config = _explained(
         f"The config.json of {name_or_path}",
@@ -339,12 +338,12 @@ def _quantization(arguments: dict[str, Any]) -> dict[str, Any]:
     """`load_in_8bit` and `load_in_4bit` as the quantization config that transformers takes."""
     arguments = dict(arguments)
     bits: dict[str, Any] = {name: True for name in ("load_in_8bit", "load_in_4bit") if arguments.pop(name, None)}
-    if bits or isinstance(arguments.get("quantization_config"), BitsAndBytesConfig):
-        if find_spec("bitsandbytes") is None:
-            raise ImportError(
-                "Loading in 8 or 4 bits needs bitsandbytes, which is not installed: "
-                "pip install mdu-trainer[quantization], or load the model in bfloat16 (dtype='bfloat16')."
-            )
+    asked = bits or isinstance(arguments.get("quantization_config"), BitsAndBytesConfig)
+    if asked and find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "Loading in 8 or 4 bits needs bitsandbytes, which is not installed: "
+            "pip install mdu-trainer[quantization], or load the model in bfloat16 (dtype='bfloat16')."
+        )
     if bits:
         arguments["quantization_config"] = BitsAndBytesConfig(**bits)
     return arguments
