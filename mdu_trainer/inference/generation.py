@@ -172,7 +172,7 @@ class _Canvas(NamedTuple):
 
 
 class _Decoder(NamedTuple):
-    """What all steps of a call share."""
+    """Decodes the batches of one call."""
 
     model: nn.Module
     config: DiffusionGenerationConfig
@@ -249,7 +249,7 @@ class _Decoder(NamedTuple):
 
 
 def _first(flags: Tensor) -> Tensor:
-    """Where each row of bool `[B, N]` is first true, N if nowhere: `[B]`."""
+    """The first true position in each row of bool `[B, N]`, N if there is none: `[B]`."""
     return torch.where(flags.any(dim=1), flags.int().argmax(dim=1), flags.shape[1])
 
 

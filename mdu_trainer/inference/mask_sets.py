@@ -80,7 +80,7 @@ def draw_masks(lengths: Sequence[int], num_draws: int, rngs: Sequence[np.random.
 
 
 def num_sets(length: int, num_draws: int) -> int:
-    """How many sets `draw_masks` chooses for a response of `length` tokens."""
+    """The number of sets that `draw_masks` chooses for a response of `length` tokens."""
     return 2**length - 1 if _exact(length, num_draws) else num_draws - num_draws % _num_replicates(num_draws)
 
 
@@ -148,7 +148,7 @@ def _joined(replicates: list[tuple[np.ndarray, np.ndarray]]) -> Draws:
 
 
 def _balanced_sets(designs: list[tuple[int, np.random.Generator]], count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each replicate, sets of stratified sizes that give every position about the same weight, and their weights.
+    """Build the sets of each replicate, of stratified sizes, so that all positions weigh about the same; and weights.
 
     Replicates are built side by side, position by position; none depends on the others. Three tokens, two draws:
 

@@ -39,7 +39,7 @@ def plan(blocks: Sequence[tuple[int, int]], steps: int | None, schedule: str) ->
 
 
 def reveal_schedule(num_tokens: int, steps: int, schedule: str) -> list[int]:
-    """How many of `num_tokens` masked tokens each of `steps` steps reveals; they sum to `num_tokens`.
+    """Divide `num_tokens` masked tokens over `steps` steps: how many each reveals.
 
     "linear" spreads them evenly, the remainder over the first steps (LLaDA). "dream" takes the share 1 - s/t of what
     is left, rounded down, and all of it in the last step.

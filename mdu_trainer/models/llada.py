@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-# What the published code can be configured to do and a Llama cannot
+# Options of the published code, and their values that a Llama can follow
 REQUIRED = {
     "is_causal": (False,),
     "block_type": ("llama",),

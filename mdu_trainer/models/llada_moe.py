@@ -16,7 +16,7 @@ from .published import PublishedConfigMixin, PublishedModelMixin, refuse_values,
 MASK_TOKEN = "<|mask|>"
 ARCHITECTURES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
 
-# What the published code can be configured to do and a Qwen3-MoE cannot
+# Options of the published code, and their values that a Qwen3-MoE can follow
 REQUIRED = {
     "is_causal": (False,),
     "qk_layernorm": (True,),

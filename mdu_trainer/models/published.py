@@ -1,4 +1,4 @@
-"""What the native classes share: they read and write configs and tokenizers as their authors published them."""
+"""The common part of the native classes: configs and tokenizers are read and written as they were published."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ class PublishedConfigMixin:
         return dict.fromkeys(self.published_as_null) | config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What goes into config.json."""
+        """The content of config.json."""
         config = super().to_diff_dict()
         if "dtype" in config:
             config["torch_dtype"] = config.pop("dtype")
