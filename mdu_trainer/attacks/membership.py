@@ -20,9 +20,9 @@ import torch
 
 from ..evaluation.metrics import min_k_score, outscored
 from ..evaluation.scoring import Question
-from ..inference.generation import evaluation_mode
 from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform
+from ..models import evaluation_mode
 from .base import AttackScores, Target, mean
 
 SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked

@@ -14,8 +14,8 @@ from torch import nn
 from ..data.rows import RowPairs, TokenizedRows, shuffled
 from ..evaluation.scoring import Question
 from ..files import UserError
-from ..inference.generation import evaluation_mode
 from ..masking import MaskSchedule, permutation
+from ..models import evaluation_mode
 from .base import AttackScores, Target, mean, restored
 
 CHECKS = 4  # scores along the way

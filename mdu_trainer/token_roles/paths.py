@@ -19,7 +19,7 @@ All in nats, but the probability. Source: MDU (arXiv 2605.18253), whose divergen
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,15 +27,14 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..inference.config import check_count
-from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, evaluation_mode, generate_ids
-from ..masking import corrupt, counter_uniform
-from ..models import Backbone, hidden_at
+from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, generate_ids
+from ..masking import corrupt, counter_uniform, pad_rows
+from ..models import Backbone, evaluation_mode, hidden_at
 from .labels import Role
 
 NEVER = np.iinfo(np.int64).max  # a position behind the end of a decoded response, which nothing revealed
@@ -209,17 +208,16 @@ def _measure(
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
     """The measured positions `[l]` of each input, and its columns of values, `[l]` each."""
     device = next(models[0].parameters()).device
-
-    def padded(rows: Iterable[list], fill: float) -> Tensor:
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill).to(device)
-
-    lengths = [(len(path.prompt), len(path.response)) for path, _ in inputs]
-    measured = [masked & (np.arange(len(masked)) < len(path.roles)) for path, masked in inputs]
-    ids = padded((path.prompt + path.response for path, _ in inputs), backbone.pad_token_id)
-    attention_mask = padded(([1] * (prompt + response) for prompt, response in lengths), 0)
-    response = padded(([0] * prompt + [1] * response for prompt, response in lengths), 0)
-    noise = padded(([1.0] * len(path.prompt) + (1.0 - masked).tolist() for path, masked in inputs), 1.0)
-    rows = padded(([False] * n + each.tolist() for (n, _), each in zip(lengths, measured, strict=True)), False)
+    ids, attention_mask = pad_rows([path.prompt + path.response for path, _ in inputs], backbone.pad_token_id)
+    response = torch.zeros_like(ids)
+    noise, rows = torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool)
+    for i, (path, masked) in enumerate(inputs):
+        start, stop = len(path.prompt), len(path.prompt) + len(path.response)
+        response[i, start:stop] = 1
+        noise[i, start:stop] = 1 - torch.from_numpy(masked).float()
+        rows[i, start : start + len(path.roles)] = torch.from_numpy(masked[: len(path.roles)])
+    tensors = (ids, attention_mask, response, noise, rows)
+    ids, attention_mask, response, noise, rows = (tensor.to(device) for tensor in tensors)
     t = torch.full((len(inputs),), 0.5, device=device)
     noisy = corrupt(ids, response, attention_mask, backbone.mask_token_id, t, noise)
     predicted = []
@@ -230,7 +228,7 @@ def _measure(
                 unprompted = _predict(model, noisy.anchor_ids, attention_mask, rows, backbone)
     columns = list(_compare(predicted[0], unprompted, ids[rows], predicted[1:]))
     table = torch.cat(columns, dim=1).cpu().double().numpy()
-    where = [np.flatnonzero(each) for each in measured]
+    where = [np.flatnonzero(masked[: len(path.roles)]) for path, masked in inputs]
     return where, [list(part) for part in np.split(table, np.cumsum([len(w) for w in where])[:-1], axis=1)]
 
 
