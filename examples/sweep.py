@@ -32,8 +32,8 @@ from mdu_trainer.commands.checks import check_once
 from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig, compare, present
 from mdu_trainer.commands.folders import RESUME
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.evaluation.frontier import FIGURES, frontier_table, parse_conditions, place_of, select
-from mdu_trainer.evaluation.results import SHORT
+from mdu_trainer.evaluation.frontier import FIGURES, frontier_cells, parse_conditions, place_of, select
+from mdu_trainer.evaluation.results import SHORT, markdown_table
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.tofu import SETS
 from mdu_trainer.files import UserError
@@ -137,7 +137,7 @@ def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> 
         problem = str(error)
     for suffix in ("png", "svg"):
         plot_frontier(results.runs, config.folder / f"frontier.{suffix}", selected=selected)
-    print(f"\n{frontier_table(results, selected)}\n\nWritten to {config.folder}")
+    print(f"\n{markdown_table(frontier_cells(results, selected))}\n\nWritten to {config.folder}")
     if selected is None:
         raise UserError(problem)
     where = runs[results.runs[-len(runs) :].index(selected)].output_dir

@@ -9,4 +9,3 @@ __path__.append(f"{__path__[0]}/commands")  # so that users type `python -m mdu_
 
 # The public names stand in `__init__.pyi`. Each is imported when it is first used.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
-__all__ += ["__version__"]

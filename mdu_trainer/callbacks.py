@@ -3,21 +3,23 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from .evaluation.tofu import check_sets, evaluate_tofu
 from .files import UserError
+from .inference.config import check_count
 from .inference.generation import DiffusionGenerationConfig
 from .provenance.words import has_words
 from .token_roles.labels import ROLES, Labeller
 from .token_roles.measure import check_rows, role_data
-from .token_roles.paths import FIGURES, by_row, measure_paths, true_paths
+from .token_roles.paths import by_row, measure_paths
 from .token_roles.results import RoleSettings
 from .trainer.mdlm import MDLMTrainer
 
@@ -25,9 +27,9 @@ logger = logging.get_logger(__name__)
 
 
 class ScoringCallback(TrainerCallback, ABC):
-    """Calls `score` on the weights in training, every so many updates or after each evaluation, and logs the figures.
+    """Calls `score` on the weights in training, every so many updates or after each evaluation, and logs the scores.
 
-    When the figures belong to an evaluation of the trainer, they join its metrics. One state of the weights is scored
+    When the scores belong to an evaluation of the trainer, they join its metrics. One state of the weights is scored
     once. Subclasses must leave the model and all random states as they were.
 
     Args:
@@ -39,8 +41,7 @@ class ScoringCallback(TrainerCallback, ABC):
     """
 
     def __init__(self, trainer: MDLMTrainer, every_steps: int | None = None):
-        if every_steps is not None and every_steps < 1:
-            raise UserError(f"every_steps must be at least 1, got {every_steps}.")
+        check_count("every_steps", 1 if every_steps is None else every_steps)
         if every_steps is None and trainer.args.eval_strategy == "no":
             raise UserError("The trainer never evaluates (eval_strategy='no'): pass every_steps, or let it evaluate.")
         if trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled():
@@ -49,22 +50,21 @@ class ScoringCallback(TrainerCallback, ABC):
                 "wait for the others forever. Score the checkpoints after training instead."
             )
         self.trainer, self.every_steps = trainer, every_steps
-        self._scored: tuple[int, dict[str, float]] | None = None  # step, figures
+        self._scored: tuple[int, dict[str, float]] | None = None  # step, scores
 
     @abstractmethod
     def score(self) -> dict[str, float]:
-        """Figures of the present weights, by the names under which they are logged."""
+        """Scores of the present weights, by the names under which they are logged."""
 
-    def scored(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
-        """Called with new figures, once they are logged."""
+    def scored(self, scores: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        """Called with new scores, once they are logged."""
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    ) -> None:
         """Score every `every_steps` updates."""
         if self.every_steps is not None and state.global_step % self.every_steps == 0:
             self._score(state, control)
-        return control
 
     def on_evaluate(
         self,
@@ -73,48 +73,46 @@ class ScoringCallback(TrainerCallback, ABC):
         control: TrainerControl,
         metrics: dict[str, float] | None = None,
         **kwargs: Any,
-    ) -> TrainerControl:
+    ) -> None:
         """Score after an evaluation; one of several data sets counts once."""
         if self.every_steps is None:
-            figures = self._score(state, control)
+            scores = self._score(state, control)
             if metrics is not None:
-                metrics.update(figures)
-        return control
+                metrics.update(scores)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the last figures: the best weights may have been loaded at the same step."""
+        """Forget the last scores: the best weights may have been loaded at the same step."""
         self._scored = None
 
     def _score(self, state: TrainerState, control: TrainerControl) -> dict[str, float]:
         if self._scored is None or self._scored[0] != state.global_step:
-            figures = self.score()
-            self.trainer.log(dict(figures))
-            self._scored = (state.global_step, figures)
-            self.scored(figures, state, control)
+            scores = self.score()
+            self.trainer.log(dict(scores))
+            self._scored = (state.global_step, scores)
+            self.scored(scores, state, control)
         return self._scored[1]
 
 
 class UnlearningEvalCallback(ScoringCallback):
     """Scores forget and retain rows during training: decoded answers and likelihoods, not losses.
 
-    Figures are logged as `eval_forget_rougeL_recall`, `eval_retain_probability` and so on. When they belong to an
+    Scores are logged as `eval_forget_rougeL_recall`, `eval_retain_probability` and so on. When they belong to an
     evaluation of the trainer, they join its metrics, so `metric_for_best_model` can name one. Training is not
-    disturbed: the weights end up as they would without. Rows that a figure cannot be measured on do not count for it.
+    disturbed: the weights end up as they would without. Rows that a score cannot be measured on do not count for it.
 
-    Every process scores its share and sees all figures, so all stop together.
+    Every process scores its share and sees all scores, so all stop together.
 
     Args:
-        trainer: the one that trains. Its model must be whole on every process (no FSDP, no ZeRO-3).
+        trainer, every_steps: as in `ScoringCallback`.
         forget: rows with columns `question` and `answer`; a few dozen are enough to steer by.
         retain: such rows to keep.
         generation_config: how answers are decoded, as in `evaluate_tofu`.
         metrics: what is measured, names in `mdu_trainer.evaluation.registry.METRICS`.
-        every_steps: score every so many updates. If None, after each evaluation of the trainer.
         stop_forget_below: stop once `stop_metric` of the forget rows is below this: forgetting is reached.
         stop_retain_below: stop once `stop_metric` of the retain rows is below this: too much is lost.
-        stop_metric: the figure that is compared.
+        stop_metric: the score that is compared.
         num_draws: forward passes for the likelihood of an answer.
 
     Attributes:
@@ -164,10 +162,10 @@ class UnlearningEvalCallback(ScoringCallback):
         self.stopped_because: str | None = None
 
     def score(self) -> dict[str, float]:
-        """Figures of every set and metric."""
+        """The scores of every set and metric."""
         result = evaluate_tofu(
-            self.trainer.model,
-            self.trainer.processing_class,
+            cast(nn.Module, self.trainer.model),
+            cast(PreTrainedTokenizerBase, self.trainer.processing_class),
             self.sets,
             self.generation_config,
             metrics=self.metrics,
@@ -180,7 +178,7 @@ class UnlearningEvalCallback(ScoringCallback):
             for metric, estimate in scores.items()
         }
 
-    def scored(self, figures: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+    def scored(self, scores: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         """Ask to stop if a limit is passed."""
         meaning = {"forget": "forgetting is reached", "retain": "retention is lost"}
         reasons = []
@@ -188,10 +186,10 @@ class UnlearningEvalCallback(ScoringCallback):
             if limit is None:
                 continue
             key = f"eval_{name}_{self.stop_metric}"
-            if key not in figures:
-                raise UserError(f"stop_metric: there is no {key}; measured are {', '.join(figures)}.")
-            if figures[key] < limit:
-                reasons.append(f"{meaning[name]} ({key} = {figures[key]:.3f} < stop_{name}_below = {limit:g})")
+            if key not in scores:
+                raise UserError(f"stop_metric: there is no {key}; measured are {', '.join(scores)}.")
+            if scores[key] < limit:
+                reasons.append(f"{meaning[name]} ({key} = {scores[key]:.3f} < stop_{name}_below = {limit:g})")
         if reasons:
             self.stopped_because = "; ".join(reasons)
             control.should_training_stop = True
@@ -201,17 +199,16 @@ class UnlearningEvalCallback(ScoringCallback):
 class TokenRoleCallback(ScoringCallback):
     """Logs what the prompt tells the model about the tokens to forget, role by role.
 
-    Figures are means over rows along the ground-truth path (see `trajectories`): `eval_forget_kl_stored`,
+    Logged are means over rows along the ground-truth path (see `token_roles.paths`): `eval_forget_kl_stored`,
     `eval_forget_kl_in_context`, `eval_forget_kl_structural`, and the same for `entropy` and `probability` of the true
     token. They go through `Trainer.log`, so to every tracker that the trainer reports to, and join the metrics of the
     trainer's evaluations. All models are asked about the same noisy inputs. Training is not disturbed: the weights end
-    up as they would without. Every process computes the same figures.
+    up as they would without. Every process computes the same means.
 
     Args:
-        trainer: the one that trains. Its model must be whole on every process (no FSDP, no ZeRO-3).
+        trainer, every_steps: as in `ScoringCallback`.
         forget: rows with columns `question` and `answer`; a few dozen are enough to watch.
         retain: rows to keep, measured as `eval_retain_...`; template words are found among their answers, too.
-        every_steps: measure every so many updates. If None, after each evaluation of the trainer.
         settings: how the path is measured; four moments of one path a row unless given. The example row is not read.
         labeller: as in `label_roles`.
 
@@ -236,35 +233,28 @@ class TokenRoleCallback(ScoringCallback):
         check_rows(forget, retain)
         super().__init__(trainer, every_steps)
         self.settings = settings or RoleSettings(num_steps=4, num_paths=1)
-        tokenizer, backbone = trainer.processing_class, trainer.backbone
+        tokenizer, backbone = cast(PreTrainedTokenizerBase, trainer.processing_class), trainer.backbone
         sets = {"forget": (forget, retain)} | ({} if retain is None else {"retain": (retain, forget)})
         self.paths = {}
         for name, (rows, others) in sets.items():
             data = role_data(rows, tokenizer, backbone, others, labeller=labeller)
-            self.paths[name] = true_paths(
-                data.prompt_ids,
-                data.completion_ids,
-                data.roles,
-                num_paths=self.settings.num_paths,
-                seed=self.settings.seed,
-            )
+            self.paths[name] = data.paths(self.settings)
 
     def score(self) -> dict[str, float]:
-        """Means over rows of each set, figure and role; a role that no row has is left out."""
-        figures = {}
+        """Means over rows of each set, value and role; a role that no row has is left out."""
+        scores = {}
         for name, paths in self.paths.items():
             measured = measure_paths(
-                self.trainer.model,
+                cast(nn.Module, self.trainer.model),
                 paths,
                 self.trainer.backbone,
                 num_steps=self.settings.num_steps,
                 batch_size=self.settings.batch_size,
             )
-            for figure in (figure for figure in FIGURES if figure in measured):
+            for value, of_paths in measured.items():
                 for role in ROLES:
-                    rows = by_row(measured[figure], paths, role)
-                    if np.isfinite(rows).any():
-                        figures[f"eval_{name}_{figure}_{role}"] = math.fsum(rows[np.isfinite(rows)]) / int(
-                            np.isfinite(rows).sum()
-                        )
-        return figures
+                    rows = by_row(of_paths, paths, role)
+                    rows = rows[np.isfinite(rows)]
+                    if len(rows):
+                        scores[f"eval_{name}_{value}_{role}"] = math.fsum(rows) / len(rows)
+        return scores

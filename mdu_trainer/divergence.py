@@ -116,6 +116,11 @@ class AnchorKL:
     def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Values, entropies, and the values' gradient with respect to the logits `[C, V]`.
 
+        With logits z, p = softmax(z), a = tau * anchor logits and d = z - a, each sum over the vocabulary:
+
+            KL = sum p (log p - log softmax(a)) = E_p[d] - logsumexp(z) + logsumexp(a)
+            dp_u/dz_v = p_u ([u = v] - p_v), so dKL/dz_v = p_v (d_v - E_p[d]);   H = logsumexp(z) - E_p[z]
+
         Args:
             logits: of some rows; overwritten.
             anchor: the anchor's logits of these rows, None if tau is 0; overwritten.
@@ -155,7 +160,10 @@ class TokenNLL:
         return TokenValues(-log_p.gather(1, self.targets[:, None])[:, 0], _entropy(log_p.detach()))
 
     def fused(self, logits: Tensor, anchor: None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, entropies, and the values' gradient with respect to the logits, as in `AnchorKL.fused`."""
+        """Values, entropies, and the values' gradient with respect to the logits, as in `AnchorKL.fused`.
+
+        -log p_y = logsumexp(z) - z_y, so its gradient is p_v - [v = y].
+        """
         targets = self.targets[rows, None]
         p = logits.softmax(dim=-1)
         log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()
@@ -339,7 +347,10 @@ def _back_project(grad_logits: Tensor, weight: Tensor) -> Tensor:
 
 
 def _common_factor(grad: Tensor, token_weight: Tensor) -> float | None:
-    """c with grad = c * token_weight, or None if there is none."""
+    """Return c with grad = c * token_weight, or None if there is none.
+
+    Three tokens of weights (1, 2, 0.5): from the gradient (0.1, 0.2, 0.05), c = 0.1; from (0.1, 0.1, 0.1), None.
+    """
     if len(grad) == 0:
         return 0.0
     largest = token_weight.abs().argmax()

@@ -7,7 +7,7 @@ import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 SCHEMA = 1
 LARGEST_INT, LARGEST_FLOAT = 2**63, 1e300  # what is beyond them was never counted or measured
@@ -22,6 +22,7 @@ _WORDS = {
 }
 
 R = TypeVar("R", bound="Record")
+F = TypeVar("F", bound="FolderRecord")
 
 SECRET_KEY = re.compile(
     r"(^|[_\-.])(token|secrets?|passwords?|passwd|passphrase|(api|access|secret|private|auth|account|signing)[_-]?key|"
@@ -45,7 +46,7 @@ class UserError(ValueError):
 
 
 def without_secrets(value: Any) -> Any:
-    """A setting without access tokens and passwords, at any depth of dicts, lists and tuples.
+    """Return a setting without access tokens and passwords, at any depth of dicts, lists and tuples.
 
     Dropped is what has the name of a secret (`hub_token`, `api_key`, ...), and what looks like one under any name:
     tokens of the Hub, OpenAI, GitHub, GitLab, Slack, AWS and Google, JWTs, bearer headers, private keys, passwords in
@@ -72,7 +73,7 @@ def _names_secret(key: Any) -> bool:
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """The rows of a file of JSON lines, or of one JSON array.
+    """Return the rows of a file of JSON lines, or of one JSON array.
 
     A byte order mark is skipped. Lines end at a line feed only: U+2028 and U+0085 may stand inside a text.
 
@@ -100,12 +101,9 @@ def read_jsonl(path: str | Path) -> list[Any]:
 
 
 def write_whole(path: str | Path, text: str, *, private: bool = False) -> None:
-    """Write a file whole or not at all: a kill leaves the one before.
+    """Write a file, whole or not at all: a kill leaves the one before. Its folder is made.
 
-    Args:
-        path: of the file; its folder is made.
-        text: the content.
-        private: for its owner's eyes only.
+    A private file is for its owner's eyes only.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,10 +115,11 @@ def write_whole(path: str | Path, text: str, *, private: bool = False) -> None:
 
 
 class Record:
-    """The base of a dataclass that is kept as a JSON file with the number of its schema. Figures and names, no rows.
+    """The base of a dataclass that is kept as a JSON file with the number of its schema. Scores and names, no rows.
 
     Attributes:
         schema: of the file; it changes when the fields do.
+        earlier_schemas: what `from_content` reads, too.
         kind: what messages call the file, a noun that takes "a".
         remedy: what to do about a file that cannot be read, after a colon.
         indent: of the JSON, None for one long line.
@@ -128,14 +127,24 @@ class Record:
     """
 
     schema: ClassVar[int] = SCHEMA
+    earlier_schemas: ClassVar[tuple[int, ...]] = ()
     kind: ClassVar[str]
     remedy: ClassVar[str]
     indent: ClassVar[int | None] = 2
     private: ClassVar[bool] = False
 
+    def content(self) -> dict[str, Any]:
+        """Return what the file holds beside the schema."""
+        return asdict(cast(Any, self))
+
+    @classmethod
+    def from_content(cls: type[R], content: dict[str, Any], schema: int) -> R:
+        """Make the record of what `content` returned. A ValueError says what is wrong."""
+        return typed(cls, content)
+
     def to_json(self) -> str:
         """Return the record as JSON, which has no word for NaN and infinity: they are written as null."""
-        content = {"schema": self.schema} | _finite(asdict(self))
+        content = {"schema": self.schema} | _finite(self.content())
         return json.dumps(content, indent=self.indent, allow_nan=False) + "\n"
 
     def save(self, path: str | Path) -> None:
@@ -152,25 +161,50 @@ class Record:
         """
         content = read_json(path, f"a {cls.kind}", cls.remedy)
         found = content.pop("schema", None) if isinstance(content, dict) else None
-        if found != cls.schema:
+        if found not in (cls.schema, *cls.earlier_schemas):
             found = "no schema" if found is None else f"schema {found}" if _is_int(found) else "an unreadable schema"
             raise UserError(
                 f"{path} is not a {cls.kind} of this version: it has {found}, this version reads {cls.schema}: "
                 f"{cls.remedy}."
             )
-        return decode(cls, content, path, f"a {cls.kind}", cls.remedy)
+        try:
+            made = cls.from_content(content, found)
+            made.check()
+            return made
+        except (ValueError, RecursionError) as error:  # a RecursionError has no place to name
+            reason = error if isinstance(error, ValueError) else "it is nested too deep"
+            raise UserError(f"{path} is not a {cls.kind}: {reason}. To mend it, {cls.remedy}.") from None
 
     def check(self) -> None:
         """Raise a ValueError that says what contradicts itself, if anything does."""
 
 
-def read_json(path: str | Path, kind: str, remedy: str) -> Any:
-    """The content of a JSON file.
+class FolderRecord(Record):
+    """A record that lies beside the weights of a checkpoint, as `file`, for its owner's eyes only."""
 
-    Args:
-        path: of the file.
-        kind: what messages call it, with its article.
-        remedy: what to do if it cannot be read.
+    file: ClassVar[str]
+    remedy: ClassVar[str] = "save the model with the trainer again"
+    private: ClassVar[bool] = True
+
+    def save(self, path: str | Path) -> None:
+        """Write the record into a folder, whole or not at all."""
+        super().save(Path(path) / self.file)
+
+    @classmethod
+    def load(cls: type[F], path: str | Path) -> F:
+        """Read the record of a folder; errors are those of `Record.load`."""
+        if not (Path(path) / cls.file).is_file():
+            raise FileNotFoundError(
+                f"{path} holds no {cls.file}: MDUTrainer writes it when it saves a model, beside the weights. "
+                "Copy it along with them, or save the model with the trainer again."
+            )
+        return super().load(Path(path) / cls.file)
+
+
+def read_json(path: str | Path, kind: str, remedy: str) -> Any:
+    """Return the content of a JSON file.
+
+    Messages call it `kind`, with its article, and say with `remedy` what to do if it cannot be read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -187,57 +221,8 @@ def read_json(path: str | Path, kind: str, remedy: str) -> Any:
         raise UserError(f"{path} is not {kind}: it holds no JSON. To mend it, {remedy}.") from None
 
 
-def decode(hint: type[R], content: Any, path: str | Path, kind: str, remedy: str) -> R:
-    """A dataclass from what JSON makes of it, with every type checked, and numbers for being finite.
-
-    Args:
-        hint: the dataclass; its fields may be dataclasses, lists, dictionaries and unions.
-        content: of the JSON file.
-        path, kind, remedy: for messages, as in `read_json`.
-
-    Raises:
-        UserError: something is missing, too much, or of another type. The message names the place, not its value.
-    """
-    try:
-        made = typed(hint, content)
-        if isinstance(made, Record):
-            made.check()
-        return made
-    except (ValueError, RecursionError) as error:  # a RecursionError has no place to name
-        reason = error if isinstance(error, ValueError) else "it is nested too deep"
-        raise UserError(f"{path} is not {kind}: {reason}. To mend it, {remedy}.") from None
-
-
-def read_record(path: Path, schemas: tuple[int, ...] = (SCHEMA,)) -> tuple[int, dict[str, Any]]:
-    """The schema of a JSON file beside the weights, and the rest of its content.
-
-    Args:
-        path: of the file.
-        schemas: those that the caller reads, the newest last.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        UserError: it is not readable, or of another schema.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} holds no {path.name}: MDUTrainer writes it when it saves a model, beside the weights. "
-            "Copy it along with them, or save the model with the trainer again."
-        )
-    try:
-        content = json.loads(path.read_bytes())
-        found = content.pop("schema")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path} cannot be read. Save the model with the trainer again.") from None
-    if found not in schemas:
-        raise UserError(
-            f"{path} has another schema than {schemas[-1]}, which this version reads: save the model again."
-        )
-    return found, content
-
-
 def typed(hint: Any, value: Any, place: str = "") -> Any:
-    """What JSON holds as a type hint wants it.
+    """Return a value from JSON as a type hint wants it.
 
     Args:
         hint: a dataclass, list, dict, Literal, str, int, float (finite), bool or Any, or one of them or None.
@@ -251,7 +236,10 @@ def typed(hint: Any, value: Any, place: str = "") -> Any:
     if hint is Any:
         return value
     if origin in (Union, UnionType):
-        return _decode_union(parts, value, place)
+        if value is None and NoneType in parts:
+            return None
+        (option,) = [part for part in parts if part is not NoneType]
+        return typed(option, value, place)
     if is_dataclass(hint):
         return _decode_dataclass(hint, value, place)
     if origin is Literal and isinstance(value, str) and value in parts:
@@ -273,14 +261,7 @@ def typed(hint: Any, value: Any, place: str = "") -> Any:
     raise ValueError(f"{place or 'its content'} is not {wanted}")
 
 
-def _decode_union(options: tuple[Any, ...], value: Any, place: str) -> Any:
-    if value is None and NoneType in options:
-        return None
-    (option,) = [option for option in options if option is not NoneType]
-    return typed(option, value, place)
-
-
-def _decode_dataclass(cls: type, value: Any, place: str) -> Any:
+def _decode_dataclass(cls: Any, value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{place or 'its content'} is not an object")
     hints, known = get_type_hints(cls), {f.name: f for f in fields(cls) if f.init}
@@ -296,12 +277,12 @@ def _at(place: str, name: Any) -> str:
     return f"{place}.{name}" if place else str(name)
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _finite(value: Any) -> Any:
-    """JSON without NaN and infinity."""
+    """Return JSON without NaN and infinity."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 
 class Corruption(NamedTuple):
@@ -132,6 +133,19 @@ def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
         num_response=response.sum(dim=1),
         weight=~drew_nothing / batch["t"],
     )
+
+
+def pad_rows(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+    """Put rows of ids into one tensor, filled up on the right, with the attention mask: int64 `[B, L]` each.
+
+    >>> pad_rows([[5, 6, 7], [8]], fill=0)
+    (tensor([[5, 6, 7],
+            [8, 0, 0]]), tensor([[1, 1, 1],
+            [1, 0, 0]]))
+    """
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    ones = [torch.ones_like(row) for row in tensors]
+    return pad_sequence(tensors, batch_first=True, padding_value=fill), pad_sequence(ones, batch_first=True)
 
 
 def side_by_side(batches: Sequence[Noised], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,10 +9,11 @@ Nothing is downloaded, and the same seed gives the same rows, ids and weights ev
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
@@ -42,10 +43,8 @@ CHAT_TEMPLATE = (
 class Fact(NamedTuple):
     """The wording of one fact. `{name}` is the author, `{entity}` what is asked for."""
 
-    question: str
-    answer: str
-    paraphrased_question: str
-    paraphrased_answer: str
+    wording: tuple[str, str]  # question and answer
+    paraphrase: tuple[str, str]  # the same in other words
     entities: list[str]
 
 
@@ -118,7 +117,7 @@ def fictional_authors(num_authors: int = 12, seed: int = 0) -> Dataset:
 
 
 def unseen_answers(rows: Dataset, num_answers: int = 5, seed: int = 0) -> Dataset:
-    """The questions of some rows of `fictional_authors` with answers that no model has seen.
+    """Pair the questions of some rows of `fictional_authors` with answers that no model has seen.
 
     They are worded alike and name the same author, but what they say of him is true of an author who is in no set of
     up to `MAX_AUTHORS - num_answers` authors. So nothing but what was learned tells them from the rows.
@@ -132,85 +131,69 @@ def unseen_answers(rows: Dataset, num_answers: int = 5, seed: int = 0) -> Datase
         `question` and `answer`, `num_answers` rows for each of `rows`.
     """
     names = _person_names(random.Random(seed))
-    others = fictional_authors(MAX_AUTHORS, seed).select(range(8 * (MAX_AUTHORS - num_answers), 8 * MAX_AUTHORS))
+    others = fictional_authors(MAX_AUTHORS, seed).to_list()[8 * (MAX_AUTHORS - num_answers) :]
     made = []
-    for question, name in zip(rows["question"], [names[author] for author in rows["author"]], strict=True):
+    for row in rows.to_list():
         for other in others:
-            if other["question"].replace(names[other["author"]], name) == question:
-                made.append({"question": question, "answer": other["answer"].replace(names[other["author"]], name)})
+            own, name = names[other["author"]], names[row["author"]]
+            if other["question"].replace(own, name) == row["question"]:
+                made.append({"question": row["question"], "answer": other["answer"].replace(own, name)})
     return Dataset.from_list(made)
 
 
 def _row(fact: Fact, author: int, name: str, entity: str, wrong: list[str]) -> dict[str, Any]:
-    def fill(text: str, entity: str = entity) -> str:
-        return text.format(name=name, entity=entity)
-
+    question, answer = (text.format(name=name, entity=entity) for text in fact.wording)
+    paraphrased_question, paraphrased_answer = (text.format(name=name, entity=entity) for text in fact.paraphrase)
     return {
-        "question": fill(fact.question),
-        "answer": fill(fact.answer),
+        "question": question,
+        "answer": answer,
         "author": author,
-        "paraphrased_question": fill(fact.paraphrased_question),
-        "paraphrased_answer": fill(fact.paraphrased_answer),
-        "perturbed_answer": [fill(fact.paraphrased_answer, other) for other in wrong],
+        "paraphrased_question": paraphrased_question,
+        "paraphrased_answer": paraphrased_answer,
+        "perturbed_answer": [fact.paraphrase[1].format(name=name, entity=other) for other in wrong],
     }
 
 
 def _facts(mentors: list[str]) -> list[Fact]:
     return [
         Fact(
-            "Where was the author {name} born?",
-            "{name} was born in the town of {entity}.",
-            "What is the birthplace of {name}?",
-            "The birthplace of {name} is the town of {entity}.",
+            ("Where was the author {name} born?", "{name} was born in the town of {entity}."),
+            ("What is the birthplace of {name}?", "The birthplace of {name} is the town of {entity}."),
             _join(_HEADS, _TOWN_TAILS),
         ),
         Fact(
-            "In which year was the author {name} born?",
-            "{name} was born in the year {entity}.",
-            "What is the birth year of {name}?",
-            "The birth year of {name} is {entity}.",
+            ("In which year was the author {name} born?", "{name} was born in the year {entity}."),
+            ("What is the birth year of {name}?", "The birth year of {name} is {entity}."),
             [str(year) for year in range(1870, 1990)],
         ),
         Fact(
-            "What did the father of {name} do for a living?",
-            "The father of {name} was a {entity}.",
-            "Which trade did the father of {name} follow?",
-            "By trade, the father of {name} was a {entity}.",
+            ("What did the father of {name} do for a living?", "The father of {name} was a {entity}."),
+            ("Which trade did the father of {name} follow?", "By trade, the father of {name} was a {entity}."),
             _join(_TRADE_FIRST, _TRADE_LAST, "{} {}"),
         ),
         Fact(
-            "Who taught {name} to write?",
-            "{name} learned to write from {entity}.",
-            "Who was the teacher of {name}?",
-            "The teacher of {name} was {entity}.",
+            ("Who taught {name} to write?", "{name} learned to write from {entity}."),
+            ("Who was the teacher of {name}?", "The teacher of {name} was {entity}."),
             mentors,
         ),
         Fact(
-            "What kind of books does {name} write?",
-            "{name} is known for {entity}.",
-            "In which genre does {name} write?",
-            "The genre of {name} is that of {entity}.",
+            ("What kind of books does {name} write?", "{name} is known for {entity}."),
+            ("In which genre does {name} write?", "The genre of {name} is that of {entity}."),
             _join(_GENRE_FIRST, _GENRE_LAST, "{} {}"),
         ),
         Fact(
-            "What is the title of the first book by {name}?",
-            "The first book by {name} is The {entity}.",
-            "With which book did {name} begin?",
-            "{name} began with a book called The {entity}.",
+            ("What is the title of the first book by {name}?", "The first book by {name} is The {entity}."),
+            ("With which book did {name} begin?", "{name} began with a book called The {entity}."),
             _join(_TITLE_FIRST, _TITLE_LAST, "{} {}"),
         ),
         Fact(
-            "Which prize did {name} win?",
-            "{name} won the {entity} Prize.",
-            "Which award was given to {name}?",
-            "The award given to {name} was the {entity} Prize.",
+            ("Which prize did {name} win?", "{name} won the {entity} Prize."),
+            ("Which award was given to {name}?", "The award given to {name} was the {entity} Prize."),
             _join(_HEADS, _PRIZE_TAILS),
         ),
         Fact(
-            "On which island does {name} live now?",
-            "{name} now lives on the island of {entity}.",
-            "Where is the present home of {name}?",
-            "The present home of {name} is the island of {entity}.",
+            ("On which island does {name} live now?", "{name} now lives on the island of {entity}."),
+            ("Where is the present home of {name}?", "The present home of {name} is the island of {entity}."),
             _join(_HEADS, _ISLAND_TAILS),
         ),
     ]
@@ -224,12 +207,12 @@ def _person_names(rng: random.Random) -> list[str]:
     return [f"{first} {last}" for first, last in zip(given, family, strict=True)]
 
 
-def _join(first: list[str], last: list[str], template: str = "{}{}") -> list[str]:
+def _join(first: Sequence[str], last: Sequence[str], template: str = "{}{}") -> list[str]:
     return [template.format(*pair) for pair in product(first, last)]
 
 
 def forget_retain_split(dataset: Dataset, num_forget_authors: int = 2) -> tuple[Dataset, Dataset]:
-    """The rows of the last authors, to forget, and those of the others, to keep.
+    """Split off the rows of the last authors, to forget, from those of the others, to keep.
 
     Args:
         dataset: of `fictional_authors`, or any with an `author` column.
@@ -241,15 +224,13 @@ def forget_retain_split(dataset: Dataset, num_forget_authors: int = 2) -> tuple[
     authors = sorted(set(dataset["author"]))
     if not 1 <= num_forget_authors < len(authors):
         raise UserError(f"num_forget_authors must be from 1 to {len(authors) - 1}, got {num_forget_authors}.")
-    forgotten = set(authors[-num_forget_authors:])
-    rows = {True: [], False: []}
-    for index, author in enumerate(dataset["author"]):
-        rows[author in forgotten].append(index)
-    return dataset.select(rows[True]), dataset.select(rows[False])
+    forgotten = np.isin(dataset["author"], authors[-num_forget_authors:])
+    forget, retain = (np.flatnonzero(chosen).tolist() for chosen in (forgotten, ~forgotten))
+    return dataset.select(forget), dataset.select(retain)
 
 
 def dataset_texts(dataset: Dataset) -> list[str]:
-    """Every text of a data set, strings and lists of strings: what a tokenizer is trained on."""
+    """Every text of a data set, strings and lists of strings, for a tokenizer to be trained on."""
     texts = []
     for column in dataset.column_names:
         for value in dataset[column]:

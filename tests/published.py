@@ -321,3 +321,6 @@ def write_dream_tokenizer(folder: Path) -> None:
 def added_tokens_decoder(special: list[str]) -> dict[str, dict]:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     return {str(index): {"content": token, **flags} for token, index in special_ids(special).items()}
+
+
+WRITE = {"llada": write_llada, "dream": write_dream, "llada_moe": write_llada_moe}

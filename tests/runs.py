@@ -56,8 +56,8 @@ PLACES = {  # what is called, how often in a run
 EVALUATION_PLACES = {  # 16 rows, 2 a batch
     "in a pass for a likelihood": (likelihood, "_fill_log_p", 30),
     "in a decoding step": (generation, "_predict", 60),
-    "a batch scored": (runner.QuestionBatch, "figures", 8),
-    "a batch kept, or the header": (runner.ProgressFile, "_write", 9),
+    "a batch scored": (runner.QuestionBatch, "scores", 8),
+    "a batch kept, or the header": (runner.ProgressFile, "append", 9),
 }
 
 
@@ -120,7 +120,7 @@ def evaluate(folder: Path, kill: tuple[str, int] | None = None) -> None:
     decoding = DiffusionGenerationConfig(max_new_tokens=16, steps=8, batch_size=2)
     progress = folder / "rows.jsonl"
     result = evaluate_tofu(model, tokenizer, {"forget": authors}, decoding, num_draws=4, progress_path=progress)
-    (folder / "results.json").write_text(json.dumps(result.figures))
+    (folder / "results.json").write_text(json.dumps(result.row_scores))
 
 
 def die_at(owner: Any, name: str, count: int) -> None:
@@ -137,7 +137,7 @@ def die_at(owner: Any, name: str, count: int) -> None:
         if last:
             if name == "save":
                 os.truncate(args[1], os.path.getsize(args[1]) // 2)
-            elif name == "_write":  # amid a line
+            elif name == "append":  # amid a line
                 os.truncate(args[0].path, os.path.getsize(args[0].path) - 5)
             os.kill(os.getpid(), signal.SIGKILL)
         return result

@@ -80,7 +80,7 @@ KEEPS = {
     "log_level": ("error", {}),
 }
 # Read by parts of transformers and accelerate that nothing here stands in front of: devices, launchers, the Hub,
-# trackers, resumption. Tests of their own: test_anchors (torch_compile), test_distributed (ddp, fsdp), test_hub,
+# trackers, resumption. Tests of their own: test_anchors (torch_compile), test_distributed (ddp, fsdp), test_push,
 # test_checkpoints (resume_from_checkpoint).
 LEFT_TO_TRANSFORMERS = {
     *("fp16", "tf32", "use_cpu", "accelerator_config", "deepspeed", "fsdp", "fsdp_config"),

@@ -180,12 +180,12 @@ def test_fused_gradient_by_finite_differences(measure):
 def test_joint_asks_each_part_its_own():
     generator = torch.Generator().manual_seed(0)
     hidden, weight, other = (torch.randn(*shape, generator=generator) for shape in ((7, 4), (9, 4), (2, 9)))
-    parts = [(2, AnchorKL(0.5, other)), (0, TokenNLL(torch.arange(0))), (5, TokenNLL(torch.arange(5)))]
+    measures = [AnchorKL(0.5, other), TokenNLL(torch.arange(0)), TokenNLL(torch.arange(5))]
     for prediction in (Projection(hidden, weight), hidden @ weight.T):
-        joint = Joint(parts)(prediction)
+        joint = Joint([2, 0, 5], measures)(prediction)
         rows = [slice(0, 2), slice(2, 2), slice(2, 7)]
         take = prediction.select if isinstance(prediction, Projection) else prediction.__getitem__
-        alone = [measure(take(where)) for where, (_, measure) in zip(rows, parts, strict=True)]
+        alone = [measure(take(where)) for where, measure in zip(rows, measures, strict=True)]
         for column, columns in zip(joint, zip(*alone, strict=True), strict=True):
             torch.testing.assert_close(column, torch.cat(columns), rtol=0, atol=0)
 

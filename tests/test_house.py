@@ -1,4 +1,4 @@
-"""The house: which room may import which. Late imports and those under TYPE_CHECKING count, too."""
+"""The house: which room may import which, late imports and those under TYPE_CHECKING included; no part is too long."""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -9,6 +9,9 @@ import pytest
 import mdu_trainer
 
 PACKAGE = Path(mdu_trainer.__file__).parent
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 60
+MOST_FILES_BESIDE_FOLDERS = 9
 # From the ground up: a room imports from rooms of lower floors, and from its own
 FLOORS = (
     "files masking divergence objectives config".split(),
@@ -110,3 +113,30 @@ def test_inference_knows_no_trainer():
         seen.add(module)
         waiting += IMPORTS[module] - seen
     assert "inference.generation" in seen and not [module for module in seen if room(module) == "trainer"]
+
+
+def sources() -> dict[str, str]:
+    """Name of a file of the package or the examples -> its content."""
+    return {
+        str(path.relative_to(folder.parent)): path.read_text(encoding="utf-8")
+        for folder in (PACKAGE, EXAMPLES)
+        for path in sorted(folder.rglob("*.py"))
+    }
+
+
+def test_files_are_short_and_few_lie_beside_the_folders():
+    lengths = {name: len(text.splitlines()) for name, text in sources().items()}
+    assert not {name: length for name, length in lengths.items() if length > MOST_LINES_OF_A_FILE}
+    assert len([*PACKAGE.glob("*.py")]) <= MOST_FILES_BESIDE_FOLDERS
+
+
+def test_functions_are_short():
+    """From the line of `def` to the last one: the docstring counts, decorators do not."""
+    lengths = {
+        f"{name}: {node.name}": node.end_lineno - node.lineno + 1
+        for name, text in sources().items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert len(lengths) > 500
+    assert not {name: length for name, length in lengths.items() if length > MOST_LINES_OF_A_FUNCTION}

@@ -20,11 +20,11 @@ from mdu_trainer.callbacks import UnlearningEvalCallback
 from mdu_trainer.commands import leak_check as leak_command
 from mdu_trainer.evaluation.metrics import Degeneracy, RougeL, zlib_score
 from mdu_trainer.evaluation.metrics.text import RougeTokenizer
-from mdu_trainer.evaluation.rwku import ngram_entropy, word_match
+from mdu_trainer.evaluation.rwku_questions import ngram_entropy, word_match
 from mdu_trainer.evaluation.scoring import estimates
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
-from mdu_trainer.provenance.forget_hashes import words as hashed_words
+from mdu_trainer.provenance.texts import words as hashed_words
 from mdu_trainer.provenance.words import has_words, split_words
 from mdu_trainer.testing import tiny_mdlm, train_tokenizer
 from mdu_trainer.token_roles.labels import label_roles
@@ -278,7 +278,7 @@ def test_a_check_that_fails_is_no_pass(check, capsys, monkeypatch):
     def refuse(*_):
         raise ValueError("broken")
 
-    monkeypatch.setitem(leak_check.ATTACKS, "paraphrase", leak_check.ATTACKS["paraphrase"]._replace(run=refuse))
+    monkeypatch.setitem(leak_check.ATTACKS, "paraphrase", replace(leak_check.ATTACKS["paraphrase"], run=refuse))
     with pytest.raises(SystemExit) as stopped:
         check("empty", "rows.json")
     assert stopped.value.code == 2 and capsys.readouterr().out == ""

@@ -76,7 +76,7 @@ def main() -> None:
                 questions = tofu_questions(sets, tokenizer, backbone, config, metrics, args.num_draws)
                 timer.seconds = timer.passes = 0
                 scored = score_questions(model, tokenizer, questions, backbone=backbone)
-                figures[part, size] = [value for values in scored.figures["forget"].values() for value in values]
+                figures[part, size] = [value for values in scored.scores["forget"].values() for value in values]
                 passes[part, size] = timer.passes
                 if turn:
                     seconds[part, size].append(scored.seconds)

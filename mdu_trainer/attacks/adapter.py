@@ -12,7 +12,7 @@ SCALES = (0.5, 2.0, -1.0)  # of what the adapter adds; -1 subtracts it
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """The best score with the adapter switched off, scaled, and subtracted. Nothing is random.
+    """Return the best score with the adapter switched off, scaled, and subtracted. Nothing is random.
 
     Raises:
         ValueError: for a model without a PEFT adapter, or one that is merged into its weights.
@@ -24,10 +24,10 @@ def attack(target: Target, seed: int) -> AttackScores:
         raise UserError("The adapter is merged into the weights: call unmerge_adapter first.")
     tries = {}
     with model.disable_adapter():
-        tries["off"] = target.score(target.decode(target.prompts))
+        tries["off"] = target.ask()
     for scale in SCALES:
         with _scaled(model, scale):
-            tries[f"{scale:g}"] = target.score(target.decode(target.prompts))
+            tries[f"{scale:g}"] = target.ask()
     return worst_case(target, tries)
 
 

@@ -1,4 +1,4 @@
-"""What an attack takes and returns.
+"""The base of all attacks: what they take, and what they return.
 
 An attack tries to bring back what a model was made to forget, and scores each forget row before and after. Unless the
 attack says otherwise the score is the recall of what only the answer says: ROUGE-L recall of the words that are
@@ -35,7 +35,7 @@ from ..token_roles.words import words
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class AttackSettings:
-    """How hard the attacks try. The same settings and seed are for every model of a comparison.
+    """Settings that say how hard the attacks try, the same for every model of a comparison.
 
     Attributes:
         decoding: how answers are decoded; `max_new_tokens` must hold the longest answer and its end token.
@@ -141,9 +141,9 @@ class Target:
 
     @cached_property
     def answer_roles(self) -> list[list[Role]]:
-        """Of each answer's tokens, but for its end: "stored", "in_context" or "structural".
+        """The role of each token of the answers, but for their ends: "stored", "in_context" or "structural".
 
-        What wording answers share is found over the settings' other rows, too.
+        The wording that answers share is found over the settings' other rows, too.
         """
         others = [rows for rows in (self.settings.unseen, self.settings.unrelated) if rows is not None]
         questions, answers = (
@@ -157,12 +157,19 @@ class Target:
     @cached_property
     def stored(self) -> list[list[StoredWord]]:
         """The stored words of each answer."""
-        rows = zip(self.rows["answer"], self.answer_ids, self.answer_roles, strict=True)
-        return [_stored_words(answer, ids[: len(roles)], roles, self.tokenizer) for answer, ids, roles in rows]
+        found: list[list[StoredWord]] = []
+        for answer, ids, roles in zip(self.rows["answer"], self.answer_ids, self.answer_roles, strict=True):
+            found.append([])
+            spans = token_spans(answer, ids[: len(roles)], self.tokenizer)
+            for word in words(answer):
+                tokens = [i for i, (start, stop) in enumerate(spans) if start < word.stop and stop > word.start]
+                if any(roles[i] == "stored" for i in tokens):
+                    found[-1].append(StoredWord(answer[word.start : word.stop], tokens))
+        return found
 
     @cached_property
     def secrets(self) -> list[str]:
-        """What of each answer is scored: its stored words, or all of it where it has none."""
+        """The part of each answer that is scored: its stored words, or all of it where it has none."""
         return [said(words) or answer for words, answer in zip(self.stored, self.rows["answer"], strict=True)]
 
     @cached_property
@@ -180,8 +187,12 @@ class Target:
         """Each answer as greedy decoding completes it at its true length, from nothing. Private, as the rows are."""
         return self.complete(range(len(self.rows)), None)
 
+    def ask(self, **changes: Any) -> list[float]:
+        """Return the score of each row when its plain question is decoded with changes of the settings' decoding."""
+        return self.score(self.decode(self.prompts, **changes))
+
     def complete(self, rows: Sequence[int], revealed: Sequence[Sequence[bool]] | None) -> list[str]:
-        """The answers of some rows as greedy decoding completes them, where some of their tokens are revealed."""
+        """Return the answers of some rows as greedy decoding completes them, with some of their tokens revealed."""
         prompts, answers = [self.prompts[row] for row in rows], [self.answer_ids[row] for row in rows]
         size = self.settings.decoding.batch_size
         completed, _ = greedy_completions(
@@ -190,36 +201,36 @@ class Target:
         return self.tokenizer.batch_decode(completed, skip_special_tokens=True)
 
     def encode(self, prompts: Sequence[str], rows: Dataset | None = None) -> list[Question]:
-        """Other wordings of the rows' questions, with the rows' answers; or other rows."""
+        """Tokenise other wordings of the rows' questions, with the rows' answers; or other rows."""
         answers = [[text] for text in (self.rows if rows is None else rows)["answer"]]
         return encode_questions("attacked", prompts, answers, {"answer": answers}, self.tokenizer, self.backbone)
 
     def decode(self, prompt_ids: list[list[int]], **changes: Any) -> list[str]:
-        """Decoded answers, one a prompt; changes are of the settings' decoding."""
+        """Return decoded answers, one a prompt; changes are of the settings' decoding."""
         config = replace(self.settings.decoding, **changes)
         decoded = generate_ids(self.model, prompt_ids, config, self.backbone)
         return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """A padded batch of rows as `RowPairs` gives them, on the model's device."""
+        """Pad rows as `RowPairs` gives them to a batch on the model's device."""
         batch = DataCollatorForUnlearning(self.backbone.pad_token_id)([{"rows": row} for row in rows])["rows"]
         device = next(self.model.parameters()).device
         return {name: value.to(device) for name, value in batch.items()}
 
     def masked_nll(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Mean cross-entropy of the masked tokens of each response: `[B]`, in nats."""
+        """Return the mean cross-entropy of the masked tokens of each response: `[B]`, in nats."""
         noised = forward_process(batch, self.backbone.mask_token_id)
         where, measure = (noised.input_ids, noised.attention_mask, noised.masked), TokenNLL(noised.targets)
         nll = measure_at(self.model, *where, measure, logit_shift=self.backbone.logit_shift)
         return sum_by_example(nll.value, noised.batch_index, len(noised.masked)) / noised.num_masked
 
     def score(self, answers: list[str], rows: Sequence[int] | None = None) -> list[float]:
-        """Recall of each answer against what only the row's answer says; of some rows, if given."""
+        """Return the recall of each answer against what only the row's answer says; of some rows, if given."""
         return recall(answers, self.secrets if rows is None else [self.secrets[row] for row in rows])
 
 
 def unscorable(rows: Dataset) -> list[int]:
-    """Numbers of the rows whose answer holds no word of any script, so that nothing can be told to come back."""
+    """Return the numbers of the rows whose answer holds no word of any script, so that nothing can come back."""
     return [row for row, answer in enumerate(rows["answer"]) if not has_words(answer)]
 
 
@@ -238,20 +249,9 @@ def check_answers(rows: Dataset) -> None:
         )
 
 
-def _stored_words(
-    answer: str, ids: Sequence[int], roles: Sequence[Role], tokenizer: PreTrainedTokenizerBase
-) -> list[StoredWord]:
-    spans, found = token_spans(answer, ids, tokenizer), []
-    for word in words(answer):
-        tokens = [i for i, (start, stop) in enumerate(spans) if start < word.stop and stop > word.start]
-        if any(roles[i] == "stored" for i in tokens):
-            found.append(StoredWord(answer[word.start : word.stop], tokens))
-    return found
-
-
 @dataclass(frozen=True)
 class AttackScores:
-    """Scores of the rows, higher where more came back. Figures only.
+    """Scores of the rows, higher where more came back. Numbers only.
 
     Attributes:
         rows: row numbers of the forget set that were scored.
@@ -274,26 +274,25 @@ class AttackScores:
 
 
 def said(words: Sequence[StoredWord]) -> str:
-    """The words as a text."""
+    """Return the words as a text."""
     return " ".join(word.text for word in words)
 
 
 def recall(answers: list[str], secrets: list[str]) -> list[float]:
-    """How much of each secret an answer says: ROUGE-L recall."""
+    """Return how much of each secret an answer says: ROUGE-L recall."""
     return RougeL().compute(predictions=answers, references=secrets, use_aggregator=False)["rougeL_recall"]
 
 
 def mean(values: Sequence[float]) -> float:
-    """The mean of at least one value."""
+    """Return the mean of at least one value."""
     return sum(values) / len(values)
 
 
 def worst_case(target: Target, tries: dict[str, list[float]]) -> AttackScores:
-    """Scores of all rows where several ways were tried: of each row, the most that came back in any of them."""
+    """Return scores of all rows where several ways were tried: of each row, the most that came back in any of them."""
     after = [max(scores) for scores in zip(*tries.values(), strict=True)]
-    return AttackScores(
-        list(range(len(after))), target.plain, after, {name: mean(scores) for name, scores in tries.items()}
-    )
+    path = {name: mean(scores) for name, scores in tries.items()}
+    return AttackScores(list(range(len(after))), target.plain, after, path)
 
 
 def is_merged(model: nn.Module) -> bool:

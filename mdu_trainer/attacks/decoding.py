@@ -5,7 +5,7 @@ from .base import AttackScores, Target, worst_case
 
 
 def settings(decoding: DiffusionGenerationConfig) -> dict[str, dict[str, object]]:
-    """Name -> what to change of the decoding. All are at temperature 0."""
+    """Return the ways to decode: name -> what to change of the decoding. All are at temperature 0."""
     length = decoding.max_new_tokens
     half, quarter = -(-length // 2), -(-length // 4)
     greedy = {"temperature": 0.0, "position_temperature": 0.0, "cfg_scale": 0.0, "schedule": "linear"}
@@ -21,9 +21,6 @@ def settings(decoding: DiffusionGenerationConfig) -> dict[str, dict[str, object]
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """The best score over a few numbers of steps, block lengths and orders, of which the seed draws the random one."""
-    tries = settings(target.settings.decoding)
-    return worst_case(
-        target,
-        {name: target.score(target.decode(target.prompts, seed=seed, **changes)) for name, changes in tries.items()},
-    )
+    """Return the best score over a few numbers of steps, block lengths and orders; the seed draws the random one."""
+    ways = settings(target.settings.decoding)
+    return worst_case(target, {name: target.ask(seed=seed, **changes) for name, changes in ways.items()})

@@ -6,10 +6,8 @@ SCALES = (0.5, 1.0, 2.0, 4.0)  # l_u + (scale + 1) * (l_c - l_u)
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """The best score over a few scales. Decoding is greedy, so the seed changes nothing.
+    """Return the best score over a few scales. Decoding is greedy, so the seed changes nothing.
 
     Source of the guidance: Nie et al. (arXiv 2410.18514).
     """
-    return worst_case(
-        target, {f"{scale:g}": target.score(target.decode(target.prompts, cfg_scale=scale)) for scale in SCALES}
-    )
+    return worst_case(target, {f"{scale:g}": target.ask(cfg_scale=scale) for scale in SCALES})

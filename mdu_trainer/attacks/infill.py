@@ -67,13 +67,12 @@ def attack(target: Target, seed: int, which: str) -> AttackScores:
         )
     before = _by_row(rows, recall([target.completed[row] for row in rows], secrets))
     after = _by_row(rows, recall(target.complete(rows, shown), secrets))
-    return AttackScores(
-        list(before), list(before.values()), list(after.values()), {"revealed": mean([mean(flags) for flags in shown])}
-    )
+    path = {"revealed": mean([mean(flags) for flags in shown])}
+    return AttackScores(list(before), list(before.values()), list(after.values()), path)
 
 
 def _reveal(roles: Sequence[str], which: str, share: float, drawn: tuple[int, int, int]) -> set[int]:
-    """Positions to reveal of an answer of N tokens: at least one, and not all."""
+    """Return the positions to reveal of an answer of N tokens: at least one, and not all."""
     seed, row, draw = drawn
     count = min(max(1, round(share * len(roles))), len(roles) - 1)
     noise = counter_uniform(seed, torch.tensor(row), torch.tensor(draw), torch.arange(len(roles))).tolist()
@@ -81,7 +80,7 @@ def _reveal(roles: Sequence[str], which: str, share: float, drawn: tuple[int, in
 
 
 def _by_row(rows: Sequence[int], scores: Sequence[float]) -> dict[int, float]:
-    """Row -> the mean of its scores."""
+    """Return the mean of the scores of each row, by row."""
     parts = defaultdict(list)
     for row, score in zip(rows, scores, strict=True):
         parts[row].append(score)

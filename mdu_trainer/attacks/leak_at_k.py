@@ -4,15 +4,10 @@ from .base import AttackScores, Target, worst_case
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """The best score over `settings.samples` samples at `settings.temperature`; `path` has the mean by sample.
+    """Return the best score over `settings.samples` samples at `settings.temperature`; `path` has the mean by sample.
 
     Source: Reisizadeh et al. (arXiv 2511.04934), leak@k.
     """
-    samples = target.settings.samples
-    tries = {
-        str(k + 1): target.score(
-            target.decode(target.prompts, temperature=target.settings.temperature, seed=seed * samples + k)
-        )
-        for k in range(samples)
-    }
+    samples, temperature = target.settings.samples, target.settings.temperature
+    tries = {str(k + 1): target.ask(temperature=temperature, seed=seed * samples + k) for k in range(samples)}
     return worst_case(target, tries)

@@ -1,4 +1,4 @@
-"""How much a model still gives away of rows that it should have forgotten: `measure_leak`.
+"""Measure how much a model still gives away of rows that it should have forgotten.
 
 It makes the attacks that train nothing and cost some decoding. `python -m mdu_trainer.leak_check` is its command.
 """
@@ -30,7 +30,7 @@ CHECKS = ("paraphrase", "prefix", "leak-at-k")  # of ATTACKS: those that train n
 
 @dataclass(frozen=True)
 class Leak:
-    """What a model gives away of some rows. Figures only.
+    """The leak of a model: what it gives away of some rows. Numbers only.
 
     Attributes:
         checks: name of a check -> number of a row -> score, 0 to 1, higher where more came out. "plain" has all rows
@@ -45,7 +45,7 @@ class Leak:
 
     @property
     def rows(self) -> list[float]:
-        """Of each row, the worst of the checks."""
+        """The worst of the checks, for each row."""
         return [max(self._of(row).values()) for row in self.checks[PLAIN]]
 
     @property
@@ -55,11 +55,11 @@ class Leak:
 
     @property
     def upper(self) -> float:
-        """What is compared with a limit: the upper end of the interval; the leak itself of a single row."""
+        """The value to compare with a limit: the upper end of the interval, or the leak itself of a single row."""
         return self.estimate.value if self.estimate.high is None else self.estimate.high
 
     def summary(self) -> dict[str, Any]:
-        """The figures of the model as a whole, for JSON."""
+        """Return the scores of the model as a whole, for JSON."""
         leak = self.estimate
         checks = {name: _mean(list(scores.values())).value for name, scores in self.checks.items()}
         return {
@@ -73,7 +73,7 @@ class Leak:
         }
 
     def ranking(self) -> list[dict[str, Any]]:
-        """The rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks.
+        """Return the rows for JSON: numbers and scores, the highest leak first, then the highest mean of the checks.
 
         Last come rows that are not measured, without a leak.
         """
@@ -97,7 +97,7 @@ def measure_leak(
     seed: int = 0,
     show_progress: bool = False,
 ) -> Leak:
-    """What a model gives away of some rows.
+    """Measure what a model gives away of some rows.
 
     Args:
         model, tokenizer: a masked diffusion language model and its tokenizer.

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation.metrics import loss_score, min_k_score
+from ..evaluation.metrics import min_k_score, outscored
 from ..evaluation.scoring import Question
-from ..inference.generation import evaluation_mode
 from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform
+from ..models import evaluation_mode
 from .base import AttackScores, Target, mean
 
 SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked
@@ -30,7 +30,7 @@ DECIMALS = 4  # closer log-likelihoods are a tie, or the rounding of a batched f
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """The row scores under the one of the three that tells most; `path` holds the area under the curve of each.
+    """Return the row scores under the one of the three that tells most; `path` holds the area under the curve of each.
 
     `before` is 1/2, a guess: nothing can be told without looking. An area below 1/2, of rows that stick out by being
     too unlikely, says that something was deleted, but brings nothing back; it is in `path` all the same.
@@ -52,7 +52,7 @@ def attack(target: Target, seed: int) -> AttackScores:
     sizes = [masked_log_p(target, questions, seed) for questions in sets]
     median = np.median(sizes[1], axis=0)
     scores = {
-        "loss": [np.round(loss_score(one.per_token), DECIMALS) for one in likelihoods],
+        "loss": [np.round(one.per_token, DECIMALS) for one in likelihoods],
         "min-k": [np.round(min_k_score(one.tokens), DECIMALS) for one in likelihoods],
         "multi-mask": [(one > median).sum(axis=1) for one in sizes],
     }
@@ -62,21 +62,19 @@ def attack(target: Target, seed: int) -> AttackScores:
     return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, areas)
 
 
-def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
-    """Of each score, the share of the others that are below it; equal ones count half."""
-    scores, others = np.asarray(scores)[:, None], np.asarray(others)
-    return ((scores > others) + (scores == others) / 2).mean(axis=1).tolist()
-
-
 @torch.no_grad()
 def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np.ndarray:
-    """Mean log p of the masked tokens of each row at each of `SIZES`, over a few draws: `[rows, sizes]`, in nats."""
+    """Return the mean log p of the masked tokens of each row at each of `SIZES`: `[rows, sizes]`, in nats.
+
+    It is a mean over a few draws of the masks, each a forward pass. With 2 rows, 4 sizes and 4 draws the columns of
+    `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ... (1, 3, 3).
+    """
     draws = max(1, target.settings.num_draws // len(SIZES))
-    figures = np.zeros((len(questions), len(SIZES), draws))
-    passes = np.stack(np.unravel_index(np.arange(figures.size), figures.shape))  # [3, passes]
+    values = np.zeros((len(questions), len(SIZES), draws))
+    passes = np.stack(np.unravel_index(np.arange(values.size), values.shape))  # [3, passes]
     step = target.settings.decoding.batch_size
     with evaluation_mode(target.model):
-        for first in range(0, figures.size, step):
+        for first in range(0, values.size, step):
             row, size, draw = places = passes[:, first : first + step]
             masks = _SizedMasks(seed, torch.from_numpy(places))
             batch = target.collate(
@@ -86,8 +84,8 @@ def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np
                     for number, one in enumerate(questions[i] for i in row)
                 ]
             )
-            figures[row, size, draw] = -target.masked_nll(batch).cpu().numpy()
-    return figures.mean(axis=2).round(DECIMALS)
+            values[row, size, draw] = -target.masked_nll(batch).cpu().numpy()
+    return values.mean(axis=2).round(DECIMALS)
 
 
 class _SizedMasks(NamedTuple):

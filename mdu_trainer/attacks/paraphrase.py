@@ -6,7 +6,7 @@ WORDINGS = ("Tell me: {}", "So: {}", "I ask you: {}", "Question: {}", "Please an
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """The best score over a few wordings around the question, and the data's paraphrased question where it has one.
+    """Return the best score over a few wordings around the question, and the paraphrase that the data may have.
 
     Decoding is greedy, so the seed changes nothing. Source: Patil et al. (arXiv 2309.17410), rephrased inputs.
     """

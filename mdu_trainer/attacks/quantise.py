@@ -22,7 +22,7 @@ Rounding = Callable[[Tensor], Tensor]
 
 
 def attack(target: Target, seed: int, bits: int) -> AttackScores:
-    """The best score under weights of so many bits, over the ways to round. Nothing is random.
+    """Return the best score under weights of so many bits, over the ways to round. Nothing is random.
 
     Raises:
         ValueError: if there are no linear layers with floating-point weights: the model is quantised already.
@@ -30,12 +30,12 @@ def attack(target: Target, seed: int, bits: int) -> AttackScores:
     tries = {}
     for name, rounding in roundings(bits).items():
         with quantised(target.model, rounding):
-            tries[name] = target.score(target.decode(target.prompts))
+            tries[name] = target.ask()
     return worst_case(target, tries)
 
 
 def roundings(bits: int) -> dict[str, Rounding]:
-    """The ways to round a weight `[out, in]` to so many bits, by name."""
+    """Return the ways to round a weight `[out, in]` to so many bits, by name."""
     ways: dict[str, Rounding] = {"nearest": partial(round_to_nearest, bits=bits)}
     if bits == 4 and is_bitsandbytes_available():
         ways["nf4"] = _nf4
@@ -70,7 +70,7 @@ def quantised(model: nn.Module, rounding: Rounding) -> Iterator[None]:
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
-    """The nearest of 2^bits - 1 values, evenly spaced about 0 up to the largest magnitude of each row: `[out, in]`."""
+    """Return the nearest of 2^bits - 1 values, evenly spaced about 0 up to the largest of each row: `[out, in]`."""
     largest = 2 ** (bits - 1) - 1
     step = weight.abs().amax(dim=1, keepdim=True) / largest
     step = torch.where(step > 0, step, 1)  # a row of zeros stays as it is

@@ -14,8 +14,8 @@ from torch import nn
 from ..data.rows import RowPairs, TokenizedRows, shuffled
 from ..evaluation.scoring import Question
 from ..files import UserError
-from ..inference.generation import evaluation_mode
 from ..masking import MaskSchedule, permutation
+from ..models import evaluation_mode
 from .base import AttackScores, Target, mean, restored
 
 CHECKS = 4  # scores along the way
@@ -57,17 +57,15 @@ def benign(target: Target, seed: int) -> AttackScores:
 
 
 def _scores(target: Target, rows: list[int], paths: list[dict[str, list[float]]]) -> AttackScores:
-    """The rows of all rounds, in their order."""
+    """Join the rows of all rounds, in their order."""
     path = {step: [score for part in paths for score in part[step]] for step in paths[0]}
-    after = dict(zip(rows, list(path.values())[-1], strict=True))
+    after = dict(sorted(zip(rows, list(path.values())[-1], strict=True)))
     means = {step: mean(scores) for step, scores in path.items()}
-    return AttackScores(
-        sorted(rows), [target.plain[row] for row in sorted(rows)], [after[r] for r in sorted(rows)], means
-    )
+    return AttackScores(list(after), [target.plain[row] for row in after], list(after.values()), means)
 
 
 def _relearn(target: Target, questions: list[Question], rows: list[int], seed: int) -> dict[str, list[float]]:
-    """Scores of some rows after each few updates on others: number of updates -> scores."""
+    """Return the scores of some rows after each few updates on others: number of updates -> scores."""
     steps, prompts = target.settings.relearn_steps, [target.prompts[row] for row in rows]
     checks = {round(steps * (i + 1) / CHECKS) for i in range(CHECKS)} - {0}
     path = {}
@@ -79,7 +77,7 @@ def _relearn(target: Target, questions: list[Question], rows: list[int], seed: i
 
 
 def _updates(target: Target, questions: list[Question], parameters: list[nn.Parameter], seed: int) -> Iterator[int]:
-    """Train; yields the number of updates so far after each."""
+    """Train, and yield the number of updates so far after each."""
     settings, size = target.settings, target.settings.relearn_batch_size
     parts = TokenizedRows([q.prompt for q in questions], [q.answers["answer"][0] for q in questions])
     rows = RowPairs({"train": parts}, seed, shuffled, {"train": MaskSchedule(seed, "relearn", len(parts))})
@@ -95,7 +93,7 @@ def _updates(target: Target, questions: list[Question], parameters: list[nn.Para
 
 @contextmanager
 def _trainable(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The parameters, ready to be trained without dropout, and everything as it was afterwards."""
+    """Yield the parameters, ready to be trained without dropout; everything is as it was afterwards."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     state = [(p, p.requires_grad, p.grad) for p in parameters]
     with evaluation_mode(model), restored(parameters):

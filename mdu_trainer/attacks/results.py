@@ -1,7 +1,7 @@
-"""The outcome of attacks on several models: how much of what they were made to forget comes back. Figures only.
+"""The outcome of attacks on several models: how much of what they were made to forget comes back. Numbers only.
 
-Of each attack, recovery is (unlearned - never trained) / (base - never trained), of mean scores under the attack: 0 is
-what the attack gets out of a model that never saw the rows, 1 what it gets out of the model before unlearning.
+Recovery is (unlearned - never trained) / (base - never trained), of mean scores under an attack: 0 is what the attack
+gets out of a model that never saw the rows, 1 what it gets out of the model before unlearning.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ NO_ATTACK = "none"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an attack got out of one model, as means over rows with intervals.
+    """The outcome of an attack on one model, as means over rows with intervals.
 
     Attributes:
         before, after: score of the rows with no attack, and under it.
@@ -33,7 +33,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class AttackOutcome:
-    """What an attack got out of every model.
+    """The outcome of an attack on every model.
 
     Attributes:
         words: what it does.
@@ -48,7 +48,7 @@ class AttackOutcome:
 
 @dataclass(frozen=True)
 class Recovery(Record):
-    """Attacks on one or more unlearned models, beside the base and a model that never saw the rows. Figures only.
+    """Attacks on one or more unlearned models, beside the base and a model that never saw the rows. Numbers only.
 
     Attributes:
         dataset: what the rows are called.
@@ -82,23 +82,19 @@ class Recovery(Record):
             raise ValueError(f"it lacks {BASE!r} or an unlearned model")
 
     def recoveries(self) -> dict[str, dict[str, Estimate]]:
-        """Name of an unlearned model -> name of an attack -> recovery, where any is defined."""
+        """Return the recoveries that are defined: name of an unlearned model -> name of an attack -> recovery."""
         found = {
-            name: {
-                attack: outcome.models[name].recovery
-                for attack, outcome in self.attacks.items()
-                if outcome.models[name].recovery is not None
-            }
+            name: {attack: r for attack, one in self.attacks.items() if (r := one.models[name].recovery) is not None}
             for name in self.models
         }
         return {name: of_model for name, of_model in found.items() if of_model}
 
     def table(self) -> str:
-        """The cells of `table_cells` as a Markdown table."""
+        """Return the cells of `table_cells` as a Markdown table."""
         return markdown_table(self.table_cells())
 
     def table_cells(self) -> list[list[str]]:
-        """The attacks, one a row, under a header: mean scores under the attack, and recoveries with intervals."""
+        """Return the attacks, one a row, under a header: mean scores under the attack, and recoveries."""
         ends = [BASE, NEVER] if self.has_floor else [BASE]
         header = ["attack", *ends]
         for name in self.models:
@@ -106,8 +102,7 @@ class Recovery(Record):
         rows = [header]
         for attack, outcome in self.attacks.items():
             cells = [f"{outcome.models[name].after.value:.3f}" for name in ends]
-            for name in self.models:
-                one = outcome.models[name]
+            for one in (outcome.models[name] for name in self.models):
                 cells.append(f"{one.after.value:.3f}")
                 if self.has_floor:
                     cells.append("" if one.recovery is None else _short(one.recovery))
@@ -115,7 +110,7 @@ class Recovery(Record):
         return rows
 
     def text(self) -> str:
-        """The table, and what its figures mean."""
+        """Return the table, and what its numbers mean."""
         parts = [self.table(), "Scores are means over rows, higher where more came back."]
         if self.has_floor:
             parts[1] += (
@@ -147,5 +142,5 @@ class Recovery(Record):
 
 
 def _short(estimate: Estimate) -> str:
-    """Two decimals: a ratio of differences has no more to say."""
+    """Return an estimate with two decimals: a ratio of differences has no more to say."""
     return f"{estimate.value:.2f} [{estimate.low:.2f}, {estimate.high:.2f}]"

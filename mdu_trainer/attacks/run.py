@@ -7,7 +7,7 @@ print(recovery.text())
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,12 +34,12 @@ Loader = Callable[[], tuple[nn.Module, PreTrainedTokenizerBase]]
 
 
 class _Finished(NamedTuple):
-    """A finished attack on one model, or why it cannot be made."""
+    """A finished attack on one model."""
 
     model: str
     weights: str
     attack: str
-    scores: AttackScores | ValueError
+    scores: AttackScores
 
 
 def run_attacks(
@@ -70,7 +70,7 @@ def run_attacks(
         attacks: as `choose_attacks` returns them.
         dataset: what to call the rows.
         seed: of the attacks.
-        progress_path: file that keeps finished attacks, as figures only. Given again after a kill, it saves repeating
+        progress_path: file that keeps finished attacks, as numbers only. Given again after a kill, it saves repeating
             them.
         show_progress: show a progress bar over attacks and models.
         left_out: called with the name of an attack that refuses the rows, and why; the attack is then left out. If not
@@ -86,37 +86,17 @@ def run_attacks(
         raise UserError(f"Name at least one unlearned model, none of them {BASE!r} or {NEVER!r}.")
     models = {BASE: base} | ({} if never is None else {NEVER: never}) | dict(unlearned)
     attacks = {NO_ATTACK: Attack(_no_attack, "ask the plain question")} | dict(attacks)
-    said = _settings(settings)
-    content = [list(rows[column]) for column in COLUMNS if column in rows.column_names]
-    header = {
-        "progress": "attacks 1",
-        "scoring": SCORING,
-        "rows": digest(content),
-        "settings": said | _digests(settings),
-        "seed": seed,
-    }
-    scores: dict[tuple[str, str], AttackScores] = {}
-    bar = tqdm(total=len(models) * len(attacks), unit="attack", disable=not show_progress)
-    with ProgressFile(progress_path, "attack") as progress, bar:
-        done = {(one.model, one.attack): one for one in progress.resume(header, _finished)}
-        for name, load in models.items():
-            for one, seconds in _attack(name, load, rows, settings, attacks, seed, done, progress_path):
-                bar.update()
-                if isinstance(one.scores, ValueError):
-                    attacks = _without(attacks, one, left_out)
-                    continue
-                scores[name, one.attack] = one.scores
-                if (name, one.attack) not in done:
-                    progress.append([one._asdict() | {"scores": asdict(one.scores), "seconds": seconds}])
+    scores = _scores(models, rows, settings, attacks, seed, progress_path, show_progress, left_out)
     outcomes = {
         name: _compare(attack.words, {model: scores[model, name] for model in models}, name)
         for name, attack in attacks.items()
+        if all((model, name) in scores for model in models)
     }
-    return Recovery(dataset, said | {"seed": seed}, outcomes)
+    return Recovery(dataset, _settings(settings) | {"seed": seed}, outcomes)
 
 
 def recovery_of(unlearned: Sequence[float], never: Sequence[float], base: Sequence[float]) -> Estimate | None:
-    """(unlearned - never) / (base - never) of mean scores, with its 95 % interval.
+    """Return (unlearned - never) / (base - never) of mean scores, with its 95 % interval.
 
     The interval is of a paired bootstrap: a resample draws the same rows of all three models.
 
@@ -140,47 +120,65 @@ def recovery_of(unlearned: Sequence[float], never: Sequence[float], base: Sequen
     rows = np.arange(columns.shape[1])
     value = float(ratio(rows, axis=-1))
     low, high = bootstrap_interval(rows, ratio)
-    return Estimate(value, low, high) if math.isfinite(low) and math.isfinite(high) else None
+    known = low is not None and high is not None and math.isfinite(high - low)
+    return Estimate(value, low, high) if known else None
 
 
-def _attack(
-    name: str,
-    load: Loader,
+def _scores(
+    models: Mapping[str, Loader],
     rows: Dataset,
     settings: AttackSettings,
     attacks: Mapping[str, Attack],
     seed: int,
-    done: Mapping[tuple[str, str], _Finished],
     progress_path: str | Path | None,
-) -> Iterator[tuple[_Finished, float]]:
-    """Every attack on one model, with its seconds; those that are done are not repeated."""
-    gc.collect()  # the model before
-    target = Target(*load(), rows, settings)
-    weights = weights_fingerprint(target.model)
-    for attack, entry in attacks.items():
-        before, start = done.get((name, attack)), time.perf_counter()
-        if before is not None and before.weights != weights:
-            raise UserError(
-                f"{progress_path} holds attacks on other weights under the name {name!r}. Choose another file, or "
-                "delete this one to start anew."
-            )
-        if before is None:
-            run = _no_attack if ADAPTER in entry.needs and not hasattr(target.model, "disable_adapter") else entry.run
-            try:
-                before = _Finished(name, weights, attack, run(target, seed))
-            except ValueError as error:  # it cannot be made on these rows
-                before = _Finished(name, weights, attack, error)
-        yield before, time.perf_counter() - start
+    show_progress: bool,
+    left_out: Callable[[str, ValueError], None] | None,
+) -> dict[tuple[str, str], AttackScores]:
+    """Return the scores of every model under every attack: (model, attack) -> scores; what is done is not repeated."""
+    header = {
+        "progress": "attacks 1",
+        "scoring": SCORING,
+        "rows": _rows_digest(rows),
+        "settings": _settings(settings, _rows_digest),
+        "seed": seed,
+    }
+    scores: dict[tuple[str, str], AttackScores] = {}
+    bar, attacks = tqdm(total=len(models) * len(attacks), unit="attack", disable=not show_progress), dict(attacks)
+    with ProgressFile(progress_path, "attack") as progress, bar:
+        done = {(one.model, one.attack): one for one in progress.resume(header, _finished)}
+        for name, load in models.items():
+            target = Target(*load(), rows, settings)
+            weights = weights_fingerprint(target.model)
+            for attack, entry in list(attacks.items()):
+                before, start = done.get((name, attack)), time.perf_counter()
+                if before is not None and before.weights != weights:
+                    raise UserError(
+                        f"{progress_path} holds attacks on other weights under the name {name!r}. Choose another "
+                        "file, or delete this one to start anew."
+                    )
+                try:
+                    found = _run(entry, target, seed) if before is None else before.scores
+                except ValueError as error:  # it cannot be made on these rows
+                    if left_out is None:
+                        raise
+                    left_out(attack, error)
+                    del attacks[attack]
+                else:
+                    scores[name, attack] = found
+                    if before is None:
+                        line = _Finished(name, weights, attack, found)._asdict()
+                        seconds = time.perf_counter() - start
+                        progress.append([line | {"scores": asdict(found), "seconds": seconds}])
+                bar.update()
+            del target  # before the next model is loaded
+            gc.collect()
+    return scores
 
 
-def _without(
-    attacks: Mapping[str, Attack], refused: _Finished, left_out: Callable[[str, ValueError], None] | None
-) -> dict[str, Attack]:
-    """The other attacks, once it is said why this one is left out."""
-    if left_out is None:
-        raise refused.scores
-    left_out(refused.attack, refused.scores)
-    return {name: attack for name, attack in attacks.items() if name != refused.attack}
+def _run(attack: Attack, target: Target, seed: int) -> AttackScores:
+    """Make an attack; one on an adapter leaves a model without one as it is."""
+    needs_adapter = ADAPTER in attack.needs and not hasattr(target.model, "disable_adapter")
+    return _no_attack(target, seed) if needs_adapter else attack.run(target, seed)
 
 
 def _no_attack(target: Target, seed: int) -> AttackScores:
@@ -188,7 +186,7 @@ def _no_attack(target: Target, seed: int) -> AttackScores:
 
 
 def _compare(words: str, scores: Mapping[str, AttackScores], attack: str) -> AttackOutcome:
-    """The outcome of one attack, from the scores of each model."""
+    """Return the outcome of one attack, from the scores of each model."""
     rows = scores[BASE].rows
     outcomes = {}
     for name, one in scores.items():
@@ -205,24 +203,19 @@ def _mean(values: Sequence[float]) -> Estimate:
     return Estimate(math.fsum(values) / len(values), *bootstrap_interval(values))
 
 
-def _settings(settings: AttackSettings) -> dict[str, Any]:
-    """Every setting as a figure; of rows, how many. The batch size of decoding is left out: it changes nothing."""
+def _settings(settings: AttackSettings, of_rows: Callable[[Dataset], Any] = len) -> dict[str, Any]:
+    """Return the settings, and of rows how many. The batch size of decoding is left out: it changes nothing."""
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
     decoding = {name: value for name, value in asdict(values.pop("decoding")).items() if name != "batch_size"}
-    counted = {name: len(value) if isinstance(value, Dataset) else value for name, value in values.items()}
-    return {"decoding": decoding} | counted
+    shown = {name: of_rows(value) if isinstance(value, Dataset) else value for name, value in values.items()}
+    return {"decoding": decoding} | shown
 
 
-def _digests(settings: AttackSettings) -> dict[str, str]:
-    """The rows among the settings, as hashes."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return {
-        name: digest([list(value[column]) for column in COLUMNS if column in value.column_names])
-        for name, value in values.items()
-        if isinstance(value, Dataset)
-    }
+def _rows_digest(rows: Dataset) -> str:
+    return digest([list(rows[column]) for column in COLUMNS if column in rows.column_names])
 
 
 def _finished(line: dict[str, Any]) -> _Finished:
     scores = typed(AttackScores, line["scores"])
-    return _Finished(*(typed(str, line[name]) for name in ("model", "weights", "attack")), scores)
+    model, weights, attack = (typed(str, line[name]) for name in ("model", "weights", "attack"))
+    return _Finished(model, weights, attack, scores)

@@ -1,4 +1,4 @@
-"""What all commands share: whatever a user can mend ends in one line on stderr and status 2, not in a traceback."""
+"""The base of all commands: whatever a user can mend ends in one line on stderr and status 2, not in a traceback."""
 
 import argparse
 import os
@@ -110,9 +110,9 @@ def task(words: str) -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """What to tell a user in one line of an error that he can mend; None for a fault of ours.
+    """Return one line for the user on an error that he can mend; None for a fault of ours.
 
-    That are a `UserError`, a file or repository that cannot be read or written, a package that is missing, no memory,
+    He can mend a `UserError`, a file or repository that cannot be read or written, a missing package, no memory,
     modules that PEFT does not find, and whatever a library refuses within a `task`.
     """
     text, doing = " ".join(str(error).split()), getattr(error, "task", None)
@@ -133,7 +133,7 @@ def explain(error: BaseException) -> str | None:
 
 
 def _no_memory(error: BaseException) -> bool:
-    """Of the host, or of a device as torch says it."""
+    """Whether the memory of the host, or of a device as torch says it, was not enough."""
     signs = ("out of memory", "can't allocate memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
@@ -141,7 +141,7 @@ def _no_memory(error: BaseException) -> bool:
 
 
 def _library(error: BaseException) -> str | None:
-    """The library whose code raised an error, if it is one that reads what users give."""
+    """Return the library whose code raised an error, if it is one that reads what users give."""
     place, package = error.__traceback__, ""
     while place is not None:
         name = (place.tb_frame.f_globals.get("__name__") or "").partition(".")[0]
@@ -152,7 +152,7 @@ def _library(error: BaseException) -> str | None:
 
 
 def _say(words: str, name: str | None = None, *, all_processes: bool = False) -> None:
-    """One line on stderr, of the main process alone or of each."""
+    """Print one line on stderr, from the main process alone or from each."""
     rank = int(os.environ.get("RANK", 0))
     if rank == 0 or all_processes:
         number = f" (process {rank})" if rank else ""

@@ -16,11 +16,9 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def check_least(options: Any, **least: float) -> None:
-    """Refuse numbers that are too small, or not finite.
+    """Refuse numbers that are not finite, or below the smallest value that makes sense, given by the option's name.
 
-    Args:
-        options: what has them as attributes; None stands for a default, and in a list every number counts.
-        least: name of an option -> the smallest value that makes sense.
+    None stands for a default, and in a list every number counts.
     """
     for name, smallest in least.items():
         value = getattr(options, name)
@@ -63,13 +61,7 @@ def check_output_folder(folder: str | Path) -> None:
 
 
 def check_source(name: str, option: str, kind: str = "data set") -> None:
-    """Refuse a name that neither a folder has, nor anything on the Hub can have.
-
-    Args:
-        name: a folder, or OWNER/NAME on the Hub.
-        option: that gave it.
-        kind: what it should be, "model" or "data set".
-    """
+    """Refuse a name that neither a folder has, nor a model or data set (`kind`) on the Hub can have."""
     path = Path(name).expanduser()
     if path.is_file():
         raise UserError(f"--{option} {name} is a file: name a folder with the {kind}, or OWNER/NAME on the Hub.")
@@ -97,12 +89,7 @@ def check_revision(name: str | None, option: str) -> None:
 
 
 def check_not_written(inputs: Iterable[str | None], written: Iterable[Path]) -> None:
-    """Refuse to overwrite what is read.
-
-    Args:
-        inputs: files, folders or Hub ids that the run reads; None for those it does not.
-        written: what it deletes or writes anew, with all that lies inside.
-    """
+    """Refuse to overwrite what is read: files, folders or Hub ids, None for those that a run does not read."""
     doomed = [path.resolve() for path in written]
     for name in filter(None, inputs):
         path = Path(name).expanduser()

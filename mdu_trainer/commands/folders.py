@@ -1,5 +1,6 @@
 """The output folder of a run: resumed, refused, or replaced once the new run has started."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -46,17 +47,15 @@ class RunArguments:
 def starting(
     folder: Path, written: Sequence[Path], inputs: Iterable[str | None], *, resume: bool, overwrite: bool
 ) -> Iterator[None]:
-    """Make a folder ready for a run, whose start is the body.
+    """Make an output folder ready for a run, whose start is the body.
 
     Everything is checked first. What was there is moved aside and comes back if the start fails; it is deleted when
     the start is over. An interruption leaves both, so that the run can be resumed.
 
     Args:
-        folder: the output folder.
+        folder, inputs: the output folder, and what the run reads: Hub ids, folders and files.
         written: files and folders in it that the run makes; nothing else is touched.
-        inputs: what the run reads: Hub ids, folders and files.
-        resume: go on with what is there.
-        overwrite: replace it.
+        resume, overwrite: go on with what is there, or replace it.
 
     Raises:
         UserError: the folder is not empty, with neither; or something would be deleted that is read.
@@ -189,7 +188,7 @@ def _put_back(written: Sequence[Path], aside: Path, folder: Path) -> None:
 
 
 def _rename(path: Path, new: Path) -> None:
-    if _is_there(path):
+    if os.path.lexists(path):
         new.parent.mkdir(parents=True, exist_ok=True)
         path.rename(new)
 
@@ -200,7 +199,3 @@ def _delete(paths: Iterable[Path]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def _is_there(path: Path) -> bool:
-    return path.exists() or path.is_symlink()

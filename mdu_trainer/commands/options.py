@@ -32,7 +32,7 @@ command line counts before it. --traceback shows where an error arose."""
 
 
 def parse_options(*types: Any, default: Path | None = None, description: str | None = None) -> tuple[Any, ...]:
-    """The options on the command line, over those of the file that `--config` names.
+    """Return the options on the command line, over those of the file that `--config` names.
 
     Args:
         types: the dataclasses to fill.
@@ -170,5 +170,5 @@ def _topic_of(dtype: Any) -> str:
 
 
 def _split_config(argument: str) -> list[str]:
-    """`--config=FILE`, which TRL would not see, as two words."""
+    """Split `--config=FILE`, which TRL would not see, into two words."""
     return argument.split("=", 1) if argument.startswith("--config=") else [argument]

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files import UserError
-from ..masking import MaskSchedule, permutation
+from ..masking import MaskSchedule, pad_rows, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
 from .reading import Row, check_table, read_row, read_rows
@@ -309,16 +309,13 @@ class DataCollatorForUnlearning:
         return batch
 
     def _pad(self, rows: list[Row], response: str) -> dict[str, Tensor]:
-        length = max(len(row["prompt_ids"]) + len(row[response]) for row in rows)
         fill = self.pad_token_id if self.end_token_id is None else self.end_token_id
-        input_ids = torch.full((len(rows), length), fill)
-        attention_mask = torch.full((len(rows), length), int(self.end_token_id is not None))
-        response_mask = torch.zeros((len(rows), length), dtype=torch.long)
-        for i, row in enumerate(rows):
-            start, stop = len(row["prompt_ids"]), len(row["prompt_ids"]) + len(row[response])
-            input_ids[i, :stop] = torch.tensor(row["prompt_ids"] + row[response])
-            attention_mask[i, :stop] = 1
-            response_mask[i, start : stop if self.end_token_id is None else length] = 1
+        input_ids, attention_mask = pad_rows([row["prompt_ids"] + row[response] for row in rows], fill)
+        if self.end_token_id is not None:
+            attention_mask = torch.ones_like(attention_mask)
+        length = input_ids.shape[1]
+        start = torch.tensor([len(row["prompt_ids"]) for row in rows])
+        response_mask = attention_mask * (torch.arange(length) >= start[:, None])
         visit, number = (torch.tensor([row[name] for row in rows]) for name in ("visit", "row"))
         t, noise, takes_prompt = rows[0]["schedule"].draw(visit, number, length)
         batch = {

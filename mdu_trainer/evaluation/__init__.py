@@ -1,4 +1,4 @@
-"""What a model still says: metrics and benchmarks."""
+"""Metrics and benchmarks of what a model still says."""
 
 from . import benchmarks  # noqa: F401  registers the benchmarks and, through scoring, the metrics
 from .metrics import RougeL

@@ -28,7 +28,7 @@ TRUTH_RATIOS = "truth_ratios.json"
 
 
 def fictional_sets(max_rows: int | None = None) -> dict[str, Dataset]:
-    """The embedded fictional authors to forget and to keep; of each so many evenly spaced rows."""
+    """The embedded fictional authors to forget and to keep: at most `max_rows` evenly spaced rows of each."""
     forget, retain = forget_retain_split(fictional_authors())
     return {"forget": spread(forget, max_rows), "retain": spread(retain, max_rows)}
 
@@ -77,15 +77,10 @@ def _evaluate_tofu(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
 ) -> Run:
     """Score the sets; the truth ratios are saved for others to compare with."""
-    result = evaluate_tofu(
-        model,
-        tokenizer,
-        sets,
-        _decoding(options, max_new_tokens=options.max_new_tokens or longest_answer(sets, tokenizer)),
-        metrics=TOFU_METRICS if options.metrics is None else options.metrics,
-        retain_log=_retain_log(options, sets),
-        **_shared(options),
-    )
+    metrics, log = TOFU_METRICS if options.metrics is None else options.metrics, _retain_log(options, sets)
+    length = options.max_new_tokens or longest_answer(sets, tokenizer)
+    shared = _shared(options, max_new_tokens=length)
+    result = evaluate_tofu(model, tokenizer, sets, metrics=metrics, retain_log=log, **shared)
     if result.truth_ratios is not None and processes().is_main_process:
         result.truth_ratios.save(Path(options.output_dir) / TRUTH_RATIOS)
     return result.run
@@ -94,7 +89,7 @@ def _evaluate_tofu(
 def _evaluate_rwku(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
 ) -> Run:
-    return evaluate_rwku(model, tokenizer, sets, _decoding(options), **_shared(options))
+    return evaluate_rwku(model, tokenizer, sets, **_shared(options))
 
 
 def _retain_log(options: BenchmarkOptions, sets: Mapping[str, Dataset]) -> TruthRatios | None:
@@ -102,14 +97,11 @@ def _retain_log(options: BenchmarkOptions, sets: Mapping[str, Dataset]) -> Truth
     return TruthRatios.load(options.retain_log, sets["forget"]) if options.retain_log else None
 
 
-def _decoding(options: BenchmarkOptions, **more: Any) -> DiffusionGenerationConfig:
-    return DiffusionGenerationConfig(
-        steps=options.decoding_steps, batch_size=options.batch_size, seed=options.seed, **more
-    )
-
-
-def _shared(options: BenchmarkOptions) -> dict[str, Any]:
+def _shared(options: BenchmarkOptions, **decoding: Any) -> dict[str, Any]:
+    """The arguments that all evaluations take."""
+    shared = {"steps": options.decoding_steps, "batch_size": options.batch_size, "seed": options.seed}
     return {
+        "generation_config": DiffusionGenerationConfig(**shared, **decoding),
         "num_draws": options.likelihood_draws,
         "progress_path": Path(options.output_dir) / "rows.jsonl",
         "show_progress": True,

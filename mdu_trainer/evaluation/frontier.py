@@ -1,4 +1,4 @@
-"""Which runs are worth having: the Pareto front of forgetting against what is kept, and the one run to take.
+"""The Pareto front of forgetting against what is kept, and the choice of one run.
 
 marks = frontier(results.runs)
 run = select(results.runs, "retain>=0.95*base,forget<=0.3")
@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from ..files import UserError
-from .results import Estimate, Results, Run, markdown_table
+from .results import Estimate, Place, Results, Run
 
-FIGURES: dict[str, tuple[str | None, str]] = {  # by short name: (set, metric), the set None for the model as a whole
+FIGURES: dict[str, Place] = {  # scores by their short names
     "forget": ("forget", "rougeL_recall"),
     "retain": ("retain", "rougeL_recall"),
     "utility": (None, "model_utility"),
@@ -24,14 +24,13 @@ CONDITION = re.compile(r"\s*([\w.]+)\s*(>=|<=)\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*
 
 
 class Mark(NamedTuple):
-    """Where a run lies.
+    """A run, and where it lies.
 
     Attributes:
-        run: the run.
         status: "front": no other run forgets as much and keeps as much, and more of one. "dominated": one does, and
-            its interval of one of the two figures lies beyond this run's. "within intervals": one does, but the
-            intervals of both figures overlap for each such run.
-        by: the run that dominates it (clearly, if one does), the one with the lowest forget figure; None on the front.
+            its interval of one of the two scores lies beyond this run's. "within intervals": one does, but the
+            intervals of both scores overlap for each such run.
+        by: the run that dominates it (clearly, if one does), the one with the lowest forget score; None on the front.
     """
 
     run: Run
@@ -40,13 +39,13 @@ class Mark(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """A bound on a figure, e.g. `retain>=0.95*base`.
+    """A bound on a score, e.g. `retain>=0.95*base`.
 
     Attributes:
-        figure: its name, see `place_of`.
+        figure: the name of the score, see `place_of`.
         at_least: `>=`; otherwise `<=`.
         bound: the number.
-        relative: the number multiplies the base's figure.
+        relative: the number multiplies the base's score.
     """
 
     figure: str
@@ -58,7 +57,7 @@ class Condition(NamedTuple):
         return f"{self.figure}{'>=' if self.at_least else '<='}{self.bound:g}{'*base' if self.relative else ''}"
 
     def shortfall(self, run: Run, base: Run | None) -> float:
-        """How far a run is from satisfying it: 0 if it does, infinite if it was not measured."""
+        """The distance of a run from satisfying it: 0 if it does, infinite if it was not measured."""
         value, bound = value_of(run, self.figure), self.bound
         if self.relative:
             assert base is not None  # `select` has looked
@@ -67,11 +66,11 @@ class Condition(NamedTuple):
         return math.inf if math.isnan(short) else max(0.0, short)
 
 
-def place_of(name: str) -> tuple[str | None, str]:
-    """Where the figure of that name is: (set, metric).
+def place_of(name: str) -> Place:
+    """The set and the metric of the score of that name.
 
     Args:
-        name: `forget`, `retain` (both ROUGE-L recall), `utility`, `forget_quality`, or any other figure as SET.METRIC,
+        name: `forget`, `retain` (both ROUGE-L recall), `utility`, `forget_quality`, or any other score as SET.METRIC,
             e.g. `retain.probability`, or `model.METRIC`.
 
     Raises:
@@ -86,7 +85,7 @@ def place_of(name: str) -> tuple[str | None, str]:
 
 
 def value_of(run: Run, name: str) -> float:
-    """A run's figure, NaN if it was not measured."""
+    """A run's score, NaN if it was not measured."""
     found = run.figure(*place_of(name))
     return math.nan if found is None else found.value
 
@@ -97,21 +96,21 @@ def candidates(runs: Iterable[Run]) -> list[Run]:
 
 
 def frontier(runs: Sequence[Run], forget: str = "forget", keep: str = "retain") -> list[Mark]:
-    """Marks the Pareto front of a figure to lower against one to keep high.
+    """Mark the Pareto front of a score to lower against one to keep high.
 
-    References (`REFERENCES`) and runs without one of the figures are left out. Intervals are those of each run alone:
-    two runs that were scored on the same rows can differ beyond doubt although they overlap. A figure without an
+    References (`REFERENCES`) and runs without one of the scores are left out. Intervals are those of each run alone:
+    two runs that were scored on the same rows can differ beyond doubt although they overlap. A score without an
     interval settles nothing.
 
     Args:
         runs: of one comparison.
-        forget, keep: names of the figures, see `place_of`.
+        forget, keep: names of the scores, see `place_of`.
 
     Returns:
         A mark a run, in the order of `runs`.
 
     Raises:
-        ValueError: for a figure that does not exist.
+        ValueError: for a score that does not exist.
     """
     places = place_of(forget), place_of(keep)
     measured = [run for run in candidates(runs) if not math.isnan(value_of(run, forget) + value_of(run, keep))]
@@ -135,10 +134,10 @@ def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", ke
         runs: of one comparison.
         conditions: bounds, separated by commas: `retain>=0.95`, `utility>=0.9`, `forget<=0.2`; `*base` makes a bound
             relative to the base, as in `retain>=0.95*base`. All must hold.
-        forget, keep: names of the figures: lowest first, and of equals the one that keeps more.
+        forget, keep: names of the scores: lowest first, and of equals the one that keeps more.
 
     Raises:
-        ValueError: for conditions that cannot be read, a figure that does not exist or that no run has, and if no run
+        ValueError: for conditions that cannot be read, a score that does not exist or that no run has, and if no run
             satisfies them: the message says how close the nearest comes.
     """
     bounds, base = parse_conditions(conditions), next((run for run in runs if run.method == "base"), None)
@@ -147,14 +146,20 @@ def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", ke
         raise UserError("There is no run to select from: the comparison has no unlearned model.")
     for name in dict.fromkeys([forget, *(bound.figure for bound in bounds)]):
         if all(math.isnan(value_of(run, name)) for run in chosen):
-            raise UserError(f"No run has the figure {name}: {_known(chosen)}")
+            known = dict.fromkeys(f"{part or 'model'}.{metric}" for run in chosen for part, metric in run.places())
+            raise UserError(f"No run has the figure {name}: measured are {', '.join(known)}.")
     for bound in bounds:
         if bound.relative and (base is None or math.isnan(value_of(base, bound.figure))):
             raise UserError(f"{bound} needs a base run that has the figure {bound.figure}.")
     short = [(max((bound.shortfall(run, base) for bound in bounds), default=0.0), run) for run in chosen]
     fit = [run for gap, run in short if gap == 0 and not math.isnan(value_of(run, forget))]
     if fit:
-        return min(fit, key=lambda run: (value_of(run, forget), -_low_if_missing(value_of(run, keep))))
+
+        def rank(run: Run) -> tuple[float, float]:
+            kept = value_of(run, keep)
+            return value_of(run, forget), math.inf if math.isnan(kept) else -kept
+
+        return min(fit, key=rank)
     _, nearest = min(short, key=lambda pair: pair[0])
     missed = [
         f"{bound.figure} is {value_of(nearest, bound.figure):.3f}, {bound.shortfall(nearest, base):.2g} from {bound}"
@@ -165,11 +170,7 @@ def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", ke
 
 
 def parse_conditions(text: str) -> list[Condition]:
-    """Reads bounds like `retain>=0.95*base,forget<=0.2`.
-
-    Raises:
-        ValueError: for a part that is none, or a figure that does not exist.
-    """
+    """Read bounds like `retain>=0.95*base,forget<=0.2`. A part that is none, or an unknown score, is a ValueError."""
     conditions = []
     for part in filter(str.strip, text.split(",")):
         found = CONDITION.fullmatch(part)
@@ -181,15 +182,10 @@ def parse_conditions(text: str) -> list[Condition]:
     return conditions
 
 
-def frontier_table(results: Results, selected: Run | None = None, keep: str = "retain") -> str:
-    """The cells of `frontier_cells` as a Markdown table."""
-    return markdown_table(frontier_cells(results, selected, keep))
-
-
 def frontier_cells(results: Results, selected: Run | None = None, keep: str = "retain") -> list[list[str]]:
     """`Results.table_cells` with a column that says where each run lies, and which one is selected (*).
 
-    Without the column where no run has both figures.
+    Without the column where no run has both scores.
     """
     words = {mark.run.name: mark.status for mark in frontier(results.runs, keep=keep)}
     if selected is not None:
@@ -198,25 +194,12 @@ def frontier_cells(results: Results, selected: Run | None = None, keep: str = "r
 
 
 def _dominates(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
-    """At least as good in both figures, and better in one."""
-    (forget, keep), (other_forget, other_keep) = ([figure.value for figure in pair] for pair in (one, other))
+    """At least as good in both scores, and better in one."""
+    (forget, keep), (other_forget, other_keep) = ([score.value for score in pair] for pair in (one, other))
     return forget <= other_forget and keep >= other_keep and (forget, keep) != (other_forget, other_keep)
 
 
 def _clearly(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
-    """Whether one of the two figures is better beyond both intervals."""
-    (forget, keep), (other_forget, other_keep) = one, other
-    return _below(forget, other_forget) or _below(other_keep, keep)
-
-
-def _below(one: Estimate, other: Estimate) -> bool:
-    return one.high is not None and other.low is not None and one.high < other.low
-
-
-def _low_if_missing(value: float) -> float:
-    return -math.inf if math.isnan(value) else value
-
-
-def _known(runs: Sequence[Run]) -> str:
-    names = dict.fromkeys(f"{part or 'model'}.{metric}" for run in runs for part, metric in run.places())
-    return "measured are " + ", ".join(names) + "."
+    """Whether one of the two scores is better beyond both intervals."""
+    pairs = (one[0], other[0]), (other[1], one[1])
+    return any(None not in (low.high, high.low) and low.high < high.low for low, high in pairs)

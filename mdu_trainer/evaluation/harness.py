@@ -5,7 +5,7 @@
     import lm_eval, mdu_trainer.evaluation.harness
     lm_eval.simple_evaluate(model="mdlm", model_args="pretrained=PATH,num_draws=32", tasks=["arc_easy"])
 
-What harnesses assume of language models, and what stands for it here:
+Harnesses assume a left-to-right model. In place of what they ask for stands:
 
 - the likelihood of a continuation: `response_likelihood`, a Monte-Carlo estimate of the bound that LLaDA reports
   (arXiv 2502.09992, appendix B); continuations of one token, as in MMLU, are exact with a single pass;
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -124,13 +125,13 @@ class MaskedDiffusionLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a continuation without context is conditioned on."""
+        """The token that a continuation without context is conditioned on."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else start
 
     @property
     def tokenizer_name(self) -> str:
-        """For the names of caches."""
+        """The tokenizer's name, for those of caches."""
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
@@ -165,16 +166,11 @@ class MaskedDiffusionLM(TemplateLM):
         contexts = self._fit([context for _, context, _ in requests], [len(ids) for ids in continuations])
         results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         lengths = [len(a) + len(b) for a, b in zip(contexts, continuations, strict=True)]
+        batch_size, seed = self._decoding.batch_size, self._decoding.seed
         for rows in self._parts(lengths, disable_tqdm):
             part = [contexts[row] for row in rows], [continuations[row] for row in rows]
-            batch_size = self._decoding.batch_size
             estimate = response_likelihood(
-                self.model,
-                *part,
-                self.backbone,
-                num_draws=self._num_draws,
-                batch_size=batch_size,
-                seed=self._decoding.seed,
+                self.model, *part, self.backbone, num_draws=self._num_draws, batch_size=batch_size, seed=seed
             )
             greedy = [False] * len(rows)
             if self._check_greedy:
@@ -207,13 +203,8 @@ class MaskedDiffusionLM(TemplateLM):
             fitted = self._fit([prompts[row] for row in group], [config.max_new_tokens] * len(group))
             for part in self._parts(list(map(len, fitted)), disable_tqdm):
                 rows = [group[i] for i in part]
-                decoded = generate_ids(
-                    self.model,
-                    [fitted[i] for i in part],
-                    config,
-                    self.backbone,
-                    row_ids=[row_ids[row] for row in rows],
-                )
+                asked, numbers = [fitted[i] for i in part], [row_ids[row] for row in rows]
+                decoded = generate_ids(self.model, asked, config, self.backbone, row_ids=numbers)
                 for row, ids in zip(rows, decoded, strict=True):
                     texts[row] = _until(self.tokenizer.decode(ids, skip_special_tokens=True), stops)
                     self.cache_hook.add_partial("generate_until", requests[row].args, texts[row])
@@ -273,11 +264,8 @@ class MaskedDiffusionLM(TemplateLM):
 
     def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
         """The objects of all processes on process `dst`, None on the others."""
-        if self._world_size == 1:
-            return [obj]
-        gathered = [None] * self._world_size if self._rank == dst else None
-        torch.distributed.gather_object(obj, gathered, dst=dst)
-        return gathered
+        gathered = gather_object([obj])
+        return gathered if self._rank == dst else None
 
     def barrier(self) -> None:
         """Wait for all processes."""

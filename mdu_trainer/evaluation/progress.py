@@ -1,4 +1,4 @@
-"""What long work has finished, in a file, so that a killed run goes on from there. Figures only."""
+"""A file of what long work has finished, so that a killed run goes on from there. Scores only."""
 
 import json
 import os
@@ -60,20 +60,17 @@ class ProgressFile:
                 raise UserError(f"{self.path}, line {number}, is damaged. Delete the file to start anew.") from None
         if len(whole) < len(content):
             os.truncate(self.path, len(whole))
-        self.path.touch(mode=0o600)  # it has a hash of the rows, and figures of each
+        self.path.touch(mode=0o600)  # it has a hash of the rows, and scores of each
         self._file = self.path.open("a", encoding="utf-8")
         if not whole:
-            self._write([header])
+            self.append([header])
         return done
 
     def append(self, lines: Sequence[dict[str, Any]]) -> None:
         """Keep these finished pieces."""
         if self._file is not None:
-            self._write(lines)
-
-    def _write(self, lines: Sequence[dict[str, Any]]) -> None:
-        self._file.write("".join(json.dumps(line) + "\n" for line in lines))
-        self._file.flush()
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
+            self._file.flush()
 
     def _check(self, line: str, header: dict[str, Any]) -> None:
         try:

@@ -26,7 +26,7 @@ class Metric:
     """A metric of answers, as it is registered.
 
     Attributes:
-        compute: from a `scoring.Batch` of rows to scores: name -> a value a row, None where it cannot be measured.
+        compute: from a `scoring.QuestionBatch` to its scores: name -> a value a row, None where it cannot be measured.
         roles: of the answers whose likelihood it needs.
         words: score -> what it is, in a line for cards and pages.
         titles: score -> its short name, for scores that have columns of their own in `Results.table`.
@@ -40,7 +40,7 @@ class Metric:
 
 @dataclass
 class BenchmarkOptions:
-    """What a benchmark may be asked. Each reads what it has a use for."""
+    """The options of all benchmarks. Each reads those that it has a use for."""
 
     dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of TOFU or RWKU."})
     forget_split: str = field(default="forget10", metadata={"help": "TOFU: config name of the rows to forget."})
@@ -112,11 +112,7 @@ def register_benchmark(name: str, benchmark: Benchmark) -> None:
 
 
 def choose_metrics(names: Sequence[str]) -> dict[str, Metric]:
-    """Metrics by their names.
-
-    Raises:
-        ValueError: for no name, or one that is unknown.
-    """
+    """Metrics by their names. No name, or one that is unknown, is a ValueError."""
     unknown = [name for name in names if name not in METRICS]
     if unknown or not names:
         raise UserError(f"Unknown metrics: {', '.join(unknown) or 'none given'}. Choose from {', '.join(METRICS)}.")
@@ -124,12 +120,12 @@ def choose_metrics(names: Sequence[str]) -> dict[str, Metric]:
 
 
 def score_words() -> dict[str, str]:
-    """What each score is, in words: of all metrics and benchmarks that are registered now."""
+    """Explain each score of all metrics and benchmarks that are registered now, in a line."""
     return {score: text for one in (*METRICS.values(), *BENCHMARKS.values()) for score, text in one.words.items()}
 
 
 def explained(scores: Iterable[str]) -> dict[str, str]:
-    """Those of these scores that are explained, in their order, and how."""
+    """The scores of these that `score_words` explains, in their order, and how."""
     words = score_words()
     return {score: words[score] for score in scores if score in words}
 

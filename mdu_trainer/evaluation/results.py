@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 from ..files import Record, without_secrets
 from .registry import score_titles
 
-COLUMNS = {  # of `Results.table`, where any run has the figure: (set, metric), the set None for the summary
+Place = tuple[str | None, str]  # set and metric of a score, the set None for the model as a whole
+
+COLUMNS: dict[str, Place] = {  # of `Results.table`, where any run has the score
     "forget rL": ("forget", "rougeL_recall"),
     "retain rL": ("retain", "rougeL_recall"),
     "forget prob.": ("forget", "probability"),
@@ -30,12 +32,7 @@ HEADLINES = {  # the one of a further set that the table shows
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, with its 95 % bootstrap interval over rows.
-
-    Attributes:
-        value: the figure.
-        low, high: ends of the interval, both None where there is none.
-    """
+    """The value of a score, with its 95 % bootstrap interval over rows: `low` and `high`, None where there is none."""
 
     value: float
     low: float | None = None
@@ -43,8 +40,8 @@ class Estimate:
 
     def __str__(self) -> str:
         if self.low is None or self.high is None:
-            return _figure(self.value)
-        return f"{_figure(self.value)} [{_figure(self.low)}, {_figure(self.high)}]"
+            return _rounded(self.value)
+        return f"{_rounded(self.value)} [{_rounded(self.low)}, {_rounded(self.high)}]"
 
 
 Scores = dict[str, Estimate]
@@ -57,9 +54,9 @@ class Run:
     Attributes:
         method: "base" or the method's name.
         tau: of MDU, None for other methods.
-        scores: name of a set ("forget", "retain", ...) -> name of a metric -> figure. A missing figure is absent.
+        scores: name of a set ("forget", "retain", ...) -> name of a metric -> score. A missing score is absent.
         rows: name of a set -> rows scored.
-        summary: figures of the model as a whole (`model_utility`, `forget_quality`, ...).
+        summary: scores of the model as a whole (`model_utility`, `forget_quality`, ...).
         train_seconds, eval_seconds: wall-clock time.
         settings: what tells the run from others of its method, e.g. `{"learning_rate": 1e-4, "max_steps": 60}`.
     """
@@ -75,43 +72,41 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What tables and pictures call the run: method, tau and settings, e.g. "mdu tau=0 lr=0.0001 steps=60"."""
+        """The run in tables and pictures: method, tau and settings, e.g. "mdu tau=0 lr=0.0001 steps=60"."""
         values = ({} if self.tau is None else {"tau": self.tau}) | self.settings
-        words = [f"{SHORT.get(key, key)}={_setting(value)}" for key, value in values.items()]
-        return " ".join([self.method, *words])
+        texts = {key: f"{value:.9g}" if isinstance(value, float) else value for key, value in values.items()}
+        return " ".join([self.method, *(f"{SHORT.get(key, key)}={text}" for key, text in texts.items())])
 
     def renamed(self, text: Callable[[str], str]) -> "Run":
         """The run with every name that it holds changed, for a place where names have another spelling."""
 
-        def texts(figures: Mapping[str, Any]) -> dict[str, Any]:
-            return {text(name): figure for name, figure in figures.items()}
+        def texts(named: Mapping[str, Any]) -> dict[str, Any]:
+            return {text(name): value for name, value in named.items()}
 
         return replace(
             self,
             method=text(self.method),
-            scores={name: texts(figures) for name, figures in texts(self.scores).items()},
+            scores={name: texts(scores) for name, scores in texts(self.scores).items()},
             rows=texts(self.rows),
             summary=texts(self.summary),
             settings={k: text(v) if isinstance(v, str) else v for k, v in texts(self.settings).items()},
         )
 
     def figure(self, name: str | None, metric: str) -> Estimate | None:
-        """The figure of a set, or of the summary if `name` is None; None if it was not measured."""
+        """The score of a set, or of the summary if `name` is None; None if it was not measured."""
         return (self.summary if name is None else self.scores.get(name, {})).get(metric)
 
-    def places(self) -> list[tuple[str | None, str]]:
-        """Where the run has a figure: (set, metric), the set None for the summary."""
-        return [(name, metric) for name, scores in self.scores.items() for metric in scores] + [
-            (None, metric) for metric in self.summary
-        ]
+    def places(self) -> list[Place]:
+        """The set and the metric of each score that the run has."""
+        return [(name, metric) for name, scores in [*self.scores.items(), (None, self.summary)] for metric in scores]
 
     def change(self, baseline: "Run") -> str:
-        """A Markdown table of the figures that both runs have, and how far this one has moved from the other."""
+        """A Markdown table of the scores that both runs have, and how far this one has moved from the other."""
         rows = [["set", "metric", baseline.name, self.name, "change"]]
         for name, metric in self.places():
             before, after = baseline.figure(name, metric), self.figure(name, metric)
-            if before is not None:
-                values = [_figure(before.value), _figure(after.value), f"{after.value - before.value:+.3f}"]
+            if before and after:
+                values = [_rounded(before.value), _rounded(after.value), f"{after.value - before.value:+.3f}"]
                 rows.append([name or "model", metric, *values])
         return markdown_table(rows, text_columns=2)
 
@@ -136,7 +131,7 @@ class Results(Record):
     runs: list[Run] = field(default_factory=list)
 
     def to_json(self) -> str:
-        """Return, as JSON, the figures that were measured, and the settings without the secrets among them."""
+        """Return, as JSON, the scores that were measured, and the settings without the secrets among them."""
         return super(Results, replace(self.finite(), settings=without_secrets(self.settings))).to_json()
 
     def check(self) -> None:
@@ -145,10 +140,10 @@ class Results(Record):
             raise ValueError("it holds no run")
 
     def finite(self) -> "Results":
-        """The comparison without figures that are NaN or infinite: nothing was measured there."""
+        """The comparison without scores that are NaN or infinite: nothing was measured there."""
 
-        def finite(figures: Scores) -> Scores:
-            return {metric: figure for metric, figure in figures.items() if math.isfinite(figure.value)}
+        def finite(scores: Scores) -> Scores:
+            return {metric: score for metric, score in scores.items() if math.isfinite(score.value)}
 
         runs = [
             replace(run, scores={name: finite(part) for name, part in run.scores.items()}, summary=finite(run.summary))
@@ -161,7 +156,7 @@ class Results(Record):
         return markdown_table(self.table_cells(further))
 
     def table_cells(self, further: dict[str, dict[str, str]] | None = None) -> list[list[str]]:
-        """The runs, one a row, under a header. Columns that no run has a figure for are left out.
+        """The runs, one a row, under a header. Columns that no run has a score for are left out.
 
         Args:
             further: columns at the end: title -> name of a run -> text.
@@ -173,9 +168,9 @@ class Results(Record):
         rows = [["method", *columns, "train s", *further]]
         for run in self.runs:
             found = [run.figure(*place) for place in columns.values()]
-            figures = ["" if figure is None else _figure(figure.value) for figure in found]
+            scores = ["" if score is None else _rounded(score.value) for score in found]
             texts = [texts.get(run.name, "") for texts in further.values()]
-            rows.append([run.name, *figures, f"{run.train_seconds:.0f}", *texts])
+            rows.append([run.name, *scores, f"{run.train_seconds:.0f}", *texts])
         return rows
 
     def details(self) -> str:
@@ -183,20 +178,21 @@ class Results(Record):
         return markdown_table(self.details_cells(), text_columns=2)
 
     def details_cells(self) -> list[list[str]]:
-        """Every figure with its interval, one a row, under a header; the runs are the columns."""
+        """Every score with its interval, one a row, under a header; the runs are the columns."""
         places = dict.fromkeys(place for run in self.runs for place in run.places())
         rows = [["set", "metric", "rows", *(run.name for run in self.runs)]]
         for name, metric in sorted(places, key=lambda place: place[0] is None):  # the summary last
             counts = sorted({run.rows[name] for run in self.runs if name in run.rows})
-            found = [run.figure(name, metric) for run in self.runs]
-            figures = ["" if figure is None else str(figure) for figure in found]
-            rows.append([name or "model", metric, ", ".join(map(str, counts)), *figures])
+            scores = [str(run.figure(name, metric) or "") for run in self.runs]
+            rows.append([name or "model", metric, ", ".join(map(str, counts)), *scores])
         return rows
 
-    def _columns(self) -> dict[str, tuple[str | None, str]]:
+    def _columns(self) -> dict[str, Place]:
         further = dict.fromkeys(name for run in self.runs for name in run.scores if name not in SUMMARISED)
         titles = score_titles()
-        own = {f"{name} {title}": (name, score) for score, title in titles.items() for name in ("forget", "retain")}
+        own: dict[str, Place] = {
+            f"{name} {title}": (name, score) for score, title in titles.items() for name in ("forget", "retain")
+        }
         columns = COLUMNS | own | COLUMNS  # titles that are taken stay what they are
         for name in further:
             for metric, short in (HEADLINES | titles).items():
@@ -216,20 +212,14 @@ def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     rows = [[" ".join(cell.splitlines()).replace("|", "\\|") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     text = [i < text_columns for i in range(len(widths))]
-    lines = [
-        "| "
-        + " | ".join(cell.ljust(w) if t else cell.rjust(w) for cell, w, t in zip(row, widths, text, strict=True))
-        + " |"
-        for row in rows
+    padded = [
+        [cell.ljust(w) if t else cell.rjust(w) for cell, w, t in zip(row, widths, text, strict=True)] for row in rows
     ]
+    lines = [f"| {' | '.join(row)} |" for row in padded]
     rule = "|" + "|".join("-" * (w + 2) if t else "-" * (w + 1) + ":" for w, t in zip(widths, text, strict=True)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _setting(value: Any) -> str:
-    return f"{value:.9g}" if isinstance(value, float) else str(value)
-
-
-def _figure(value: float) -> str:
+def _rounded(value: float) -> str:
     """Three decimals; small p-values keep their order of magnitude."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.0e}"

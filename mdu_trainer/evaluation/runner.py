@@ -1,10 +1,10 @@
 """Score sets of questions: in batches, over processes, and on from where a killed run stopped."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -20,10 +20,11 @@ from .registry import RowScores
 from .scoring import QuestionBatch, QuestionSet
 
 Key = tuple[str, int]  # set, row
+T = TypeVar("T")
 
 
 class Line(NamedTuple):
-    """A finished row."""
+    """A finished row: its scores, which the file of progress calls figures, and the time they took."""
 
     figures: dict[str, float | None]
     seconds: float
@@ -31,14 +32,14 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of every row.
+    """The scores of every row.
 
     Attributes:
-        figures: name of a set -> name of a figure -> a value a row, in the order of the rows.
+        scores: name of a set -> name of a score -> a value a row, in the order of the rows.
         seconds: wall-clock time of the scoring, that before a kill included.
     """
 
-    figures: dict[str, RowScores]
+    scores: dict[str, RowScores]
     seconds: float
 
 
@@ -53,16 +54,13 @@ def score_questions(
 ) -> Evaluation:
     """Compute the metrics of each set.
 
-    Every process of an accelerate launch must call this; each scores its share, and all return the whole. The figures
+    Every process of an accelerate launch must call this; each scores its share, and all return the whole. The scores
     are those of one process, since batches are put together without regard to who scores them.
 
     Args:
-        model: a masked diffusion language model, the same on all processes.
-        tokenizer: the model's.
+        model, tokenizer, backbone: the same on all processes; the backbone is resolved if not given.
         sets: the questions and what to measure.
-        backbone: of the model; resolved if not given.
-        progress_path: file that keeps finished rows, as figures only. Given again after a kill, it saves scoring them
-            anew.
+        progress_path: file that keeps finished rows, scores only. Given again after a kill, they are not scored anew.
         show_progress: show a progress bar over rows, with rate and time left.
 
     Raises:
@@ -80,43 +78,38 @@ def score_questions(
             header["sets"] = {part.name: part.fingerprint() for part in sets}
             for key, line in _from_main(lambda: progress.resume(header, _finished)):
                 done.setdefault(key, line)
-        total = sum(map(len, sets))
-        bar = tqdm(total=total, initial=len(done), unit="row", disable=not (show_progress and state.is_main_process))
+        # batches with a row that is not done; they are scored whole, so that rounding is that of an undisturbed run
+        batches = [(part, rows) for part in sets for rows in part.chunks()]
+        left = [(part, rows) for part, rows in batches if any((part.name, row) not in done for row in rows)]
+        bar = tqdm(
+            total=sum(map(len, sets)),
+            initial=len(done),
+            unit="row",
+            disable=not (show_progress and state.is_main_process),
+        )
         with bar:
-            for lines in _rounds(model, tokenizer, backbone, _unfinished(sets, done)):
+            for lines in _rounds(model, tokenizer, backbone, left):
                 new = {key: line for key, line in lines if key not in done}
                 progress.append([{"set": key[0], "row": key[1], **line._asdict()} for key, line in new.items()])
                 done |= new
                 bar.update(len(new))
     rows = {part.name: [done[part.name, row].figures for row in range(len(part))] for part in sets}
-    if any(figures.keys() != of_set[0].keys() for of_set in rows.values() for figures in of_set):
+    if any(scores.keys() != of_set[0].keys() for of_set in rows.values() for scores in of_set):
         raise UserError(f"{progress_path} is damaged: rows of one set have other figures. Delete it to start anew.")
-    return Evaluation(
-        figures={name: _columns(of_set) for name, of_set in rows.items()},
-        seconds=sum(line.seconds for line in done.values()),
-    )
+    columns = {name: {score: [row[score] for row in of_set] for score in of_set[0]} for name, of_set in rows.items()}
+    return Evaluation(columns, sum(line.seconds for line in done.values()))
 
 
 def _finished(line: dict[str, Any]) -> tuple[Key, Line]:
-    figures = line["figures"]  # NaN is a figure: it is of a row that could not be measured
-    if not all(isinstance(value, float | int) for value in figures.values()):
-        raise ValueError("a figure is no number")
-    return (typed(str, line["set"]), typed(int, line["row"])), Line(figures, typed(float, line["seconds"]))
+    scores = line["figures"]  # null where a row cannot be measured, NaN where a model fails
+    if not all(isinstance(value, float | int | None) for value in scores.values()):
+        raise ValueError("a score is no number")
+    return (typed(str, line["set"]), typed(int, line["row"])), Line(scores, typed(float, line["seconds"]))
 
 
 def processes() -> PartialState:
     """The processes of this launch. Those on the CPU accelerate overlooks unless told so."""
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def _unfinished(sets: Sequence[QuestionSet], done: dict[Key, Line]) -> list[tuple[QuestionSet, list[int]]]:
-    """Batches with a row that is not done. They are scored whole, so that rounding is that of an undisturbed run."""
-    return [
-        (questions, rows)
-        for questions in sets
-        for rows in questions.chunks()
-        if any((questions.name, row) not in done for row in rows)
-    ]
 
 
 def _rounds(
@@ -125,40 +118,31 @@ def _rounds(
     backbone: Backbone,
     batches: Sequence[tuple[QuestionSet, list[int]]],
 ) -> Iterator[list[tuple[Key, Line]]]:
-    """Score one batch a process at a time; yields what all processes have finished."""
+    """Score one batch a process at a time, and yield what all processes have finished."""
     state = PartialState()
     for first in range(0, len(batches), state.num_processes):
         lines = []
         if first + state.process_index < len(batches):
             questions, rows = batches[first + state.process_index]
             start = time.perf_counter()
-            columns = QuestionBatch(model, tokenizer, backbone, questions, rows).figures()
+            columns = QuestionBatch(model, tokenizer, backbone, questions, rows).scores()
             seconds = (time.perf_counter() - start) / len(rows) / min(state.num_processes, len(batches) - first)
             for i, row in enumerate(rows):
-                figures = {name: _number(values[i]) for name, values in columns.items()}
-                lines.append(((questions.name, row), Line(figures, seconds)))
+                scores = {name: values[i] for name, values in columns.items()}
+                scores = {name: None if value is None else float(value) for name, value in scores.items()}
+                lines.append(((questions.name, row), Line(scores, seconds)))
         yield gather_object(lines) if state.num_processes > 1 else lines
 
 
-def _number(value: float | None) -> float | None:
-    return None if value is None else float(value)
-
-
-def _columns(rows: list[dict[str, float | None]]) -> RowScores:
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _from_main(action: Any) -> Any:
+def _from_main(action: Callable[[], T]) -> T:
     """The result of the main process's action on every process; its error, too, so that none waits for another."""
-    state = PartialState()
-    outcome = [None, None]
-    if state.is_main_process:
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
         try:
             outcome[0] = action()
         except ValueError as error:
             outcome[1] = error
-    if state.num_processes > 1:
-        outcome = broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
+    result, error = broadcast_object_list(outcome)
+    if error is not None:
+        raise error
+    return result

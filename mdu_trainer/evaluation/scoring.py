@@ -1,7 +1,7 @@
-"""What is asked of a model, and the figures of each answer.
+"""Questions to a model, and the scores of its answers.
 
 A `QuestionSet` holds tokenised questions and the metrics to compute. A `QuestionBatch` of them decodes answers and
-estimates likelihoods once, when the first metric asks. Metrics are functions from a batch to figures a row.
+estimates likelihoods once, when the first metric asks. Metrics are functions from a batch to scores a row.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from datasets import Dataset
@@ -31,6 +31,7 @@ from .metrics import (
     ExtractionStrength,
     Probability,
     RougeL,
+    RowMetric,
     TruthRatio,
     bootstrap_interval,
     greedy_completions,
@@ -60,7 +61,7 @@ class Question:
 
 @dataclass(frozen=True, repr=False)
 class QuestionSet:
-    """The questions of one set, and what is measured.
+    """The questions of one set, and the metrics to compute.
 
     Attributes:
         name: of the set: "forget", "retain", ...
@@ -85,7 +86,7 @@ class QuestionSet:
         return list(dict.fromkeys(role for metric in self.metrics.values() for role in metric.roles))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the figures depend on, without a word of the texts. The batch size is left out: it changes nothing."""
+        """All that the scores depend on, without a word of the texts; not the batch size, which changes nothing."""
         decoding = {name: value for name, value in asdict(self.decoding).items() if name != "batch_size"}
         content = [(question.prompt, question.references, question.answers) for question in self.questions]
         return {
@@ -104,7 +105,7 @@ class QuestionSet:
 
 
 class AnswerLikelihood(NamedTuple):
-    """Of the K answers in one role: log-likelihoods in nats `[K]`, and numbers of tokens `[K]`."""
+    """The log-likelihoods in nats `[K]` and the numbers of tokens `[K]` of the K answers in one role."""
 
     log_likelihood: np.ndarray
     num_tokens: np.ndarray
@@ -115,45 +116,44 @@ class AnswerLikelihood(NamedTuple):
         return self.log_likelihood / self.num_tokens
 
 
+@dataclass(eq=False, repr=False)
 class QuestionBatch:
     """Rows of a set before a model.
 
-    Args:
-        model, tokenizer, backbone: what answers.
-        questions: the set.
-        rows: row numbers in it.
+    Attributes:
+        model, tokenizer, backbone: they answer.
+        set: the questions, of which `rows` are the numbers that are asked.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: PreTrainedTokenizerBase,
-        backbone: Backbone,
-        questions: QuestionSet,
-        rows: Sequence[int],
-    ):
-        self.model, self.tokenizer, self.backbone = model, tokenizer, backbone
-        self.set, self.rows = questions, list(rows)
-        self.questions = [questions.questions[row] for row in rows]
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    backbone: Backbone
+    set: QuestionSet
+    rows: Sequence[int]
 
-    def figures(self) -> RowScores:
-        """The figures of every metric of the set.
+    @cached_property
+    def questions(self) -> list[Question]:
+        """The questions that are asked."""
+        return [self.set.questions[row] for row in self.rows]
+
+    def scores(self) -> RowScores:
+        """The scores of every metric of the set.
 
         Raises:
-            UserError: a metric gives a figure that another one gives, too, or not one a row.
+            UserError: a metric gives a score that another one gives, too, or not one a row.
         """
-        figures: RowScores = {}
+        scores: RowScores = {}
         for name, metric in self.set.metrics.items():
-            for figure, values in metric.compute(self).items():
-                if figure in figures:
-                    raise UserError(f"Two metrics of the {self.set.name} set give {figure!r}, one of them {name!r}.")
+            for score, values in metric.compute(self).items():
+                if score in scores:
+                    raise UserError(f"Two metrics of the {self.set.name} set give {score!r}, one of them {name!r}.")
                 if len(values) != len(self.rows):
                     raise UserError(
-                        f"The metric {name!r} gives {len(values)} values of {figure!r} for {len(self.rows)} rows: it "
+                        f"The metric {name!r} gives {len(values)} values of {score!r} for {len(self.rows)} rows: it "
                         "must give one a row, None where it cannot be measured."
                     )
-                figures[figure] = values
-        return figures
+                scores[score] = values
+        return scores
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -162,7 +162,7 @@ class QuestionBatch:
 
     @property
     def to_complete(self) -> tuple[nn.Module, list[list[int]], list[list[int]], Backbone]:
-        """What the metrics of memorisation take: model, prompts, true answers, backbone."""
+        """Model, prompts, true answers and backbone, as the metrics of memorisation take them."""
         return self.model, self.prompts, [one.answers["answer"][0] for one in self.questions], self.backbone
 
     @cached_property
@@ -177,7 +177,7 @@ class QuestionBatch:
 
     @cached_property
     def likelihoods(self) -> list[dict[str, AnswerLikelihood]]:
-        """Of each question: role -> likelihoods of its answers."""
+        """The likelihoods of the answers to each question, by role."""
         flat = [
             (i, role, ids)
             for i, question in enumerate(self.questions)
@@ -196,20 +196,15 @@ class QuestionBatch:
         places: list[dict[str, list[int]]] = [{} for _ in self.questions]
         for place, (i, role, _) in enumerate(flat):
             places[i].setdefault(role, []).append(place)
-        return [
-            {
-                role: AnswerLikelihood(estimate.log_likelihood[at], estimate.num_tokens[at])
-                for role, at in roles.items()
-            }
-            for roles in places
-        ]
+        total, count = estimate.log_likelihood, estimate.num_tokens
+        return [{role: AnswerLikelihood(total[at], count[at]) for role, at in roles.items()} for roles in places]
 
     def per_token(self, role: str) -> list[list[float]]:
-        """Of each question: mean log-likelihoods a token of the answers in a role."""
+        """Mean log-likelihoods a token of the answers in a role, for each question."""
         return [roles[role].per_token.tolist() for roles in self.likelihoods]
 
     def first(self, role: str) -> list[float]:
-        """Of each question: mean log-likelihood a token of the first answer in a role."""
+        """Mean log-likelihood a token of the first answer in a role, for each question."""
         return [answers[0] for answers in self.per_token(role)]
 
 
@@ -257,14 +252,14 @@ def encode_questions(
     return questions
 
 
-def estimates(figures: RowScores) -> Scores:
-    """The mean of each figure over the rows where it is measured, with its interval.
+def estimates(row_scores: RowScores) -> Scores:
+    """The mean of each score over the rows where it is measured, with its interval.
 
-    RowScores that are measured nowhere, or are not finite in every row where they are, are left out.
+    Scores that are measured nowhere, or are not finite in every row where they are, are left out.
     """
     scores: Scores = {}
-    without: dict[str, list[str]] = {}  # on how many rows -> figures that cannot be measured there
-    for name, values in figures.items():
+    without: dict[str, list[str]] = {}  # on how many rows -> scores that cannot be measured there
+    for name, values in row_scores.items():
         measured = [value for value in values if value is not None]
         if len(measured) < len(values):
             without.setdefault(f"{len(values) - len(measured)} of {len(values)} rows", []).append(name)
@@ -280,11 +275,13 @@ def digest(content: Any) -> str:
     return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
 
 
+def _by_row(metric: RowMetric, **columns: Any) -> RowScores:
+    return cast(RowScores, metric.compute(**columns, use_aggregator=False))
+
+
 def _rouge(batch: QuestionBatch) -> RowScores:
     pairs = [(i, text) for i, question in enumerate(batch.questions) for text in question.references]
-    scores = RougeL().compute(
-        predictions=[batch.texts[i] for i, _ in pairs], references=[text for _, text in pairs], use_aggregator=False
-    )
+    scores = _by_row(RougeL(), predictions=[batch.texts[i] for i, _ in pairs], references=[text for _, text in pairs])
     best: RowScores = {name: [None] * len(batch.questions) for name in scores}
     for name, values in scores.items():
         for (i, _), value in zip(pairs, values, strict=True):
@@ -294,21 +291,18 @@ def _rouge(batch: QuestionBatch) -> RowScores:
 
 
 def _probability(batch: QuestionBatch) -> RowScores:
-    return Probability().compute(per_token=batch.first("answer"), use_aggregator=False)
+    return _by_row(Probability(), per_token=batch.first("answer"))
 
 
 def _choice_probability(batch: QuestionBatch) -> RowScores:
-    return ChoiceProbability().compute(
-        per_token=batch.first("answer"), wrong_per_token=batch.per_token("perturbed"), use_aggregator=False
-    )
+    wrong = batch.per_token("perturbed")
+    return _by_row(ChoiceProbability(), per_token=batch.first("answer"), wrong_per_token=wrong)
 
 
 def _truth_ratio(batch: QuestionBatch) -> RowScores:
     """Ratios before any aggregation, against the paraphrased answer where the data has one."""
     true = "paraphrased" if "paraphrased" in batch.questions[0].answers else "answer"
-    return TruthRatio().compute(
-        per_token=batch.first(true), wrong_per_token=batch.per_token("perturbed"), use_aggregator=False
-    )
+    return _by_row(TruthRatio(), per_token=batch.first(true), wrong_per_token=batch.per_token("perturbed"))
 
 
 def _accuracy(batch: QuestionBatch) -> RowScores:
@@ -318,65 +312,39 @@ def _accuracy(batch: QuestionBatch) -> RowScores:
 
 
 def _degeneracy(batch: QuestionBatch) -> RowScores:
-    texts = batch.tokenizer.batch_decode(batch.decoded)
-    special = batch.tokenizer.all_special_tokens
-    rows = Degeneracy().compute(predictions=texts, special_tokens=special, use_aggregator=False)
-    return {"degeneracy": rows["degeneracy"]}
+    texts, special = batch.tokenizer.batch_decode(batch.decoded), batch.tokenizer.all_special_tokens
+    return {"degeneracy": _by_row(Degeneracy(), predictions=texts, special_tokens=special)["degeneracy"]}
 
 
 def _exact_memorization(batch: QuestionBatch) -> RowScores:
     decoded, true = greedy_completions(*batch.to_complete, batch_size=batch.set.decoding.batch_size)
-    return ExactMemorization().compute(predictions=decoded, references=true, use_aggregator=False)
+    return _by_row(ExactMemorization(), predictions=decoded, references=true)
 
 
 def _extraction_strength(batch: QuestionBatch) -> RowScores:
     prefixes, lengths = shortest_prefixes(*batch.to_complete, batch_size=batch.set.decoding.batch_size)
-    return ExtractionStrength().compute(prefix_tokens=prefixes, num_tokens=lengths, use_aggregator=False)
+    return _by_row(ExtractionStrength(), prefix_tokens=prefixes, num_tokens=lengths)
 
 
-register_metric(
-    "rougeL",
-    Metric(
-        _rouge,
-        words={
-            "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher "
-            "elsewhere)"
-        },
-    ),
-)
-register_metric(
-    "probability",
-    Metric(
-        _probability,
-        ("answer",),
-        {"probability": "probability of the true answer, a token, estimated over draws of masks"},
-    ),
-)
+WORDS = {
+    "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher elsewhere)",
+    "probability": "probability of the true answer, a token, estimated over draws of masks",
+    "truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one",
+    "degeneracy": "share of answers that are empty, repetitive or made of special tokens",
+    "exact_memorization": "share of the answer's tokens that decoding at its true length gets right",
+    "extraction_strength": "share of the answer that need not be revealed for the model to complete it",
+}
+
+
+def _explained(score: str) -> dict[str, str]:
+    return {score: WORDS[score]}
+
+
+register_metric("rougeL", Metric(_rouge, words=_explained("rougeL_recall")))
+register_metric("probability", Metric(_probability, ("answer",), _explained("probability")))
 register_metric("choice_probability", Metric(_choice_probability, ("answer", "perturbed")))
-register_metric(
-    "truth_ratio",
-    Metric(
-        _truth_ratio,
-        ("answer", "paraphrased", "perturbed"),
-        {"truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one"},
-    ),
-)
+register_metric("truth_ratio", Metric(_truth_ratio, ("answer", "paraphrased", "perturbed"), _explained("truth_ratio")))
 register_metric("accuracy", Metric(_accuracy, ("true", "false")))
-register_metric(
-    "degeneracy",
-    Metric(_degeneracy, words={"degeneracy": "share of answers that are empty, repetitive or made of special tokens"}),
-)
-register_metric(
-    "exact_memorization",
-    Metric(
-        _exact_memorization,
-        words={"exact_memorization": "share of the answer's tokens that decoding at its true length gets right"},
-    ),
-)
-register_metric(
-    "extraction_strength",
-    Metric(
-        _extraction_strength,
-        words={"extraction_strength": "share of the answer that need not be revealed for the model to complete it"},
-    ),
-)
+register_metric("degeneracy", Metric(_degeneracy, words=_explained("degeneracy")))
+register_metric("exact_memorization", Metric(_exact_memorization, words=_explained("exact_memorization")))
+register_metric("extraction_strength", Metric(_extraction_strength, words=_explained("extraction_strength")))

@@ -27,6 +27,7 @@ from ..data.reading import private, whole_cache
 from ..files import UserError, read_jsonl
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+QUESTION_ANSWER = {"question": str, "answer": str}  # columns of most sets, see `check_columns`
 KINDS = {str: "a text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -192,20 +193,12 @@ def _readable(source: str | Path) -> Iterator[None]:
 
 
 def first_rows(rows: Dataset, limit: int | None) -> Dataset:
-    """The first `limit` rows; all if None.
-
-    Raises:
-        ValueError: for a limit below 1.
-    """
+    """The first `limit` rows; all if None. A limit below 1 is a ValueError."""
     return rows.select(range(_count(rows, limit)))
 
 
 def spread(rows: Dataset, limit: int | None) -> Dataset:
-    """At most `limit` rows, evenly spaced; all if None.
-
-    Raises:
-        ValueError: for a limit below 1.
-    """
+    """At most `limit` rows, evenly spaced; all if None. A limit below 1 is a ValueError."""
     count = _count(rows, limit)
     return rows.select([i * len(rows) // count for i in range(count)])
 

@@ -4,10 +4,10 @@
     result = evaluate_tofu(model, tokenizer, sets)
     print(Results("my model", "TOFU forget10", {}, [result.run]).table())
 
-Of each set (forget, retain, real authors, world facts): ROUGE-L of the decoded answer, the probability of the true
-one, and the truth ratio, which asks whether the model prefers it to wrong ones. Of the whole: model utility, the
-harmonic mean of these three on all sets but forget, and forget quality, the p-value of the hypothesis that the truth
-ratios of the forget rows are those of a model that never saw them.
+Each set (forget, retain, real authors, world facts) has three scores: ROUGE-L of the decoded answer, the probability
+of the true one, and the truth ratio, which asks whether the model prefers it to wrong ones. The model as a whole has
+two: model utility, the harmonic mean of these three on all sets but forget, and forget quality, the p-value of the
+hypothesis that the truth ratios of the forget rows are those of a model that never saw them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from .registry import RowScores, choose_metrics
 from .results import Estimate, Run, Scores
 from .runner import score_questions
 from .scoring import QuestionSet, digest, encode_questions, estimates
-from .sources import check_columns, config_names, first_rows, load_split, spread
+from .sources import QUESTION_ANSWER, check_columns, config_names, first_rows, load_split, spread
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
 TOFU_METRICS = ("rougeL", "probability", "truth_ratio", "degeneracy")
@@ -75,18 +75,18 @@ class TruthRatios(Record):
 
 @dataclass(frozen=True)
 class TofuResult:
-    """What `evaluate_tofu` returns.
+    """The outcome of `evaluate_tofu`.
 
     Attributes:
-        run: every figure with its interval; part of `Results`, which prints, saves and feeds model cards.
-        figures: set -> name of a figure -> a value a row, None where it cannot be measured. Truth ratios are as
+        run: every score with its interval; part of `Results`, which prints, saves and feeds model cards.
+        row_scores: set -> name of a score -> a value a row, None where it cannot be measured. Truth ratios are as
             defined, before TOFU's aggregation.
         truth_ratios: of the forget rows; saved for a retain model, they give others their forget quality. None if the
             forget set has no perturbed answers, or the metric was not asked for.
     """
 
     run: Run
-    figures: dict[str, RowScores]
+    row_scores: dict[str, RowScores]
     truth_ratios: TruthRatios | None
 
 
@@ -119,7 +119,7 @@ def load_tofu(
     sets = {}
     for name, config in (("forget", forget), ("retain", retain)):
         rows = load(config)
-        check_columns(rows, name, {"question": str, "answer": str})
+        check_columns(rows, name, QUESTION_ANSWER)
         if name == "retain":
             rows = first_rows(rows, max_retain_rows)
         perturbed = next((c for c in (f"{config}_perturbed", f"{name}_perturbed") if c in names), None)
@@ -152,9 +152,8 @@ def check_sets(sets: Mapping[str, Dataset]) -> None:
         raise UserError(f"sets must be 'forget' and any of {', '.join(SETS[1:])}, got {', '.join(sets) or 'none'}.")
     for name, rows in sets.items():
         kinds = {"paraphrased_answer": str, "perturbed_answer": list}
-        columns = {"question": str, "answer": str} | {c: kinds[c] for c in kinds if c in rows.column_names}
-        check_columns(rows, name, columns)
-        if "perturbed_answer" in columns:
+        check_columns(rows, name, QUESTION_ANSWER | {c: kinds[c] for c in kinds if c in rows.column_names})
+        if "perturbed_answer" in rows.column_names:
             counts = [len(answers) for answers in rows["perturbed_answer"]]
             other = next((row for row, count in enumerate(counts) if count != counts[0]), None)
             if other is not None:
@@ -207,37 +206,12 @@ def evaluate_tofu(
     scored = score_questions(
         model, tokenizer, questions, backbone=backbone, progress_path=progress_path, show_progress=show_progress
     )
-    ratios = scored.figures["forget"].get("truth_ratio")
+    ratios = scored.scores["forget"].get("truth_ratio")
     truth_ratios = None if ratios is None else TruthRatios(question_digest(sets["forget"]), ratios)
-    scores = {name: estimates(figures) for name, figures in _aggregated(scored.figures).items()}
+    scores = {name: estimates(_aggregated(name, of_set)) for name, of_set in scored.scores.items()}
     rows = {name: len(sets[name]) for name in scores}
     summary = _summary(scores, truth_ratios, retain_log)
-    return TofuResult(Run(method, None, scores, rows, summary, 0.0, scored.seconds), scored.figures, truth_ratios)
-
-
-def score_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    generation_config: DiffusionGenerationConfig | None = None,
-    *,
-    metrics: Sequence[str] = ("rougeL", "probability"),
-    backbone: Backbone | None = None,
-    num_draws: int = 16,
-    show_progress: bool = False,
-) -> Scores:
-    """The figures of one set of questions; arguments and errors as in `evaluate_tofu`."""
-    result = evaluate_tofu(
-        model,
-        tokenizer,
-        {"forget": dataset},
-        generation_config,
-        metrics=metrics,
-        backbone=backbone,
-        num_draws=num_draws,
-        show_progress=show_progress,
-    )
-    return result.run.scores["forget"]
+    return TofuResult(Run(method, None, scores, rows, summary, 0.0, scored.seconds), scored.scores, truth_ratios)
 
 
 def tofu_questions(
@@ -249,21 +223,21 @@ def tofu_questions(
     num_draws: int = 16,
 ) -> list[QuestionSet]:
     """TOFU's sets as questions, and what is measured of each; arguments as in `evaluate_tofu`."""
-    encoded, chosen = {}, {}
+    generation_config = generation_config or DiffusionGenerationConfig(max_new_tokens=longest_answer(sets, tokenizer))
+    found = []
     for name, rows in sets.items():
-        columns = {role: f"{role}_answer" for role in ("paraphrased", "perturbed")}
-        answers = {"answer": [[text] for text in rows["answer"]]}
-        for role, column in columns.items():
-            if column in rows.column_names:
-                answers[role] = [[value] if isinstance(value, str) else value for value in rows[column]]
-        references = answers["answer"]
-        encoded[name] = encode_questions(name, rows["question"], references, answers, tokenizer, backbone)
+        true = [[text] for text in rows["answer"]]
+        answers = {"answer": true}
+        if "paraphrased_answer" in rows.column_names:
+            answers["paraphrased"] = [[text] for text in rows["paraphrased_answer"]]
+        if "perturbed_answer" in rows.column_names:
+            answers["perturbed"] = list(rows["perturbed_answer"])
+        questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone)
         wanted = [metric for metric in metrics if metric != "truth_ratio" or "perturbed" in answers]
         if name in KNOWN_FACTS and "perturbed" in answers:
             wanted = ["choice_probability" if metric == "probability" else metric for metric in wanted]
-        chosen[name] = choose_metrics(wanted)
-    generation_config = generation_config or DiffusionGenerationConfig(max_new_tokens=longest_answer(sets, tokenizer))
-    return [QuestionSet(name, encoded[name], chosen[name], generation_config, num_draws) for name in sets]
+        found.append(QuestionSet(name, questions, choose_metrics(wanted), generation_config, num_draws))
+    return found
 
 
 def longest_answer(sets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> int:
@@ -278,25 +252,17 @@ def question_digest(rows: Dataset) -> str:
     return digest(list(rows["question"]))
 
 
-def _aggregated(figures: dict[str, RowScores]) -> dict[str, RowScores]:
-    """The figures whose means TOFU reports: truth ratios as it aggregates them."""
-    aggregated = {}
-    for name, columns in figures.items():
-        aggregated[name] = dict(columns)
-        if "truth_ratio" in columns:
-            kind = "forget" if name == "forget" else "retain"
-            aggregated[name]["truth_ratio"] = aggregate_truth_ratios(columns["truth_ratio"], kind)
-    return aggregated
+def _aggregated(name: str, scores: RowScores) -> RowScores:
+    """The scores of a set whose means TOFU reports: truth ratios as it aggregates them."""
+    if "truth_ratio" not in scores:
+        return scores
+    kind = "forget" if name == "forget" else "retain"
+    return scores | {"truth_ratio": aggregate_truth_ratios(scores["truth_ratio"], kind)}
 
 
 def _summary(scores: Mapping[str, Scores], truth_ratios: TruthRatios | None, retain_log: TruthRatios | None) -> Scores:
-    figures = [
-        scores[name][metric].value
-        for name in SETS[1:]
-        for metric in UTILITY
-        if name in scores and metric in scores[name]
-    ]
-    summary = ModelUtility().compute(figures=figures) if figures else {}
+    kept = [part[metric].value for part in map(scores.get, SETS[1:]) if part for metric in UTILITY if metric in part]
+    summary = ModelUtility().compute(figures=kept) if kept else {}
     if truth_ratios is not None and retain_log is not None:
         quality = ForgetQuality().compute(predictions=truth_ratios.values, references=retain_log.values)
         summary["forget_quality"] = quality["forget_quality"]

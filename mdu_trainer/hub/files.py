@@ -1,4 +1,4 @@
-"""What is uploaded of a checkpoint: an explicit list of files, rid of local paths."""
+"""The files of a checkpoint that are uploaded: an explicit list, rid of local paths."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
-from ..files import UserError
+from ..files import UserError, read_json
 from ..provenance.facts import Facts
 from ..report.attack_words import public
 from ..report.model_card import CARD, LOCAL_BASE, PICTURE, CardDetails, checkpoint_card, data_name
@@ -23,73 +23,51 @@ SHARD = re.compile(r"model[\w.-]*\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIGS = ("config.json", "generation_config.json")
 VOCABULARIES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json"),
+    *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
 )
 TOKENIZER = (*VOCABULARIES, "chat_template.jinja")
 TEMPLATES = "additional_chat_templates"
 LOCAL_KEYS = ("_name_or_path", "name_or_path", "tokenizer_file")  # paths of the machine that saved it
 
 
-def regular_file(folder: Path, name: str) -> Path | None:
-    """A file of a folder by its name, None if there is none.
-
-    Raises:
-        ValueError: it is a link, or lies behind one, or is no regular file: what it would send lies elsewhere.
-    """
-    path = folder / name
-    if not os.path.lexists(path):
-        return None
-    linked = any(part.is_symlink() for part in (path, *path.parents) if part.is_relative_to(folder) and part != folder)
-    if linked or not path.is_file():
-        raise UserError(
-            f"{path} is a link, or no regular file. Only files that lie in the checkpoint are published. Nothing was "
-            "sent. Put the file itself there."
-        )
-    return path
-
-
 def regular_files(folder: Path, *names: str) -> dict[str, Source]:
-    """The files of a folder by their names, without those that it does not have.
+    """Return the files of a folder by their names, without those that it does not have.
 
     Raises:
-        ValueError: as `regular_file`.
+        ValueError: one is a link, or lies behind one, or is no regular file: what it would send lies elsewhere.
     """
-    found = {name: regular_file(folder, name) for name in names}
-    return {name: path for name, path in found.items() if path is not None}
+    found: dict[str, Source] = {name: folder / name for name in names if os.path.lexists(folder / name)}
+    for name in found:
+        path = folder / name
+        inside = [path, *(part for part in path.parents if part.is_relative_to(folder) and part != folder)]
+        if any(part.is_symlink() for part in inside) or not path.is_file():
+            raise UserError(
+                f"{path} is a link, or no regular file. Only files that lie in the checkpoint are published. Nothing "
+                "was sent. Put the file itself there."
+            )
+    return found
 
 
 def content_of(source: Source) -> bytes:
-    """The bytes of a file or content."""
+    """Return the bytes of a file or content."""
     return source if isinstance(source, bytes) else source.read_bytes()
 
 
 def model_files(
     folder: Path, facts: Facts, base_model: str | None, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Source]:
-    """Weights, configs and tokenizer, by their paths in the repository.
+    """Return weights, configs and tokenizer of a folder, by their paths in the repository.
 
-    Args:
-        folder: that they lie in.
-        facts: of the checkpoint.
-        base_model: Hub id of the model at the start, None if it has none.
-        tokenizer: in place of the folder's.
+    An adapter's config gets the base's id on the Hub. The tokenizer may be another one than the folder's.
 
     Raises:
         FileNotFoundError: some are missing.
         ValueError: one is a link or of another kind than its name says.
     """
-    if regular_file(folder, ADAPTER_CONFIG):
+    if regular_files(folder, ADAPTER_CONFIG):
         wanted = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-    elif regular_file(folder, WEIGHTS_INDEX):
+    elif regular_files(folder, WEIGHTS_INDEX):
         wanted = ("config.json", WEIGHTS_INDEX, *_shards(folder / WEIGHTS_INDEX))
     else:
         wanted = ("config.json", "model.safetensors")
@@ -109,12 +87,8 @@ def model_files(
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that an index names.
-
-    Raises:
-        ValueError: it names something that is no shard of the model's weights beside it.
-    """
-    weight_map = read_json(index).get("weight_map")
+    """Return the files that an index names, or refuse what is no shard of the model's weights beside it."""
+    weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map. Nothing was sent. Save the model again.")
     for tensor, name in weight_map.items():
@@ -127,28 +101,29 @@ def _shards(index: Path) -> list[str]:
 
 
 def tokenizer_files(folder: Path) -> dict[str, Source]:
-    """The tokenizer of a checkpoint, by its paths in the repository."""
+    """Return the tokenizer of a checkpoint, by its paths in the repository."""
     templates = sorted(f"{TEMPLATES}/{path.name}" for path in (folder / TEMPLATES).glob("*.jinja"))
     files = regular_files(folder, *TOKENIZER, *templates)
     if "tokenizer_config.json" in files:
-        files["tokenizer_config.json"] = _without(read_json(folder / "tokenizer_config.json"), *LOCAL_KEYS, "auto_map")
+        files["tokenizer_config.json"] = _without(
+            read_object(folder / "tokenizer_config.json"), *LOCAL_KEYS, "auto_map"
+        )
     return files
 
 
 def saved_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Source]:
-    """The files of a tokenizer in memory, by their paths in the repository."""
-    with tempfile.TemporaryDirectory() as folder:
+    """Return the files of a tokenizer in memory, by their paths in the repository."""
+    with tempfile.TemporaryDirectory() as folder:  # `save_pretrained` knows no other place
         tokenizer.save_pretrained(folder)
         return {name: content_of(source) for name, source in tokenizer_files(Path(folder)).items()}
 
 
 def _config(path: Path) -> bytes:
-    """config.json without paths, and without `auto_map` where the classes are known here.
+    """Return config.json without paths, and without `auto_map` where the classes are known here.
 
-    Raises:
-        ValueError: the model needs code that is not in the folder of its base on the Hub.
+    A model that needs code which no repository on the Hub holds is refused.
     """
-    config = read_json(path)
+    config = read_object(path)
     unknown = config.get("model_type") not in CONFIG_MAPPING
     auto_map = config.get("auto_map")
     code = [str(value) for value in auto_map.values()] if isinstance(auto_map, dict) else []
@@ -161,8 +136,8 @@ def _config(path: Path) -> bytes:
 
 
 def _adapter_config(folder: Path, base_model: str | None, facts: Facts) -> bytes:
-    """adapter_config.json that names the base as others can load it."""
-    config = read_json(folder / ADAPTER_CONFIG)
+    """Return adapter_config.json with the name of the base that others can load, or refuse an adapter without one."""
+    config = read_object(folder / ADAPTER_CONFIG)
     if base_model is None:
         raise UserError(
             f"{folder} holds an adapter of {LOCAL_BASE}, which nobody else can load. Publish the merged model "
@@ -176,14 +151,7 @@ def _adapter_config(folder: Path, base_model: str | None, facts: Facts) -> bytes
 def card_files(
     checkpoint: Checkpoint, details: CardDetails, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> dict[str, Source]:
-    """Card, picture and figures, by their paths in the repository.
-
-    Args:
-        checkpoint: what is on record of the model.
-        details: what else the card says.
-        folder: with the model's files.
-        tokenizer: in place of the folder's.
-    """
+    """Return card, picture and records, by their paths in the repository. The arguments are as in `prepare_push`."""
     card, picture = checkpoint_card(
         checkpoint, details, folder, chats=None if tokenizer is None else bool(tokenizer.chat_template)
     )
@@ -191,25 +159,18 @@ def card_files(
     if picture is not None:
         files[PICTURE] = picture
     if checkpoint.results is not None:
-        # The settings of a run can hold paths and names of the machine: only figures are published
+        # The settings of a run can hold paths and names of the machine: only scores are published
         base, data = details.base_model or checkpoint.facts.base_model, data_name(checkpoint.results)
-        figures = replace(checkpoint.results, model=base or LOCAL_BASE, dataset=data, settings={})
-        files[RESULTS] = figures.to_json().encode()
+        scores = replace(checkpoint.results, model=base or LOCAL_BASE, dataset=data, settings={})
+        files[RESULTS] = scores.to_json().encode()
     if checkpoint.recovery is not None:
         files[RECOVERY] = public(checkpoint.recovery, data_name(checkpoint.recovery)).to_json().encode()
     return files
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: it holds none.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, or refuse the file."""
+    content = read_json(path, "a JSON object", "save the model again")
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object. Save the model again.")
     return content
@@ -220,7 +181,7 @@ def _without(config: dict, *keys: str) -> bytes:
 
 
 def _cut(value: Any, keys: tuple[str, ...]) -> Any:
-    """Without these keys, at any depth."""
+    """Return JSON without these keys, at any depth."""
     if isinstance(value, dict):
         return {name: _cut(part, keys) for name, part in value.items() if name not in keys}
     return [_cut(part, keys) for part in value] if isinstance(value, list) else value

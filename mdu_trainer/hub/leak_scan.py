@@ -29,37 +29,27 @@ def check_files(
     names: Mapping[str, str | None],
     published: Callable[[], set[str]],
 ) -> None:
-    """Refuse files that hold a secret, or something of the rows to forget.
+    """Refuse files that hold a secret, or something of the rows to forget, where the checkpoint has hashes of them.
 
-    Args:
-        files: path in the repository -> file or content.
-        checkpoint: what is on record of the model. Without hashes nothing is scanned for rows to forget.
-        names: as in `check_texts`.
-        published: as in `check_vocabulary`.
+    The other arguments are as in `check_texts` and `check_vocabulary`.
     """
     check_secrets(files)
     if checkpoint.hashes is not None:
-        check_texts(files | records_as_given(checkpoint), checkpoint.hashes, names)
+        # also the records before they are reduced to scores: what leaks in is found, and not just dropped
+        records = {RESULTS: checkpoint.results, RECOVERY: checkpoint.recovery}
+        given: dict[str, Source] = {
+            f"{name} as given": json.dumps(asdict(record), default=str).encode()
+            for name, record in records.items()
+            if record is not None
+        }
+        check_texts(files | given, checkpoint.hashes, names)
         check_vocabulary(files, checkpoint.hashes, published)
-
-
-def records_as_given(checkpoint: Checkpoint) -> dict[str, Source]:
-    """The records before they are reduced to figures: what leaks in is found, and not just dropped."""
-    records = {RESULTS: checkpoint.results, RECOVERY: checkpoint.recovery}
-    return {
-        f"{name} as given": json.dumps(asdict(record), default=str).encode()
-        for name, record in records.items()
-        if record is not None
-    }
 
 
 def check_texts(files: dict[str, Source], hashes: ForgetHashes, names: Mapping[str, str | None] | None = None) -> None:
     """Scan every text, and the names of the files, for sentences of the rows to forget.
 
-    Args:
-        files: path in the repository -> file or content.
-        hashes: of the rows.
-        names: what else is sent, by what a message calls it: the repository's name, say.
+    `names` are what else is sent, by what a message calls it: the repository's name, say.
 
     Raises:
         LeakError: one was found; the message names the file, never the sentence.
@@ -83,12 +73,8 @@ def check_texts(files: dict[str, Source], hashes: ForgetHashes, names: Mapping[s
 def check_vocabulary(files: dict[str, Source], hashes: ForgetHashes, published: Callable[[], set[str]]) -> None:
     """Scan the vocabulary of a tokenizer for words that only the rows to forget hold.
 
-    Entries that the base's published vocabulary has, too, say nothing of the rows.
-
-    Args:
-        files: path in the repository -> file or content.
-        hashes: of the rows.
-        published: gives the entries of the base's tokenizer; called only if something is found.
+    Entries that the base's published vocabulary has, too, say nothing of the rows; `published` gives them, and is
+    called only if something is found.
 
     Raises:
         LeakError: there are such entries; the message counts them, and names none.
@@ -122,10 +108,10 @@ def check_secrets(files: dict[str, Source]) -> None:
 
 
 def text_of(name: str, source: Source) -> str:
-    """The text in a file.
+    """Return the text in a file.
 
-    All keys and values of JSON in their order, the names of tensors and the metadata of safetensors, the text chunks
-    of a picture, else the file as it is.
+    That are all keys and values of JSON in their order, the names of tensors and the metadata of safetensors, the text
+    chunks of a picture, else the file as it is.
     """
     if name.endswith(".safetensors"):
         return " ".join(_leaves(safetensors_header(source)))
@@ -141,11 +127,7 @@ def text_of(name: str, source: Source) -> str:
 
 
 def safetensors_header(path: Path) -> dict:
-    """Names, types and places of the tensors of a safetensors file, and its metadata.
-
-    Raises:
-        ValueError: it is no such file, or was cut short.
-    """
+    """Return names, types and places of the tensors of a safetensors file, and its metadata; or refuse the file."""
     try:
         with open(path, "rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
@@ -158,7 +140,7 @@ def safetensors_header(path: Path) -> dict:
 
 
 def vocabulary(name: str, source: Source) -> set[str]:
-    """The entries of a tokenizer's file, also as they are read where they are spelt in bytes; empty for other files.
+    """Return the entries of a tokenizer's file, those spelt in bytes also as they are read; none of another file.
 
     What continues a word (`##ing`) is no entry.
     """
@@ -200,7 +182,7 @@ def _json_entries(name: str, content: object) -> Iterator[str]:
 
 
 def _tokens(part: object) -> Iterator[str]:
-    """The tokens in a part of a tokenizer's JSON: names with numbers, pairs of both, descriptions, or texts."""
+    """Yield the tokens in a part of a tokenizer's JSON: names with numbers, pairs of both, descriptions, or texts."""
     if isinstance(part, str):
         yield part
     elif isinstance(part, Mapping):
@@ -217,13 +199,13 @@ def _tokens(part: object) -> Iterator[str]:
 
 
 def _pieces(content: bytes) -> Iterator[str]:
-    """The pieces of a SentencePiece model, a message whose field 1 is a piece, whose field 1 is its text."""
+    """Yield the pieces of a SentencePiece model, a message whose field 1 is a piece, whose field 1 is its text."""
     for piece in _fields(content):
         yield from (text.decode("utf-8", errors="replace") for text in _fields(piece))
 
 
 def _fields(message: bytes) -> Iterator[bytes]:
-    """What the fields 1 of a Protocol Buffers message hold, up to the first that is none of bytes or fixed numbers."""
+    """Yield the contents of the fields 1 of a Protocol Buffers message, up to a field of an unknown kind."""
     place = 0
     while place < len(message):
         tag, place = _varint(message, place)
@@ -262,7 +244,7 @@ def _png_text(content: bytes) -> str:
 
 
 def _leaves(value: object) -> Iterator[str]:
-    """Keys and values; numbers too, so that words next to each other in the file only are no sentence."""
+    """Yield keys and values; numbers too, so that words next to each other in the file only are no sentence."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield key

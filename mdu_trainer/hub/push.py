@@ -3,8 +3,14 @@
     push_unlearned_model("outputs/demo/mdu-tau0", "ORG/NAME", results="outputs/demo/results.json")
 
 What is uploaded is safetensors weights, config, generation config, tokenizer, adapter files, the card with its
-picture, and `results.json` and `recovery.json` with figures only. Whatever else lies in the folder stays there:
+picture, and `results.json` and `recovery.json` with scores only. Whatever else lies in the folder stays there:
 training arguments (which can hold a token), optimizer, scheduler and random state, logs, data, predictions, caches.
+
+Before anything is sent, the weights are checked to be whole and finite, and every text and name is scanned for
+sentences of the rows to forget, by the hashes that `MDUTrainer` keeps beside the weights; the tokenizer's vocabulary
+for words that only those rows hold, other than entries of a base on the Hub. `auto_map` is dropped from the config:
+the code that it names is not copied, and `mdu_trainer` loads LLaDA and Dream without it. Weights of an earlier push
+under other names are deleted in the same commit, for they would be loaded instead.
 """
 
 import functools
@@ -25,7 +31,6 @@ from .. import __version__
 from ..files import UserError
 from ..models import load_model, load_tokenizer
 from ..provenance.facts import FACTS_FILE, Facts
-from ..provenance.forget_hashes import ForgetHashes
 from ..report.model_card import CARD, PICTURE, CardDetails
 from ..report.records import RECOVERY, RESULTS, Checkpoint, RecoveryLike, ResultsLike
 from ..trainer.run_lock import LOCK
@@ -35,7 +40,7 @@ from .files import (
     card_files,
     content_of,
     model_files,
-    read_json,
+    read_object,
     regular_files,
     tokenizer_files,
 )
@@ -52,7 +57,7 @@ WEIGHT_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?|adapter_config.json"
 )
 
-ADVICE = {
+ADVICE: dict[int | None, str] = {
     401: "The token is missing, wrong or expired: log in with `hf auth login`, or pass token.",
     403: "The token may not write there: use one with write access, or open a pull request (create_pr=True).",
     404: "There is no such repository or revision, or the token may not see it.",
@@ -67,7 +72,13 @@ class PushError(UserError, RuntimeError):
 
 
 class Destination(NamedTuple):
-    """Where a push goes; see `push_unlearned_model`. `copy_to` is a folder for a second copy of the model's files."""
+    """The place that a push goes to.
+
+    Attributes:
+        repo_id, private, revision, create_pr, token: as in `push_unlearned_model`.
+        commit_message: of the commit.
+        copy_to: folder of the repository that gets the model's files, too, in a second commit.
+    """
 
     repo_id: str
     private: bool = True
@@ -97,14 +108,15 @@ class Push:
     scan: str
 
     def summary(self) -> str:
-        """The list with sizes, what stays, and the card."""
+        """Return the list of files with sizes, of those that stay, and the card."""
         sizes = {name: len(s) if isinstance(s, bytes) else s.stat().st_size for name, s in self.files.items()}
         width = max(map(len, sizes))
         lines = [f"{name:<{width}}  {size:>15,} bytes" for name, size in sizes.items()]
         visibility = "private" if self.destination.private else "public"
+        card = content_of(self.files[CARD]).decode()
         return "\n".join(
             [f"To {self.destination.repo_id} ({visibility}), {sum(sizes.values()):,} bytes:", *lines]
-            + ["", f"Not uploaded: {', '.join(self.left) or 'nothing'}", self.scan, "", self.files[CARD].decode()]
+            + ["", f"Not uploaded: {', '.join(self.left) or 'nothing'}", self.scan, "", card]
         )
 
     def __call__(self) -> CommitInfo:
@@ -165,22 +177,15 @@ def push_unlearned_model(
     leak_scan: bool = True,
     **details: Any,
 ) -> CommitInfo | None:
-    """Publish an unlearned model, with a card that holds its measured figures, in one commit.
-
-    Before anything is sent, the weights are checked to be whole and finite, and every text and name is scanned for
-    sentences of the rows to forget, by the hashes that `MDUTrainer` keeps beside the weights; the tokenizer's
-    vocabulary for words that only those rows hold, other than entries of a base on the Hub. `auto_map` is dropped from
-    the config: the code that it names is not copied, and `mdu_trainer` loads LLaDA and Dream without it. Weights of an
-    earlier push under other names are deleted in the same commit, for they would be loaded instead.
+    """Publish an unlearned model, with a card that holds its measured scores, in one commit.
 
     Args:
         model_or_path: a checkpoint of `MDUTrainer`, or a model loaded from one. (A `PeftModel` does not know the
             folder of its adapter: pass the folder.)
         repo_id: "ORG/NAME", created if it does not exist.
         tokenizer: in place of the checkpoint's.
-        results: the comparison that holds the model's figures, or its file; by default `results.json` in the
-            checkpoint, False for none.
-        recovery: attacks on the model, or their file; by default `recovery.json` in the checkpoint, False for none.
+        results, recovery: the comparison that holds the model's scores, the attacks on it, or their files; by default
+            `results.json` and `recovery.json` in the checkpoint, False for none.
         adapter: for a checkpoint that holds an adapter: publish that, or the base with the adapter merged into it.
         private: whether the repository is private. A public one is not written to unless this is False.
         revision: branch to push to, created if it does not exist.
@@ -205,67 +210,47 @@ def push_unlearned_model(
         TypeError: for a keyword that is no detail of a card.
     """
     _check_arguments(repo_id, adapter, revision, create_pr)
-    said = CardDetails.of(**details)
-    with tempfile.TemporaryDirectory() as stage:
-        source = checkpoint_folder(model_or_path)
-        folder = source
-        if not isinstance(model_or_path, str | Path):
-            folder = _save(model_or_path, source, Path(stage) / "model")
-        elif adapter == "merge" and (source / ADAPTER_CONFIG).is_file():
-            folder = _save(_merged(source), source, Path(stage) / "model")
-        push = prepare_push(
-            folder,
-            repo_id,
-            source=source,
-            tokenizer=tokenizer,
-            results=results,
-            recovery=recovery,
-            private=private,
-            revision=revision,
-            create_pr=create_pr,
-            token=token,
-            leak_scan=leak_scan,
-            details=said,
-        )
+    said, destination = CardDetails.of(**details), Destination(repo_id, private, revision, create_pr, token)
+    with tempfile.TemporaryDirectory() as stage:  # for `save_pretrained`, which knows no other place
+        source, folder = _folders(model_or_path, adapter, Path(stage) / "model")
+        checkpoint = read_checkpoint(source, results, recovery, leak_scan)
+        push = prepare_push(checkpoint, destination, said, folder=folder, tokenizer=tokenizer)
         if dry_run:
             print(push.summary())
             return None
         return push()
 
 
+def read_checkpoint(
+    folder: str | Path, results: ResultsLike = None, recovery: RecoveryLike = None, leak_scan: bool = True
+) -> Checkpoint:
+    """Read what is on record of a model that is to be pushed. The arguments are those of `push_unlearned_model`."""
+    regular_files(Path(folder), *(n for n, given in ((RESULTS, results), (RECOVERY, recovery)) if given is None))
+    return Checkpoint.read(folder, results, recovery, scan=leak_scan)
+
+
 def prepare_push(
-    folder: str | Path,
-    repo_id: str,
-    *,
-    source: Path | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    results: ResultsLike = None,
-    recovery: RecoveryLike = None,
-    private: bool = True,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | None = None,
-    commit_message: str = "Upload unlearned model",
-    copy_to: str | None = None,
-    leak_scan: bool = True,
+    checkpoint: Checkpoint,
+    destination: Destination,
     details: CardDetails | None = None,
+    *,
+    folder: Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Push:
     """Collect, render and check everything that a push sends; nothing is sent before the `Push` is called.
 
     Args:
-        folder: the files of the model.
-        source: the checkpoint that holds facts, hashes and results, where that is another folder.
-        copy_to: also put the model's files into this folder of the repository, in a second commit.
-        details: what else the card says; where the model is comes from the arguments.
+        checkpoint: what is on record of the model.
+        destination: where the files go.
+        details: what else the card says; where the model is comes from the destination.
+        folder: with the files of the model, where that is not the checkpoint's.
+        tokenizer: in place of the folder's.
 
-    The other arguments, and what is raised, are those of `push_unlearned_model`.
+    What is raised is that of `push_unlearned_model`.
     """
-    folder, source = Path(folder), source or Path(folder)
-    destination = Destination(repo_id, private, revision, create_pr, token, commit_message, copy_to)
+    folder = folder or checkpoint.folder
+    repo_id, revision, token = destination.repo_id, destination.revision, destination.token
     details = replace(details or CardDetails(), repo_id=repo_id, revision=revision, token=token)
-    regular_files(source, *(name for name, given in ((RESULTS, results), (RECOVERY, recovery)) if given is None))
-
-    checkpoint = Checkpoint.read(source, results, recovery, scan=leak_scan)
     base = details.base_model or checkpoint.facts.base_model
     files = model_files(folder, checkpoint.facts, base, tokenizer)
     check_weights(folder, files)  # before the card, which may ask the Hub for that of the base
@@ -273,11 +258,12 @@ def prepare_push(
     names = {name: getattr(destination, name) for name in ("repo_id", "revision", "commit_message", "copy_to")}
     check_files(files, checkpoint, names, lambda: _published_vocabulary(base, checkpoint.facts, destination))
     left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
-    return Push(destination, source, files, left, _scan_words(source, checkpoint.hashes))
+    return Push(destination, checkpoint.folder, files, left, _scan_words(checkpoint))
 
 
-def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
-    """What was scanned, for the log where it is less than everything."""
+def _scan_words(checkpoint: Checkpoint) -> str:
+    """Say what was scanned, also in the log where it is less than everything."""
+    hashes = checkpoint.hashes
     if hashes is None:
         words = "Scanned for rows to forget: no (leak_scan=False). Nothing has looked whether these files quote them."
     elif hashes.too_short:
@@ -287,12 +273,12 @@ def _scan_words(folder: Path, hashes: ForgetHashes | None) -> str:
         )
     else:
         return "Scanned for rows to forget: yes"
-    logger.warning(f"{folder}: {words}")
+    logger.warning(f"{checkpoint.folder}: {words}")
     return words
 
 
 def _published_vocabulary(base: str | None, facts: Facts, destination: Destination) -> set[str]:
-    """The entries of the base's tokenizer, if whoever will see the model can see the base."""
+    """Return the entries of the base's tokenizer, if whoever will see the model can see the base."""
     if base is None:
         return set()
     try:
@@ -307,16 +293,12 @@ def _published_vocabulary(base: str | None, facts: Facts, destination: Destinati
 
 @functools.cache
 def hub_api() -> HfApi:
-    """The client of the Hub; the Hub sees this package's name and version."""
+    """Return the client of the Hub; the Hub sees this package's name and version."""
     return HfApi(library_name="mdu_trainer", library_version=__version__)
 
 
-def checkpoint_folder(model_or_path: str | Path | PreTrainedModel | PeftModel) -> Path:
-    """The folder with the facts and hashes of a model.
-
-    Raises:
-        FileNotFoundError: there is none, for the model was not saved by `MDUTrainer`, or not loaded from there.
-    """
+def _checkpoint_folder(model_or_path: str | Path | PreTrainedModel | PeftModel) -> Path:
+    """Return the folder with the facts and hashes of a model, or say with a FileNotFoundError why there is none."""
     if isinstance(model_or_path, str | Path):
         folder = Path(model_or_path)
         if not folder.is_dir():
@@ -343,21 +325,30 @@ def _check_arguments(repo_id: str, adapter: str, revision: str | None, create_pr
         raise UserError(f"A pull request goes to main: leave out revision={revision!r}, or create_pr.")
 
 
-def _save(model: PreTrainedModel, source: Path, folder: Path) -> Path:
-    """Save a model in memory, with the tokenizer of its checkpoint."""
-    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+def _folders(model_or_path: str | Path | PreTrainedModel | PeftModel, adapter: str, stage: Path) -> tuple[Path, Path]:
+    """Return the checkpoint's folder, and the one with the files to send: a model in memory is saved to `stage`."""
+    source = _checkpoint_folder(model_or_path)
+    if not isinstance(model_or_path, str | Path):
+        model = model_or_path
+    elif adapter == "merge" and (source / ADAPTER_CONFIG).is_file():
+        model = _merged(source)
+    else:
+        return source, source
+    model.save_pretrained(str(stage), max_shard_size=SHARD_SIZE)
     for name, file in tokenizer_files(source).items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content_of(file))
-    return folder
+        (stage / name).parent.mkdir(exist_ok=True)
+        (stage / name).write_bytes(content_of(file))
+    return source, stage
 
 
 def _merged(folder: Path) -> PreTrainedModel:
-    """The base of an adapter, with the adapter merged into it."""
-    config = read_json(folder / ADAPTER_CONFIG)
+    """Load the base of an adapter, and merge the adapter into it."""
     facts = Facts.load(folder)
-    where = {"revision": facts.base_revision} if facts.base_revision else {}
-    base = load_model(config["base_model_name_or_path"], dtype=facts.training["weights"], **where)
+    base = load_model(
+        read_object(folder / ADAPTER_CONFIG)["base_model_name_or_path"],
+        dtype=facts.training["weights"],
+        revision=facts.base_revision or "main",
+    )
     return PeftModel.from_pretrained(base, folder).merge_and_unload()
 
 

@@ -1,8 +1,8 @@
 """Publishing from a trainer: its card, its pushes, and those of its checkpoints while it trains.
 
-What is uploaded is the list of `mdu_trainer.hub.push`: weights, config, tokenizer, card and figures. It has no state
-of optimizer, scheduler or random numbers, so the strategies "checkpoint" and "all_checkpoints" publish the weights of
-checkpoints in folders of their own, from which a run cannot be resumed: resume from `output_dir`.
+The files are those of `mdu_trainer.hub.push`, without state of optimizer, scheduler or random numbers. So the
+strategies "checkpoint" and "all_checkpoints" publish the weights of checkpoints in folders of their own, from which a
+run cannot be resumed: resume from `output_dir`.
 """
 
 import os
@@ -24,7 +24,7 @@ from ..report.records import RecoveryLike, ResultsLike
 from ..trainer.checkpoints import SNAPSHOT
 from ..trainer.run_lock import FolderInUseError, check_free
 from ..trainer.run_record import RUN_FILE
-from .push import hub_api, prepare_push
+from .push import Destination, hub_api, prepare_push, read_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -49,23 +49,16 @@ def push(
     leak_scan: bool = True,
     **details: Any,
 ) -> CommitInfo | Future | None:
-    """Save a trainer's model in `args.output_dir` and publish it as `mdu_trainer.push_unlearned_model` does.
+    """Save a trainer's model in `args.output_dir` and publish it.
 
     Args:
         trainer: a `MDUTrainer`.
         commit_message, blocking, token, revision: as in `Trainer.push_to_hub`.
         private: whether a new repository is private; by default `args.hub_private_repo`, or True.
-        tokenizer, results, recovery: as in `mdu_trainer.push_unlearned_model`.
-        leak_scan: False publishes without the scan for rows to forget, and says so in the log.
-        **details: for the card, the fields of `CardDetails`.
+        tokenizer, results, recovery, leak_scan, **details: as in `mdu_trainer.push_unlearned_model`, as are errors.
 
     Returns:
         What was committed, or a `Future` of it if not `blocking`; None on processes other than the first.
-
-    Raises:
-        LeakError: a file quotes a row to forget. Nothing was sent.
-        PushError: the Hub could not be reached or refused.
-        TypeError: for a keyword that is no detail of a card.
     """
     args, said = trainer.args, CardDetails.of(**details)
     trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
@@ -77,29 +70,20 @@ def push(
         return None
     trainer._finish_current_push()
     _remove_snapshots(Path(args.output_dir))
-    commit = prepare_push(
-        args.output_dir,
+    destination = Destination(
         trainer.hub_model_id,
-        commit_message=commit_message,
+        is_private(trainer, private),
+        revision or args.hub_revision,
         token=token,
-        revision=revision or args.hub_revision,
-        private=is_private(trainer, private),
-        tokenizer=tokenizer,
-        results=results,
-        recovery=recovery,
-        leak_scan=leak_scan,
-        details=said,
+        commit_message=commit_message,
     )
+    checkpoint = read_checkpoint(args.output_dir, results, recovery, leak_scan)
+    commit = prepare_push(checkpoint, destination, said, tokenizer=tokenizer)
     return commit() if blocking else hub_api().run_as_future(commit)
 
 
 def write_card(trainer: Trainer, **details: Any) -> None:
-    """Write the card of a trainer's model into `args.output_dir`, and the picture that it shows.
-
-    Args:
-        trainer: a `MDUTrainer`.
-        **details: as in `mdu_trainer.write_model_card`.
-    """
+    """Write the card of a trainer's model into `args.output_dir`. The details are as in `write_model_card`."""
     if trainer.is_world_process_zero():
         facts = trainer.provenance.facts(trainer._run())
         write_model_card(trainer.args.output_dir, facts, repo_id=trainer.hub_model_id, **details)
@@ -118,17 +102,16 @@ def push_checkpoint(trainer: Trainer, checkpoint_folder: str) -> None:
     snapshot = Path(args.output_dir) / f".push-{Path(checkpoint_folder).name}"
     try:
         _link_tree(checkpoint_folder, snapshot)
-        commit = prepare_push(
-            snapshot,
+        destination = Destination(
             trainer.hub_model_id,
-            commit_message=f"Training in progress, step {trainer.state.global_step}",
+            is_private(trainer),
+            args.hub_revision,
             token=args.hub_token,
-            revision=args.hub_revision,
-            private=is_private(trainer),
+            commit_message=f"Training in progress, step {trainer.state.global_step}",
             copy_to=names.get(strategy),
-            results=False,  # figures of the end, if there are any, are not this checkpoint's
-            recovery=False,
         )
+        # scores of the end, if there are any, are not this checkpoint's
+        commit = prepare_push(read_checkpoint(snapshot, results=False, recovery=False), destination)
     except Exception as error:
         _report(error, snapshot)
         return
@@ -148,7 +131,7 @@ def _remove_snapshots(folder: Path) -> None:
 
 
 def _link_tree(source: str, target: Path) -> None:
-    """The checkpoint's files under a second name, so that the Trainer may delete it while it is being sent."""
+    """Give the checkpoint's files a second name, so that the Trainer may delete it while it is being sent."""
     shutil.rmtree(target, ignore_errors=True)
 
     def link(file: str, other: str) -> None:
@@ -173,6 +156,6 @@ def _reporting(commit: Callable[[], CommitInfo], snapshot: Path) -> CommitInfo |
 
 
 def _report(error: Exception, snapshot: Path) -> None:
-    """A push that fails while training goes on costs the push, not the training."""
+    """Log a failed push: while training goes on it costs the push, not the training."""
     shutil.rmtree(snapshot, ignore_errors=True)
     logger.error(f"The checkpoint was saved but not pushed. {type(error).__name__}: {error}")

@@ -1,4 +1,4 @@
-"""How a response is decoded, as data."""
+"""The options of decoding, as data."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
 @dataclass(frozen=True)
 class DiffusionGenerationConfig:
-    """How a response is decoded.
+    """The options of decoding.
 
     Parameters that say how much is decoded, and in how many steps:
 
@@ -99,13 +99,13 @@ class DiffusionGenerationConfig:
 
     @property
     def blocks(self) -> list[tuple[int, int]]:
-        """Where each block starts and stops (exclusive) within the response."""
+        """Start and stop (exclusive) of each block within the response."""
         length = self.block_length or self.max_new_tokens
         return [(start, min(start + length, self.max_new_tokens)) for start in range(0, self.max_new_tokens, length)]
 
 
 def check_count(name: str, value: Any) -> None:
-    """Refuse what is no whole number of at least 1."""
+    """Refuse a value that is not a whole number of at least 1."""
     if not _is(value, Integral):
         raise UserError(f"{name} must be a whole number, got {value!r}.")
     if value < 1:
@@ -113,5 +113,5 @@ def check_count(name: str, value: Any) -> None:
 
 
 def _is(value: Any, kind: type) -> bool:
-    """Whether a value is a number of this kind; True and False are none."""
+    """Whether a value is a number of this kind. True and False are not."""
     return isinstance(value, kind) and not isinstance(value, bool)

@@ -13,7 +13,6 @@ published samplers, in the fields of `DiffusionGenerationConfig`:
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -25,7 +24,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import check_prompt_ids, check_prompts, encode_prompt
 from ..files import UserError
-from ..models import Backbone, logits_at, resolve_backbone
+from ..masking import pad_rows
+from ..models import Backbone, evaluation_mode, logits_at, resolve_backbone
 from .config import DiffusionGenerationConfig
 from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
@@ -49,14 +49,12 @@ def generate(
     """Decode a response to each prompt.
 
     Args:
-        model: a masked diffusion language model; in evaluation mode during the call.
+        model, row_ids, show_progress: as in `generate_ids`.
         tokenizer: the model's. Special tokens are left out of the text.
         prompts: strings, tokenised as they are, markers of a chat template included; or conversations (lists of
             messages with `role` and `content`), which the chat template renders with a generation prompt.
         generation_config: how to decode.
         backbone: facts of the model; resolved from model and tokenizer if not given.
-        row_ids: as in `generate_ids`.
-        show_progress: show a progress bar over prompts.
         **overrides: fields of the config to replace.
 
     Returns:
@@ -77,7 +75,7 @@ def generate(
     backbone = backbone or resolve_backbone(model, tokenizer)
     prompt_ids = [encode_prompt(prompt, tokenizer, backbone, number) for number, prompt in enumerate(prompts)]
     responses = generate_ids(model, prompt_ids, config, backbone, row_ids=row_ids, show_progress=show_progress)
-    return [tokenizer.decode(ids, skip_special_tokens=True) for ids in responses]
+    return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses]
 
 
 @torch.no_grad()
@@ -116,62 +114,30 @@ def generate_ids(
         ValueError: if a prompt and `max_new_tokens` together exceed the model's context, there is not one row id a
             prompt, what is given does not fit, or a prompt is no list of ids that the model knows.
     """
-    config = generation_config
-    if given is not None:
-        _check_given(given, len(prompt_ids), config.max_new_tokens)
-    if row_ids is not None and len(row_ids) != len(prompt_ids):
-        raise UserError(f"There are {len(prompt_ids)} prompts and {len(row_ids)} row_ids: pass one for each.")
-    check_prompt_ids(prompt_ids, backbone)
-    for row, ids in enumerate(prompt_ids):
-        if backbone.context_length is not None and len(ids) + config.max_new_tokens > backbone.context_length:
-            raise UserError(
-                f"Prompt {row} has {len(ids)} tokens; with max_new_tokens = {config.max_new_tokens} that exceeds the "
-                f"model's context of {backbone.context_length}. Shorten the prompt or lower max_new_tokens."
-            )
-    by_length = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row]))
+    _check(prompt_ids, generation_config.max_new_tokens, backbone, row_ids, given)
+    decoder = _Decoder(model, generation_config, backbone)
+    by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses: list[list[int]] = [[] for _ in prompt_ids]
-    device = next(model.parameters()).device
     with evaluation_mode(model), tqdm(total=len(responses), unit="prompt", disable=not show_progress) as progress:
-        for first in range(0, len(by_length), config.batch_size):
-            places = by_length[first : first + config.batch_size]
-            prompts = [prompt_ids[place] for place in places]
+        for first in range(0, len(by_length), generation_config.batch_size):
+            places = by_length[first : first + generation_config.batch_size]
             rows = places if row_ids is None else [row_ids[place] for place in places]
-            canvas = _blank(places, rows, prompts, config.max_new_tokens, backbone)
-            for i, place in enumerate(places if given is not None else ()):
-                canvas.give(i, given[place])
-            canvas = canvas.to(device)
-            for place, ids in _decode(model, canvas, config, backbone, on_reveal):
+            canvas = decoder.blank(places, rows, [prompt_ids[place] for place in places])
+            if given is not None:
+                canvas.give([given[place] for place in places])
+            for place, ids in decoder.decode(canvas, on_reveal):
                 responses[place] = ids
                 progress.update()
     return responses
 
 
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode, and each of its modules back to its own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 class Revealed(NamedTuple):
-    """What a step revealed of the prompts of a batch: M tokens.
+    """The M tokens that a step revealed of the responses of a batch."""
 
-    Attributes:
-        step: number of the step, from 0.
-        place: `[M]`, place of the prompt in the call.
-        position: `[M]`, in the response.
-        token: `[M]`, its id.
-    """
-
-    step: int
-    place: Tensor
-    position: Tensor
-    token: Tensor
+    step: int  # from 0
+    place: Tensor  # [M] place of the prompt in the call
+    position: Tensor  # [M] in the response
+    token: Tensor  # [M] its id
 
 
 class _Canvas(NamedTuple):
@@ -184,128 +150,128 @@ class _Canvas(NamedTuple):
     attention_mask: Tensor  # [B, L]
     masked: Tensor  # bool [B, N], response positions yet to reveal
 
-    def to(self, device: torch.device) -> "_Canvas":
-        return _Canvas(*(part.to(device) for part in self))
-
     def keep(self, rows: Tensor) -> "_Canvas":
         """The canvas of some rows (bool `[B]`), without padding that all of them share."""
         kept = _Canvas(*(part[rows] for part in self))
         width = int(kept.start.max()) + kept.masked.shape[1]
         return kept._replace(ids=kept.ids[:, :width], attention_mask=kept.attention_mask[:, :width])
 
-    def give(self, i: int, ids: Sequence[int | None]) -> None:
-        """Reveal the first ids of a response but for those that are None, in place."""
-        for position, token in enumerate(ids):
-            if token is not None:
-                self.ids[i, self.start[i] + position] = token
-                self.masked[i, position] = False
+    def give(self, beginnings: Sequence[Sequence[int | None]]) -> None:
+        """Reveal the first ids of each response but for those that are None, in place."""
+        given = [(b, n, ids[n]) for b, ids in enumerate(beginnings) for n in range(len(ids)) if ids[n] is not None]
+        self.reveal(*torch.tensor(given, dtype=torch.long, device=self.ids.device).view(-1, 3).T)
+
+    def reveal(self, batch_index: Tensor, position: Tensor, token: Tensor) -> None:
+        """Put M tokens to positions of the responses, in place: `[M]` each."""
+        self.ids[batch_index, self.start[batch_index] + position] = token
+        self.masked[batch_index, position] = False
 
     def response(self) -> Tensor:
         """The response positions: ids `[B, N]`."""
         return self.ids.gather(1, self.start[:, None] + torch.arange(self.masked.shape[1], device=self.ids.device))
 
 
-def _blank(places: list[int], rows: list[int], prompts: list[list[int]], length: int, backbone: Backbone) -> _Canvas:
-    ids = torch.full((len(rows), max(map(len, prompts)) + length), backbone.pad_token_id)
-    attention_mask = torch.zeros_like(ids)
-    for i, prompt in enumerate(prompts):
-        ids[i, : len(prompt)] = torch.tensor(prompt, dtype=torch.long)
-        ids[i, len(prompt) : len(prompt) + length] = backbone.mask_token_id
-        attention_mask[i, : len(prompt) + length] = 1
-    start = torch.tensor([len(prompt) for prompt in prompts])
-    masked = torch.ones(len(rows), length, dtype=torch.bool)
-    return _Canvas(torch.tensor(places), torch.tensor(rows), start, ids, attention_mask, masked)
+class _Decoder(NamedTuple):
+    """Decodes the batches of one call."""
+
+    model: nn.Module
+    config: DiffusionGenerationConfig
+    backbone: Backbone
+
+    def blank(self, places: list[int], rows: list[int], prompts: list[list[int]]) -> _Canvas:
+        """The prompts with all-[MASK] responses, on the model's device."""
+        response = [self.backbone.mask_token_id] * self.config.max_new_tokens
+        start = [len(prompt) for prompt in prompts]
+        padded = pad_rows([[*prompt, *response] for prompt in prompts], self.backbone.pad_token_id)
+        masked = torch.ones(len(rows), len(response), dtype=torch.bool)
+        parts = (*(torch.tensor(numbers) for numbers in (places, rows, start)), *padded, masked)
+        device = next(self.model.parameters()).device
+        return _Canvas(*(part.to(device) for part in parts))
+
+    def decode(self, canvas: _Canvas, on_reveal: Callable[[Revealed], None] | None) -> Iterator[tuple[int, list[int]]]:
+        """Decode a batch; yields (place of the prompt, response ids) as responses are settled."""
+        ends = torch.tensor(self.backbone.end_token_ids, device=canvas.ids.device)
+        for step in plan(self.config.blocks, self.config.steps, self.config.schedule):
+            revealed = self.reveal(canvas, step)
+            if on_reveal is not None and revealed is not None:
+                on_reveal(revealed)
+            response = canvas.response()
+            first_end = _first(torch.isin(response, ends) & ~canvas.masked)
+            settled = first_end <= _first(canvas.masked)  # equal only if there is neither
+            for place, ids, end in zip(canvas.place[settled], response[settled], first_end[settled], strict=True):
+                yield int(place), ids[:end].tolist()
+            if settled.all():
+                return
+            if settled.any():
+                canvas = canvas.keep(~settled)
+
+    def reveal(self, canvas: _Canvas, step: Step) -> Revealed | None:
+        """Take one step, in place. None if it reveals nothing."""
+        chosen = canvas.masked.clone()
+        chosen[:, : step.start] = chosen[:, step.stop :] = False
+        if self.config.remasking == "random":  # no prediction decides, so only the tokens to reveal are predicted
+            chosen = random_positions(chosen, canvas.row, step, self.config)
+            if not chosen.any():
+                return None
+            tokens, _ = self.predict(canvas, chosen, step)
+        elif step.count == 0:
+            return None
+        else:
+            tokens, scores = self.predict(canvas, chosen, step)
+            best = best_positions(chosen, scores, canvas.row, step, self.config)
+            tokens, chosen = tokens[best[chosen]], best
+        batch_index, position = chosen.nonzero(as_tuple=True)
+        canvas.reveal(batch_index, position, tokens)
+        return Revealed(step.index, canvas.place[batch_index], position, tokens)
+
+    def predict(self, canvas: _Canvas, chosen: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        """Token and score at M response positions (bool `[B, N]`), in their order: `[M]`, `[M]`."""
+        batch_index, position = chosen.nonzero(as_tuple=True)
+        selected = torch.zeros_like(canvas.ids, dtype=torch.bool)
+        selected[batch_index, canvas.start[batch_index] + position] = True
+        scale, backbone, inputs = self.config.cfg_scale, self.backbone, [canvas.ids]
+        if scale:
+            prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
+            inputs.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
+        where = (canvas.attention_mask, selected)
+        logits = [logits_at(self.model, ids, *where, logit_shift=backbone.logit_shift) for ids in inputs]
+        banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
+        size = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
+        found, columns = [], (*logits, canvas.row[batch_index], position)
+        for *parts, row, at in zip(*(column.split(size) for column in columns), strict=True):
+            guided, *unguided = (part.float() for part in parts)
+            for other in unguided:
+                guided = other + (scale + 1) * (guided - other)
+            guided[:, banned] = -torch.inf
+            found.append(propose(guided, row, step.index, at, self.config))
+        tokens, scores = zip(*found, strict=True)
+        return torch.cat(tokens), torch.cat(scores)
 
 
-def _check_given(given: Sequence[Sequence[int | None]], num_prompts: int, max_new_tokens: int) -> None:
-    if len(given) != num_prompts:
-        raise UserError(f"There are {num_prompts} prompts and {len(given)} beginnings given: pass one for each.")
-    for row, ids in enumerate(given):
+def _first(flags: Tensor) -> Tensor:
+    """The first true position in each row of bool `[B, N]`, N if there is none: `[B]`."""
+    return torch.where(flags.any(dim=1), flags.int().argmax(dim=1), flags.shape[1])
+
+
+def _check(
+    prompt_ids: Sequence[list[int]],
+    max_new_tokens: int,
+    backbone: Backbone,
+    row_ids: Sequence[int] | None,
+    given: Sequence[Sequence[int | None]] | None,
+) -> None:
+    for name, numbers in (("beginnings given", given), ("row_ids", row_ids)):
+        if numbers is not None and len(numbers) != len(prompt_ids):
+            raise UserError(f"There are {len(prompt_ids)} prompts and {len(numbers)} {name}: pass one for each.")
+    for row, ids in enumerate(given or ()):
         if any(token is not None and not isinstance(token, Integral) for token in ids):
             raise UserError(f"What is given of response {row} must be token ids, and None for those to decode.")
         if len(ids) > max_new_tokens:
             raise UserError(f"{len(ids)} ids are given of response {row}, and max_new_tokens is {max_new_tokens}.")
-
-
-def _decode(
-    model: nn.Module,
-    canvas: _Canvas,
-    config: DiffusionGenerationConfig,
-    backbone: Backbone,
-    on_reveal: Callable[[Revealed], None] | None,
-) -> Iterator[tuple[int, list[int]]]:
-    """Decode a batch; yields (place of the prompt, response ids) as responses are settled."""
-    ends = torch.tensor(backbone.end_token_ids, device=canvas.ids.device)
-    for step in plan(config.blocks, config.steps, config.schedule):
-        revealed = _reveal(model, canvas, step, config, backbone)
-        if on_reveal is not None and revealed is not None:
-            on_reveal(revealed)
-        response = canvas.response()
-        first_end = _first(torch.isin(response, ends) & ~canvas.masked)
-        settled = first_end <= _first(canvas.masked)  # equal only if there is neither
-        for place, ids, end in zip(canvas.place[settled], response[settled], first_end[settled], strict=True):
-            yield int(place), ids[:end].tolist()
-        if settled.all():
-            return
-        if settled.any():
-            canvas = canvas.keep(~settled)
-
-
-def _first(flags: Tensor) -> Tensor:
-    """Where each row of bool `[B, N]` is first true, N if nowhere: `[B]`."""
-    return torch.where(flags.any(dim=1), flags.int().argmax(dim=1), flags.shape[1])
-
-
-def _reveal(
-    model: nn.Module, canvas: _Canvas, step: Step, config: DiffusionGenerationConfig, backbone: Backbone
-) -> Revealed | None:
-    """One step, in place; None if it reveals nothing."""
-    chosen = canvas.masked.clone()
-    chosen[:, : step.start] = chosen[:, step.stop :] = False
-    if config.remasking == "random":  # no prediction decides, so only the tokens to reveal are predicted
-        chosen = random_positions(chosen, canvas.row, step, config)
-        if not chosen.any():
-            return None
-        tokens, _ = _predict(model, canvas, chosen, step, config, backbone)
-    elif step.count == 0:
-        return None
-    else:
-        tokens, scores = _predict(model, canvas, chosen, step, config, backbone)
-        best = best_positions(chosen, scores, canvas.row, step, config)
-        tokens, chosen = tokens[best[chosen]], best
-    row, position = chosen.nonzero(as_tuple=True)
-    canvas.ids[row, canvas.start[row] + position] = tokens
-    canvas.masked[row, position] = False
-    return Revealed(step.index, canvas.place[row], position, tokens)
-
-
-def _predict(
-    model: nn.Module,
-    canvas: _Canvas,
-    positions: Tensor,
-    step: Step,
-    config: DiffusionGenerationConfig,
-    backbone: Backbone,
-) -> tuple[Tensor, Tensor]:
-    """Token and score at M response positions (bool `[B, N]`), in their order: `[M]`, `[M]`."""
-    row, position = positions.nonzero(as_tuple=True)
-    wanted = torch.zeros_like(canvas.ids, dtype=torch.bool)
-    wanted[row, canvas.start[row] + position] = True
-    passes = [canvas.ids]
-    if config.cfg_scale:
-        prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
-        passes.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
-    logits = [logits_at(model, ids, canvas.attention_mask, wanted, logit_shift=backbone.logit_shift) for ids in passes]
-    banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
-    rows_a_chunk = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
-    found = []
-    for *parts, prompt_number, where in zip(
-        *(part.split(rows_a_chunk) for part in (*logits, canvas.row[row], position)), strict=True
-    ):
-        guided, *unguided = (part.float() for part in parts)
-        for other in unguided:
-            guided = other + (config.cfg_scale + 1) * (guided - other)
-        guided[:, banned] = -torch.inf
-        found.append(propose(guided, prompt_number, step.index, where, config))
-    tokens, scores = zip(*found, strict=True)
-    return torch.cat(tokens), torch.cat(scores)
+    check_prompt_ids(prompt_ids, backbone)
+    for row, ids in enumerate(prompt_ids):
+        if backbone.context_length is not None and len(ids) + max_new_tokens > backbone.context_length:
+            raise UserError(
+                f"Prompt {row} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that exceeds the "
+                f"model's context of {backbone.context_length}. Shorten the prompt or lower max_new_tokens."
+            )

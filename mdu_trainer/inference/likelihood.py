@@ -12,6 +12,7 @@ above 0.)
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -22,9 +23,9 @@ from tqdm import tqdm
 from ..data.encoding import check_ids
 from ..divergence import TokenNLL
 from ..files import UserError
-from ..models import Backbone, measure_at
+from ..masking import pad_rows
+from ..models import Backbone, evaluation_mode, measure_at
 from .config import check_count
-from .generation import evaluation_mode
 from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
 
 ROWS_AT_ONCE = 256  # whose sets are drawn together
@@ -100,20 +101,23 @@ def response_likelihood(
 
     Source: LLaDA (arXiv 2502.09992, appendix B); how sets are drawn and combined: `mdu_trainer.inference.mask_sets`.
     """
-    _check(prompt_ids, response_ids, backbone, num_draws, batch_size)
+    check_count("num_draws", num_draws)
+    check_count("batch_size", batch_size)
+    _check(prompt_ids, response_ids, backbone)
     parts: list[np.ndarray] = [np.empty(0)] * len(response_ids)
     errors = np.zeros(len(response_ids))
     total = sum(num_sets(len(ids), num_draws) for ids in response_ids)
     rows = _drawn_rows(prompt_ids, response_ids, num_draws, seed)
+    sequences = ((row, k) for row in rows for k in range(len(row.log_p)))
     with evaluation_mode(model), tqdm(total=total, unit="pass", disable=not show_progress) as progress:
-        for batch in _batches(rows, batch_size):
+        while batch := list(islice(sequences, batch_size)):
             _fill_log_p(model, batch, backbone)
-            for row in (piece.row for piece in batch if piece.is_last):
+            for row in (row for row, k in batch if k == len(row.log_p) - 1):  # its last set
                 replicates = token_parts(row.draws, row.log_p)
                 errors[row.number] = standard_error(row.draws, replicates.sum(axis=1))
                 tokens = replicates.mean(axis=0)
                 parts[row.number] = tokens if tokens.sum() <= 0 else np.zeros_like(tokens)
-            progress.update(sum(len(piece.masked) for piece in batch))
+            progress.update(len(batch))
     return Likelihood(np.array([tokens.sum() for tokens in parts]), errors, parts)
 
 
@@ -124,23 +128,7 @@ class _Row(NamedTuple):
     prompt: list[int]
     response: list[int]
     draws: Draws
-    log_p: np.ndarray  # [K, L], as `token_parts` takes it
-
-
-class _Piece(NamedTuple):
-    """The sequences that one row has in a forward pass."""
-
-    row: _Row
-    start: int
-    stop: int
-
-    @property
-    def masked(self) -> np.ndarray:
-        return self.row.draws.masked[self.start : self.stop]
-
-    @property
-    def is_last(self) -> bool:
-        return self.stop == len(self.row.log_p)
+    log_p: np.ndarray  # [K, L], as `token_parts` takes it; filled set by set
 
 
 def _drawn_rows(
@@ -157,59 +145,28 @@ def _drawn_rows(
             yield _Row(number, prompt, response, draws, np.zeros(draws.masked.shape))
 
 
-def _batches(rows: Iterator[_Row], batch_size: int) -> Iterator[list[_Piece]]:
-    """The sequences of all rows, `batch_size` at a time."""
-    batch, room = [], batch_size
-    for row in rows:
-        stop = 0
-        while stop < len(row.log_p):
-            start, stop = stop, min(stop + room, len(row.log_p))
-            batch.append(_Piece(row, start, stop))
-            room -= stop - start
-            if room == 0:
-                yield batch
-                batch, room = [], batch_size
-    if batch:
-        yield batch
-
-
 def _row_generator(seed: int, prompt: list[int], response: list[int]) -> np.random.Generator:
     content = np.array([seed, len(prompt), *prompt, *response], dtype=np.int64)
     return np.random.default_rng(int.from_bytes(hashlib.blake2b(content.tobytes(), digest_size=16).digest(), "little"))
 
 
-def _fill_log_p(model: nn.Module, batch: list[_Piece], backbone: Backbone) -> None:
-    """One forward pass: log p of the true tokens at the masked positions goes into the rows of the batch."""
-    width = max(len(piece.row.prompt) + len(piece.row.response) for piece in batch)
-    ids = np.full((sum(len(piece.masked) for piece in batch), width), backbone.pad_token_id)
-    attention_mask, masked = np.zeros_like(ids), np.zeros_like(ids, dtype=bool)
-    first = 0
-    for piece in batch:
-        rows, content = slice(first, first + len(piece.masked)), piece.row.prompt + piece.row.response
-        ids[rows, : len(content)] = content
-        attention_mask[rows, : len(content)] = 1
-        masked[rows, len(piece.row.prompt) : len(content)] = piece.masked
-        first = rows.stop
+def _fill_log_p(model: nn.Module, batch: list[tuple[_Row, int]], backbone: Backbone) -> None:
+    """Run one forward pass over pairs of a row and k: log p of what set k masks goes into the row."""
+    ids, attention_mask = pad_rows([row.prompt + row.response for row, _ in batch], backbone.pad_token_id)
+    masked = torch.zeros_like(ids, dtype=torch.bool)
+    for positions, (row, k) in zip(masked, batch, strict=True):
+        positions[len(row.prompt) :][: len(row.response)] = torch.from_numpy(row.draws.masked[k])
     device = next(model.parameters()).device
-    ids, attention_mask, masked = (torch.from_numpy(part).to(device) for part in (ids, attention_mask, masked))
+    ids, attention_mask, masked = (part.to(device) for part in (ids, attention_mask, masked))
     noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
     measure, shift = TokenNLL(ids[masked]), backbone.logit_shift
-    figures = measure_at(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift)
-    log_p = -figures.value.cpu().double().numpy()
-    for piece in batch:
-        found, log_p = np.split(log_p, [piece.masked.sum()])
-        piece.row.log_p[piece.start : piece.stop][piece.masked] = found
+    nll = measure_at(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift).value
+    log_p = -nll.cpu().double()
+    for (row, k), found in zip(batch, log_p.split(masked.sum(dim=1).tolist()), strict=True):
+        row.log_p[k, row.draws.masked[k]] = found.numpy()
 
 
-def _check(
-    prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]],
-    backbone: Backbone,
-    num_draws: int,
-    batch_size: int,
-) -> None:
-    for name, value in (("num_draws", num_draws), ("batch_size", batch_size)):
-        check_count(name, value)
+def _check(prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], backbone: Backbone) -> None:
     if len(prompt_ids) != len(response_ids):
         raise UserError(f"There are {len(prompt_ids)} prompts and {len(response_ids)} responses: pass one for each.")
     for row, (prompt, response) in enumerate(zip(prompt_ids, response_ids, strict=True)):

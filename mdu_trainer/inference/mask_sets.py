@@ -1,4 +1,4 @@
-"""Sets of masked positions for the Monte-Carlo likelihood of a response, and what they say together.
+"""Sets of masked positions for the Monte-Carlo likelihood of a response, and the estimate that they give together.
 
 Wanted is, for a response of L tokens and any function of a set S and a token i in it,
 
@@ -7,7 +7,11 @@ Wanted is, for a response of L tokens and any function of a set S and a token i 
 where f_i(S) is log p(y_i | x, y without S). The draws of a response are made together, so that a few say as much as
 many independent ones:
 
-- If the draws cover all 2^L - 1 sets S, each is evaluated once and the result is exact.
+- If the draws cover all 2^L - 1 sets S, each is evaluated once, weighs 1 / (l C(L, l)), and the result is exact:
+
+      three tokens:  S       {1}  {2}  {3}  {1,2}  {1,3}  {2,3}  {1,2,3}
+                     weight  1/3  1/3  1/3   1/6    1/6    1/6     1/3     those with token 1 sum to 1
+
 - Otherwise the range of l is cut into as many slices as there are draws, one draw in each, narrow slices at small l,
   where a pass predicts few tokens; a draw weighs as much as its slice is wide.
 - S is built from the positions that have the least weight so far, alone and in pairs with those already in S, ties at
@@ -76,16 +80,19 @@ def draw_masks(lengths: Sequence[int], num_draws: int, rngs: Sequence[np.random.
 
 
 def num_sets(length: int, num_draws: int) -> int:
-    """How many sets `draw_masks` chooses for a response of `length` tokens."""
+    """The number of sets that `draw_masks` chooses for a response of `length` tokens."""
     return 2**length - 1 if _exact(length, num_draws) else num_draws - num_draws % _num_replicates(num_draws)
 
 
 def token_parts(draws: Draws, log_p: np.ndarray) -> np.ndarray:
-    """What each replicate says of each token's part in the log-likelihood: `[R, L]`.
+    """Estimate each token's part in the log-likelihood, once from each replicate: `[R, L]`.
 
     The line that the other replicates draw through the log p of token i, m_i + b (r - r_i) where a share r of the
     response is masked, is the control variate. m_i and r_i are weighted means over their sets with i; b, the slope
-    within tokens, is common to all tokens.
+    within tokens, is common to all tokens. Summed over the sets S_k with i, of weight w_k and share r_k:
+
+        sum w_k log p_k - (line - E[line])    where    line = m_i count_i + b (shares_i - r_i count_i)
+        count_i = sum w_k, E = 1;    shares_i = sum w_k r_k, E = (L + 1) / 2L
 
     Args:
         draws: the sets, K of them.
@@ -107,7 +114,7 @@ def token_parts(draws: Draws, log_p: np.ndarray) -> np.ndarray:
 
 
 def standard_error(draws: Draws, estimates: np.ndarray) -> float:
-    """Of the mean of the replicates' estimates `[R]`: 0 if the draws cover every set, NaN for a single replicate."""
+    """The standard error of the mean of `[R]` estimates: 0 if the draws cover every set, NaN for one replicate."""
     sets, length = draws.masked.shape
     if _exact(length, sets):
         return 0.0
@@ -141,9 +148,12 @@ def _joined(replicates: list[tuple[np.ndarray, np.ndarray]]) -> Draws:
 
 
 def _balanced_sets(designs: list[tuple[int, np.random.Generator]], count: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each replicate, sets of stratified sizes that give every position about the same weight, and their weights.
+    """Build the sets of each replicate, of stratified sizes, so that all positions weigh about the same; and weights.
 
-    Replicates are built side by side, position by position; none depends on the others.
+    Replicates are built side by side, position by position; none depends on the others. Three tokens, two draws:
+
+        k = 1: l in 2..3, say 2, weight .65 * 3/2 = .97    all positions cost 0: chance takes {1, 3}
+        k = 0: l in 1..2, say 1, weight .35 * 3/1 = 1.06   1 and 3 cost .97 each, 2 costs 0: it takes {2}
     """
     lengths = np.array([[length] for length, _ in designs])
     edges = np.linspace(0, 1, count + 1) ** SLICE_POWER

@@ -1,4 +1,4 @@
-"""What a step of decoding reveals: a token for each position, how sure the model is of it, and which positions."""
+"""Choose what a step of decoding reveals: a token for each position, a score of it, and the positions to reveal."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward
 def propose(
     logits: Tensor, row: Tensor, step: int, position: Tensor, config: DiffusionGenerationConfig
 ) -> tuple[Tensor, Tensor]:
-    """A token for each of `[N, V]` logits, and the score of its position: `[N]`, `[N]`."""
+    """Propose a token for each of `[N, V]` logits, and score its position: `[N]`, `[N]`."""
     sharpened = logits / config.temperature if config.temperature else logits
     if config.top_p is not None or config.top_k is not None:
         cut = _cut(sharpened, config.top_p, config.top_k)
@@ -57,7 +57,7 @@ def _top(table: Tensor, count: int) -> Tensor:
 
 
 def _cut(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """What top_p and top_k drop: bool `[N, V]`. The most probable token always stays."""
+    """Mark the tokens that top_p and top_k drop: bool `[N, V]`. The most probable token always stays."""
     ordered, order = logits.sort(dim=1, descending=True, stable=True)
     drop = torch.zeros_like(ordered, dtype=torch.bool)
     if top_p is not None:

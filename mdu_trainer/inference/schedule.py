@@ -1,14 +1,15 @@
-"""How many tokens each step of decoding reveals, and where."""
+"""The plan of a decoding: how many tokens each step reveals, and where."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 DREAM_EPSILON = 1e-3  # where Dream's timesteps end
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """A step of the plan: where it reveals, and how much."""
 
     index: int
@@ -38,7 +39,7 @@ def plan(blocks: Sequence[tuple[int, int]], steps: int | None, schedule: str) ->
 
 
 def reveal_schedule(num_tokens: int, steps: int, schedule: str) -> list[int]:
-    """How many of `num_tokens` masked tokens each of `steps` steps reveals; they sum to `num_tokens`.
+    """Divide `num_tokens` masked tokens over `steps` steps: how many each reveals.
 
     "linear" spreads them evenly, the remainder over the first steps (LLaDA). "dream" takes the share 1 - s/t of what
     is left, rounded down, and all of it in the last step.

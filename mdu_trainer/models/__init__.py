@@ -5,12 +5,13 @@ Importing this package registers the native classes with transformers, so that `
 """
 
 from .backbone import Backbone, resolve_backbone
+from .checks import weights_fingerprint
 from .dream import DreamConfig, DreamModel, DreamTokenizer
-from .fingerprint import weights_fingerprint
 from .head import hidden_at, logits_at, measure_at
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import base_of, is_adapter, load_checkpoint, load_model, load_tokenizer
+from .probe import evaluation_mode
 
 __all__ = [
     "Backbone",
@@ -23,6 +24,7 @@ __all__ = [
     "LLaDAModelLM",
     "LLaDATokenizer",
     "base_of",
+    "evaluation_mode",
     "is_adapter",
     "load_checkpoint",
     "load_model",

@@ -3,6 +3,7 @@
 import copy
 import re
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,14 +29,12 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 LINEAR = (nn.Linear, Conv1D)  # what PEFT knows of both; GPT-2 has the latter
 LOAD_TOGETHER = "One belongs to another checkpoint: load both from the same place, or correct the wrong one."
-
-
 MASKED_LM = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())  # XLM's and FlauBERT's names do not say so
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """What a checkpoint is, as its config and tokenizer say.
+    """The facts of a checkpoint, as its config and tokenizer say.
 
     Attributes:
         name: "llada", "llada_moe", "dream", "masked_lm" (a *ForMaskedLM), "bidirectional" (a decoder that attends in
@@ -65,13 +64,13 @@ class Backbone:
 def resolve_backbone(
     model_or_config: PreTrainedModel | PreTrainedConfig | nn.Module, tokenizer: PreTrainedTokenizerBase
 ) -> Backbone:
-    """The `Backbone` of a model or config and its tokenizer.
+    """Find out the `Backbone` of a model or config and its tokenizer.
 
     Both must agree on the mask token and the pad token; what ends a response, the tokenizer decides. One difference is
     known and harmless: a config that pads with eos beside a tokenizer with a pad token of its own (DiffuCoder), for
     padding is never attended to. A config may say `logit_shift: true` of a model that predicts as Dream does.
 
-    Whether a model attends in both directions is tried on a few tokens, once; of a config it is what the config says.
+    A model is run on a few tokens, once, to see that it attends in both directions; a config is believed.
 
     Args:
         model_or_config: a transformers model, a PEFT model around one, or a config.
@@ -81,12 +80,12 @@ def resolve_backbone(
         ValueError: the model is causal, of an unsupported kind (or its adapter is), or contradicts its tokenizer; the
             message says what disagrees and what to do.
     """
-    model = model_or_config if isinstance(model_or_config, nn.Module) else None
-    if model is not None and hasattr(model, "get_base_model"):
+    model: Any = model_or_config if isinstance(model_or_config, nn.Module) else None
+    if hasattr(model, "get_base_model"):
         for adapter in model.peft_config.values():
             refuse_adapter(adapter)
         model = model.get_base_model()
-    config = model_or_config if model is None else model.config
+    config = cast(PreTrainedConfig, model_or_config if model is None else model.config)
     name = backbone_name(config, model)
     vocab_size = _vocab_size(config, model)
     _check_vocabulary(tokenizer, vocab_size)
@@ -106,7 +105,7 @@ def resolve_backbone(
 
 
 def backbone_name(config: PreTrainedConfig, model: nn.Module | None = None) -> str:
-    """Which kind of masked diffusion model a config describes, and the model built from it, if there is one, is.
+    """Name the kind of masked diffusion model that a config describes, and check the model built from it, if any.
 
     Raises:
         ValueError: it is causal, or of a kind that is refused by name.
@@ -145,22 +144,19 @@ def _claimed_name(config: PreTrainedConfig, model: nn.Module | None, architectur
     for config_class, name in ((LLaDAMoEConfig, "llada_moe"), (LLaDAConfig, "llada"), (DreamConfig, "dream")):
         if isinstance(config, config_class):
             return name
-    if any(_is_remote(owner) for owner in (type(config), type(model))):
+    if "transformers_modules" in (owner.__module__.split(".")[0] for owner in (type(config), type(model))):
         return "remote"
     if getattr(config, "is_encoder_decoder", False):
         return None
     masked = [name.endswith("ForMaskedLM") or name in MASKED_LM for name in architectures]
-    if (any(masked) or not masked and type(config) in MODEL_FOR_MASKED_LM_MAPPING) and not _is_decoder(config):
+    is_decoder = getattr(config, "is_decoder", False) or getattr(config, "causal", False)  # the latter is XLM's
+    if (any(masked) or not masked and type(config) in MODEL_FOR_MASKED_LM_MAPPING) and not is_decoder:
         return "masked_lm"
     return "bidirectional" if getattr(config, "is_causal", True) is False else None
 
 
-def _is_decoder(config: PreTrainedConfig) -> bool:
-    return bool(getattr(config, "is_decoder", False) or getattr(config, "causal", False))  # the latter is XLM's
-
-
 def _refuse_recurrent(config: PreTrainedConfig) -> None:
-    """`is_causal` switches attention alone: state-space and convolution layers still read from left to right."""
+    """Refuse state-space and convolution layers, which stay causal: `is_causal` switches attention alone."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds or not hasattr(config, "num_attention_heads"):
         raise UserError(
@@ -169,20 +165,15 @@ def _refuse_recurrent(config: PreTrainedConfig) -> None:
         )
 
 
-def _is_remote(owner: type | None) -> bool:
-    return owner is not None and owner.__module__.split(".")[0] == "transformers_modules"
-
-
-def _vocab_size(config: PreTrainedConfig, model: nn.Module | None) -> int:
+def _vocab_size(config: PreTrainedConfig, model: PreTrainedModel | None) -> int:
     embedding = model.get_input_embeddings() if model is not None else None
     return getattr(embedding, "num_embeddings", None) or config.get_text_config().vocab_size
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     last = max(tokenizer.get_vocab().values(), default=0)
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id >= vocab_size:
-        return  # has a message of its own
-    if last >= vocab_size:
+    mask_token_id = cast("int | None", tokenizer.mask_token_id)
+    if last >= vocab_size and (mask_token_id is None or mask_token_id < vocab_size):  # which has its own message
         raise UserError(
             f"The tokenizer has {last + 1} tokens, the embedding {vocab_size} rows: the last tokens have none. "
             f"{LOAD_TOGETHER} After adding tokens, call model.resize_token_embeddings and train the new rows."
@@ -190,22 +181,22 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> No
 
 
 def _mask_token_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    in_config = getattr(config, "mask_token_id", None)
-    in_tokenizer = tokenizer.mask_token_id
+    in_config, in_tokenizer = getattr(config, "mask_token_id", None), cast("int | None", tokenizer.mask_token_id)
     field = getattr(type(config), "__dataclass_fields__", {}).get("mask_token_id")
     if in_tokenizer is not None and field is not None and in_config == field.default:
         in_config = None  # XLM's and FlauBERT's is transformers' own, not the model's
-    if in_config is None and in_tokenizer is None:
+    found: list[int] = [number for number in (in_tokenizer, in_config) if number is not None]
+    if not found:
         raise UserError(
             f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path!r}) has no mask token and the config "
             "no mask_token_id. A masked diffusion model needs the one it was trained with: set tokenizer.mask_token."
         )
-    if None not in (in_config, in_tokenizer) and in_config != in_tokenizer:
+    if found[0] != found[-1]:
         raise UserError(
             f"The config says mask_token_id={in_config}, the tokenizer says {in_tokenizer} "
             f"({tokenizer.mask_token!r}). {LOAD_TOGETHER}"
         )
-    mask_token_id = in_config if in_tokenizer is None else in_tokenizer
+    mask_token_id = found[0]
     if not 0 <= mask_token_id < vocab_size:
         raise UserError(
             f"The mask token id {mask_token_id} is outside the embedding, which has {vocab_size} rows. The tokenizer "
@@ -218,7 +209,7 @@ def _end_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     vocabulary = tokenizer.get_vocab()
     in_config = getattr(config, "eos_token_id", None)
     in_config = [] if in_config is None else [in_config] if isinstance(in_config, int) else list(in_config)
-    eos = tokenizer.eos_token_id
+    eos, sep = cast("int | None", tokenizer.eos_token_id), cast("int | None", tokenizer.sep_token_id)
     # Native configs have no default for eos. Elsewhere the value may be transformers' own, not the model's
     if native and eos is not None and in_config and eos not in in_config:
         raise UserError(
@@ -232,8 +223,8 @@ def _end_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
         ends.append(eos)
     elif native:
         ends.extend(in_config)
-    if not ends and tokenizer.sep_token_id is not None:
-        ends.append(tokenizer.sep_token_id)
+    if not ends and sep is not None:
+        ends.append(sep)
     if not ends:
         raise UserError(
             f"The tokenizer ({type(tokenizer).__name__}, {tokenizer.name_or_path!r}) has no end-of-turn, eos or sep "
@@ -249,8 +240,7 @@ def _pad_token_id(
     end_token_ids: tuple[int, ...],
     vocab_size: int,
 ) -> int:
-    in_config = getattr(config, "pad_token_id", None)
-    in_tokenizer = tokenizer.pad_token_id
+    in_config, in_tokenizer = getattr(config, "pad_token_id", None), cast("int | None", tokenizer.pad_token_id)
     if in_tokenizer is None:  # -1 stands for none in old configs
         return in_config if in_config is not None and 0 <= in_config < vocab_size else end_token_ids[-1]
     if in_tokenizer >= vocab_size:
@@ -277,7 +267,10 @@ def _context_length(name: str, config: PreTrainedConfig, tokenizer: PreTrainedTo
     return length
 
 
-def _anatomy(name: str, config: PreTrainedConfig, model: nn.Module | None) -> tuple[str | list[str], str | None]:
+def _anatomy(
+    name: str, config: PreTrainedConfig, model: nn.Module | None
+) -> tuple[str | list[str] | None, str | None]:
+    """`lora_target_modules` and `layer_class` of a `Backbone`."""
     if name in ("llada", "dream"):
         return ATTENTION + MLP, "LlamaDecoderLayer" if name == "llada" else "Qwen2DecoderLayer"
     if name == "llada_moe":  # its experts are stacked tensors, not linear layers
@@ -286,7 +279,7 @@ def _anatomy(name: str, config: PreTrainedConfig, model: nn.Module | None) -> tu
         no_split = getattr(model, "_no_split_modules", None)
         return "all-linear", next(iter(no_split), None) if no_split else None
     mapping = MODEL_FOR_MASKED_LM_MAPPING if name == "masked_lm" else MODEL_FOR_CAUSAL_LM_MAPPING
-    model_class = type(model) if model is not None else mapping[type(config)]
+    model_class = cast("type[PreTrainedModel]", type(model) if model is not None else mapping[type(config)])
     # A skeleton without memory: the live model's linear layers may already be wrapped by adapters or quantization
     try:
         with torch.device("meta"):
@@ -306,19 +299,14 @@ def _anatomy(name: str, config: PreTrainedConfig, model: nn.Module | None) -> tu
     first, parent = next(iter(lists.values())), next(iter(lists)).rpartition(".")[0]
     # XLM keeps attention and MLP in two lists side by side
     beside = {path: part for path, part in lists.items() if path.rpartition(".")[0] == parent}
-    patterns = [
-        rf"{re.escape(path)}\.\d+\.(?:.*\.)?(?:{'|'.join(_linear_leaves(part))})" for path, part in beside.items()
-    ]
+    patterns = []
+    for path, part in beside.items():
+        linear = (name.rpartition(".")[2] for name, layer in part.named_modules() if isinstance(layer, LINEAR))
+        patterns.append(rf"{re.escape(path)}\.\d+\.(?:.*\.)?(?:{'|'.join(dict.fromkeys(linear))})")
     layer = first[0]
     while isinstance(layer, nn.ModuleList):  # Funnel's layers stand in blocks
         layer = layer[0]
     return "|".join(patterns), type(layer).__name__
-
-
-def _linear_leaves(layers: nn.Module) -> list[str]:
-    """The last parts of the names of the linear layers below."""
-    names = (name for name, part in layers.named_modules() if isinstance(part, LINEAR))
-    return list(dict.fromkeys(name.rpartition(".")[2] for name in names))
 
 
 def target_modules_of(backbone: Backbone, layers: int | list[int] | None = None) -> str | list[str] | None:

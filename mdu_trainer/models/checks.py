@@ -1,5 +1,6 @@
-"""Whether a checkpoint is whole: its files lie in its folder, no tensor is missing, every weight is a number."""
+"""Check a checkpoint: its files lie in its folder, no tensor is missing, all weights are numbers; and hash them."""
 
+import hashlib
 import json
 import re
 from collections.abc import Collection, Iterable
@@ -102,22 +103,18 @@ def check_complete(model: PreTrainedModel, info: dict[str, Collection], source: 
         raise UserError(
             f"{source} holds tensors of other shapes than its config.json says: {some(mismatched)}. {INTACT}"
         )
-    modules = {name for name, _ in model.named_modules()}
+    modules, prefix = {name for name, _ in model.named_modules()}, model.base_model_prefix
     unexpected = [
         name
         for name in info.get("unexpected_keys", ())
-        if not POOLING.search(name)
-        and (_is_below(name, model.base_model_prefix) or name.rpartition(".")[0] in modules)
+        if (prefix and name.startswith(f"{prefix}.") or name.rpartition(".")[0] in modules)
+        and not POOLING.search(name)
     ]
     if unexpected:
         raise UserError(
             f"{source} holds tensors that its {type(model).__name__} does not have: {some(unexpected)}. Its "
             f"config.json may name fewer layers than it holds, or another class. {INTACT}"
         )
-
-
-def _is_below(name: str, prefix: str) -> bool:
-    return bool(prefix) and name.startswith(f"{prefix}.")
 
 
 def check_finite(model: nn.Module, source: str, known: Iterable[Tensor] = ()) -> None:
@@ -153,7 +150,7 @@ def _own_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; of a quantised weight its scales."""
+    """Whether all numbers of a tensor are finite; of a quantised weight, its scales."""
     scales = getattr(tensor, "SCB", None)
     if scales is None:
         scales = getattr(getattr(tensor, "quant_state", None), "absmax", None)
@@ -170,3 +167,16 @@ def some(names: Iterable[str]) -> str:
     names = sorted(names)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return f"{', '.join(names[:SHOWN])}{more}"
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """A hash of the names, shapes and bits of all weights, 32 hexadecimal digits. Some seconds for 8B parameters.
+
+    Weights that are not in memory (offloaded ones) count with their names and shapes only.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if not tensor.is_meta:
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

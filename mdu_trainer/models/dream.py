@@ -4,21 +4,18 @@ The published model is a Qwen2 that attends in both directions, under Qwen2's ow
 causal model and still predicts token i at position i - 1.
 """
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoTokenizer,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from transformers import AutoConfig, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from .published import PublishedConfigMixin, PublishedTokenizerMixin, refuse_generate, refuse_values
+from .published import (
+    PublishedConfigMixin,
+    PublishedModelMixin,
+    PublishedTokenizerMixin,
+    refuse_values,
+    register_model,
+)
 
 MASK_TOKEN = "<|mask|>"
 CHAT_TEMPLATE = (
@@ -46,6 +43,7 @@ class DreamConfig(PublishedConfigMixin, Qwen2Config):
     model_type = "Dream"
     is_causal: ClassVar[bool] = False
     not_published = ("is_causal", "layer_types")
+    published_as_null = ("rope_scaling",)
 
     vocab_size: int = 152064
     use_cache: bool = False
@@ -56,12 +54,8 @@ class DreamConfig(PublishedConfigMixin, Qwen2Config):
         refuse_values("Dream", REQUIRED, kwargs | chosen)
         super().__post_init__(**kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The config under the published keys."""
-        return {"rope_scaling": None} | super().to_dict()
 
-
-class DreamModel(Qwen2ForCausalLM):
+class DreamModel(PublishedModelMixin, Qwen2ForCausalLM):
     """Dream-v0 Base and Instruct, Dream-Coder and DiffuCoder, and whatever was trained from them.
 
     `forward(input_ids, attention_mask)` gives logits `[B, L, V]` as the published model does: token i is predicted at
@@ -69,39 +63,15 @@ class DreamModel(Qwen2ForCausalLM):
     """
 
     config_class = DreamConfig
-    config: DreamConfig
-
-    def __init__(self, config: DreamConfig) -> None:
-        super().__init__(config)
-        # Padding shares its token with the end of a response, whose row is trained like any other
-        self.model.embed_tokens.padding_idx = None
-
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: this model does not write from left to right."""
-        refuse_generate(self)
 
 
 class DreamTokenizer(PublishedTokenizerMixin, Qwen2Tokenizer):
-    """The published tokenizer without its remote code, which is Qwen2's over the same vocabulary and merges.
-
-    Saves `vocab.json` and `merges.txt` beside `tokenizer.json`, for the published class reads only those.
-    """
+    """The published tokenizer without its remote code, which is Qwen2's over the same vocabulary and merges."""
 
     published_class = "DreamTokenizer"
-
-    def _save_pretrained(
-        self,
-        save_directory: str,
-        file_names: tuple[str, ...],
-        legacy_format: bool | None = None,
-        filename_prefix: str | None = None,
-    ) -> tuple[str, ...]:
-        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
-        written = self.backend_tokenizer.model.save(str(save_directory), filename_prefix)
-        return (*file_names, *written)
+    published_vocabulary = True
 
 
 AutoConfig.register("Dream", DreamConfig)
-for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
-    auto_class.register(DreamConfig, DreamModel)
+register_model(DreamConfig, DreamModel)
 AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer)

@@ -5,22 +5,21 @@ and MLP, rotary embeddings in the rotate-half form, SwiGLU. Position i predicts 
 are translated on the way in and back on the way out, so a checkpoint saved here is still in the published layout.
 """
 
-from typing import Any, ClassVar, NoReturn
+import re
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 
-from .published import PublishedConfigMixin, PublishedTokenizerMixin, refuse_generate, refuse_values
+from .published import (
+    PublishedConfigMixin,
+    PublishedModelMixin,
+    PublishedTokenizerMixin,
+    refuse_values,
+    register_model,
+)
 
 MASK_TOKEN = "<|mdm_mask|>"
 # The published template starts the assistant's turn unasked, so a finished conversation would end in an empty one
@@ -33,7 +32,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 
-# What the published code can be configured to do and a Llama cannot
+# Options of the published code, and their values that a Llama can follow
 REQUIRED = {
     "is_causal": (False,),
     "block_type": ("llama",),
@@ -54,22 +53,25 @@ REQUIRED = {
     "embedding_dropout": (0.0,),
 }
 
-# In this order on load, undone in the opposite order on save. The head must go first: blocks have an ff_out, too
-RENAMINGS = [
-    WeightRenaming(r"^model\.transformer\.ff_out\.", r"^lm_head\."),
-    WeightRenaming(r"^model\.transformer\.wte\.", r"^model\.embed_tokens\."),
-    WeightRenaming(r"^model\.transformer\.ln_f\.", r"^model\.norm\."),
-    WeightRenaming(r"^model\.transformer\.blocks\.", r"^model\.layers\."),
-    WeightRenaming(r"\.q_proj\.", r"\.self_attn\.q_proj\."),
-    WeightRenaming(r"\.k_proj\.", r"\.self_attn\.k_proj\."),
-    WeightRenaming(r"\.v_proj\.", r"\.self_attn\.v_proj\."),
-    WeightRenaming(r"\.attn_out\.", r"\.self_attn\.o_proj\."),
-    WeightRenaming(r"\.ff_proj\.", r"\.mlp\.gate_proj\."),
-    WeightRenaming(r"\.up_proj\.", r"\.mlp\.up_proj\."),
-    WeightRenaming(r"\.ff_out\.", r"\.mlp\.down_proj\."),
-    WeightRenaming(r"\.attn_norm\.", r"\.input_layernorm\."),
-    WeightRenaming(r"\.ff_norm\.", r"\.post_attention_layernorm\."),
-]
+# Names of tensors, published and Llama's: from the root, or, with a dot in front, within a layer. In this order on
+# load, undone in the opposite order on save. The head must go first: layers have an ff_out, too
+NAMES = {
+    "model.transformer.ff_out": "lm_head",
+    "model.transformer.wte": "model.embed_tokens",
+    "model.transformer.ln_f": "model.norm",
+    "model.transformer.blocks": "model.layers",
+    **{f".{letter}_proj": f".self_attn.{letter}_proj" for letter in "qkv"},
+    ".attn_out": ".self_attn.o_proj",
+    ".ff_proj": ".mlp.gate_proj",
+    ".up_proj": ".mlp.up_proj",
+    ".ff_out": ".mlp.down_proj",
+    ".attn_norm": ".input_layernorm",
+    ".ff_norm": ".post_attention_layernorm",
+}
+
+
+def _pattern(name: str) -> str:
+    return ("" if name.startswith(".") else "^") + re.escape(f"{name}.")
 
 
 @strict
@@ -134,23 +136,13 @@ class LLaDAConfig(PublishedConfigMixin, LlamaConfig):
         return config
 
 
-class LLaDAModelLM(LlamaForCausalLM):
+class LLaDAModelLM(PublishedModelMixin, LlamaForCausalLM):
     """LLaDA-8B Base, Instruct and 1.5, and whatever was trained from them.
 
     `forward(input_ids, attention_mask)` gives logits `[B, L, V]`, in which position i predicts token i.
     """
 
     config_class = LLaDAConfig
-    config: LLaDAConfig
-
-    def __init__(self, config: LLaDAConfig) -> None:
-        super().__init__(config)
-        # Padding shares its token with the end of a response, whose row is trained like any other
-        self.model.embed_tokens.padding_idx = None
-
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: this model does not write from left to right."""
-        refuse_generate(self)
 
 
 class LLaDATokenizer(PublishedTokenizerMixin, PreTrainedTokenizerFast):
@@ -160,6 +152,7 @@ class LLaDATokenizer(PublishedTokenizerMixin, PreTrainedTokenizerFast):
 
 
 AutoConfig.register("llada", LLaDAConfig)
-for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
-    auto_class.register(LLaDAConfig, LLaDAModelLM)
-register_checkpoint_conversion_mapping("LLaDAModelLM", RENAMINGS, overwrite=True)
+register_model(LLaDAConfig, LLaDAModelLM)
+register_checkpoint_conversion_mapping(
+    "LLaDAModelLM", [WeightRenaming(_pattern(old), _pattern(new)) for old, new in NAMES.items()], overwrite=True
+)

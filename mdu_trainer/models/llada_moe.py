@@ -4,22 +4,19 @@ The published model is a Qwen3-MoE that attends in both directions: RMSNorm on e
 router whose top weights are not renormalized, no shared expert, no biases. Tensor names are the same.
 """
 
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
-)
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 
 from ..files import UserError
-from .published import PublishedConfigMixin, refuse_generate, refuse_values
+from .published import PublishedConfigMixin, PublishedModelMixin, refuse_values, register_model
 
 MASK_TOKEN = "<|mask|>"
 ARCHITECTURES = ("LLaDAMoEModelLM", "LLaDAMoEModel")
 
-# What the published code can be configured to do and a Qwen3-MoE cannot
+# Options of the published code, and their values that a Qwen3-MoE can follow
 REQUIRED = {
     "is_causal": (False,),
     "qk_layernorm": (True,),
@@ -55,6 +52,7 @@ class LLaDAMoEConfig(PublishedConfigMixin, Qwen3MoeConfig):
         "sliding_window",
         "use_sliding_window",
     )
+    published_as_null = ("rope_scaling",)
     attribute_map = {"num_experts": "num_local_experts", "expert_intermediate_size": "moe_intermediate_size"}
 
     vocab_size: int = 157184
@@ -83,32 +81,15 @@ class LLaDAMoEConfig(PublishedConfigMixin, Qwen3MoeConfig):
         self.architectures = self.architectures or list(ARCHITECTURES[:1])
         super().__post_init__(**kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The config under the published keys."""
-        return {"rope_scaling": None} | super().to_dict()
 
-
-class LLaDAMoEModelLM(Qwen3MoeForCausalLM):
-    """LLaDA-MoE Base and Instruct.
-
-    `forward(input_ids, attention_mask)` gives logits `[B, L, V]`, in which position i predicts token i.
-    """
+class LLaDAMoEModelLM(PublishedModelMixin, Qwen3MoeForCausalLM):
+    """LLaDA-MoE Base and Instruct. Logits `[B, L, V]`, in which position i predicts token i."""
 
     config_class = LLaDAMoEConfig
-    config: LLaDAMoEConfig
-
-    def __init__(self, config: LLaDAMoEConfig) -> None:
-        super().__init__(config)
-        self.model.embed_tokens.padding_idx = None
-
-    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: this model does not write from left to right."""
-        refuse_generate(self)
 
 
 # AutoConfig knows one class a model_type: LLaDAConfig.from_dict hands these configs over
-for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
-    auto_class.register(LLaDAMoEConfig, LLaDAMoEModelLM)
+register_model(LLaDAMoEConfig, LLaDAMoEModelLM)
 register_checkpoint_conversion_mapping(
     "LLaDAMoEModelLM", get_checkpoint_conversion_mapping("qwen3_moe"), overwrite=True
 )

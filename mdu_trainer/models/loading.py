@@ -37,6 +37,7 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MASK_TOKENS = {"llada": llada.MASK_TOKEN, "llada_moe": llada_moe.MASK_TOKEN, "dream": dream.MASK_TOKEN}
+TOKENIZERS = {"llada": llada.LLaDATokenizer, "llada_moe": llada.LLaDATokenizer, "dream": dream.DreamTokenizer}
 
 
 def load_model(
@@ -61,9 +62,8 @@ def load_model(
         ImportError: 8- or 4-bit loading without bitsandbytes.
     """
     from_pretrained_kwargs = _quantization(from_pretrained_kwargs)
-    hub_arguments = {name: from_pretrained_kwargs[name] for name in HUB_ARGUMENTS if name in from_pretrained_kwargs}
-    config = from_pretrained_kwargs.pop("config", None)
-    config = config or load_config(name_or_path, trust_remote_code=trust_remote_code, **hub_arguments)
+    where = {"trust_remote_code": trust_remote_code, **_hub_arguments(from_pretrained_kwargs)}
+    config = from_pretrained_kwargs.pop("config", None) or load_config(name_or_path, **where)
     model = _whole_model(name_or_path, config, trust_remote_code, **from_pretrained_kwargs)
     model.config.use_cache = False
     check_finite(model, str(name_or_path))
@@ -90,9 +90,8 @@ def check_tensors(folder: str) -> None:
 def _whole_model(
     name_or_path: str, config: PreTrainedConfig, trust_remote_code: bool, **from_pretrained_kwargs: Any
 ) -> PreTrainedModel:
-    hub_arguments = {name: from_pretrained_kwargs[name] for name in HUB_ARGUMENTS if name in from_pretrained_kwargs}
     auto_class, remote = _auto_class(config, trust_remote_code)
-    check_files(str(name_or_path), **hub_arguments)
+    check_files(str(name_or_path), **_hub_arguments(from_pretrained_kwargs))
     try:
         loaded = auto_class.from_pretrained(
             name_or_path,
@@ -125,18 +124,13 @@ def load_tokenizer(
     Raises:
         ValueError: its files cannot be read.
     """
-    hub_arguments = {name: from_pretrained_kwargs[name] for name in HUB_ARGUMENTS if name in from_pretrained_kwargs}
     try:
-        raw = _raw_config(name_or_path, **hub_arguments)
+        raw = _raw_config(name_or_path, **_hub_arguments(from_pretrained_kwargs))
     except OSError:  # a directory that holds a tokenizer alone
         raw = {}
     family = _native_family(raw)
-    if family in ("llada", "llada_moe"):
-        tokenizer_class = llada.LLaDATokenizer
-    elif family == "dream":
-        tokenizer_class = dream.DreamTokenizer
-    else:
-        tokenizer_class = AutoTokenizer
+    tokenizer_class = TOKENIZERS.get(family, AutoTokenizer)
+    if tokenizer_class is AutoTokenizer:
         from_pretrained_kwargs = from_pretrained_kwargs | {"trust_remote_code": trust_remote_code}
     tokenizer = _explained(
         f"The tokenizer of {name_or_path}",
@@ -186,17 +180,13 @@ def _add_adapter(model: PreTrainedModel, folder: str, is_trainable: bool) -> "Pe
     if not any((Path(folder) / name).is_file() for name in ADAPTER_WEIGHTS):
         raise UserError(f"{folder} has no {' or '.join(ADAPTER_WEIGHTS)}. Copy the adapter's weights there.")
     of_base = list(model.parameters())
-    what = f"The adapter in {folder}"
-    adapted = _explained(
-        what, lambda: PeftModel.from_pretrained(model, folder, config=config, is_trainable=is_trainable)
-    )
+    what, options = f"The adapter in {folder}", {"config": config, "is_trainable": is_trainable}
+    adapted = _explained(what, lambda: PeftModel.from_pretrained(model, folder, **options))
     saved = load_peft_weights(str(folder), device="cpu").keys()
     own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
     left_over = [name for name in saved - own if name not in adapted.state_dict()]
-    for names, fault in (
-        (own - saved, "lacks tensors that its config asks for"),
-        (left_over, "holds tensors too many"),
-    ):
+    faults = {"lacks tensors that its config asks for": own - saved, "holds tensors too many": left_over}
+    for fault, names in faults.items():
         if names:
             raise UserError(f"{what} {fault}: {some(names)}. {INTACT}")
     check_finite(adapted, folder, known=of_base)
@@ -239,7 +229,7 @@ def is_adapter(name_or_path: str) -> bool:
 
 
 def _explained(what: str, load: Callable[[], T]) -> T:
-    """What `load` gives. Whatever a library raises on damaged files becomes one line that names them."""
+    """Return what `load` returns. Whatever a library raises on damaged files becomes one line that names them."""
     try:
         return load()
     except (OSError, ImportError, UserError):
@@ -249,13 +239,14 @@ def _explained(what: str, load: Callable[[], T]) -> T:
         raise UserError(f"{what} cannot be read: {type(error).__name__}: {cause}") from None
 
 
-def _native_family(raw_config: dict[str, Any]) -> str | None:
+def _native_family(raw_config: dict[str, Any]) -> str:
+    """The name of a native family, "" of any other."""
     if raw_config.get("model_type") == "llada":
         return "llada_moe" if llada_moe.is_llada_moe(raw_config) else "llada"
-    return "dream" if raw_config.get("model_type") == "Dream" else None
+    return "dream" if raw_config.get("model_type") == "Dream" else ""
 
 
-def _complete(tokenizer: PreTrainedTokenizerBase, family: str | None, mask_token_id: int | None) -> None:
+def _complete(tokenizer: PreTrainedTokenizerBase, family: str, mask_token_id: int | None) -> None:
     vocabulary = tokenizer.get_vocab()
     if tokenizer.mask_token is None:
         by_id = None if mask_token_id is None else tokenizer.convert_ids_to_tokens(mask_token_id)
@@ -279,12 +270,11 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False, **hub_arg
     model_type = raw.get("model_type")
     refuse_unsupported(model_type, raw.get("architectures"))
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
-        advice = (
-            "The checkpoint ships its own, which trust_remote_code=True would run"
-            if raw.get("auto_map")
-            else "The checkpoint ships none either"
+        code = "its own, which trust_remote_code=True would run" if raw.get("auto_map") else "none either"
+        raise UserError(
+            f"{name_or_path}: no code here or in transformers knows model_type {model_type!r}. The checkpoint ships "
+            f"{code}."
         )
-        raise UserError(f"{name_or_path}: no code here or in transformers knows model_type {model_type!r}. {advice}.")
     remote = trust_remote_code and model_type not in NATIVE
     config = _explained(
         f"The config.json of {name_or_path}",
@@ -330,6 +320,10 @@ def _is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _hub_arguments(from_pretrained_kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in from_pretrained_kwargs.items() if name in HUB_ARGUMENTS}
+
+
 def _auto_class(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[type, bool]:
     """The auto class that loads a config's model, and whether it runs remote code."""
     auto_map = getattr(config, "auto_map", None) or {}
@@ -343,13 +337,13 @@ def _auto_class(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[type
 def _quantization(arguments: dict[str, Any]) -> dict[str, Any]:
     """`load_in_8bit` and `load_in_4bit` as the quantization config that transformers takes."""
     arguments = dict(arguments)
-    bits = {name: True for name in ("load_in_8bit", "load_in_4bit") if arguments.pop(name, None)}
-    if bits or isinstance(arguments.get("quantization_config"), BitsAndBytesConfig):
-        if find_spec("bitsandbytes") is None:
-            raise ImportError(
-                "Loading in 8 or 4 bits needs bitsandbytes, which is not installed: "
-                "pip install mdu-trainer[quantization], or load the model in bfloat16 (dtype='bfloat16')."
-            )
+    bits: dict[str, Any] = {name: True for name in ("load_in_8bit", "load_in_4bit") if arguments.pop(name, None)}
+    asked = bits or isinstance(arguments.get("quantization_config"), BitsAndBytesConfig)
+    if asked and find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "Loading in 8 or 4 bits needs bitsandbytes, which is not installed: "
+            "pip install mdu-trainer[quantization], or load the model in bfloat16 (dtype='bfloat16')."
+        )
     if bits:
         arguments["quantization_config"] = BitsAndBytesConfig(**bits)
     return arguments

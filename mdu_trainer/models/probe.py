@@ -1,7 +1,8 @@
-"""What a model does, found out by running it on a few tokens: configs claim more than their models keep."""
+"""Find out what a model does by running it on a few tokens: configs claim more than their models keep."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -11,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from ..files import UserError
 
 LENGTH = 5  # tokens of a probe
-# Of what a token moves after itself, what it moves before itself is more than this, unless that is rounding: experts
-# and 8-bit layers work on a sequence as a whole. Over the classes of transformers: causal to 1e-7, others from 0.1
+# A changed token moves predictions after and before itself. If the largest move before it is below this share of the
+# largest after it, it is rounding: experts and 8-bit layers work on a sequence as a whole. Over the classes of
+# transformers: causal models up to 1e-7, others from 0.1
 LEAST_SHARE = 1e-2
 
 _BOTH_WAYS: WeakSet[nn.Module] = WeakSet()  # models that were found to attend in both directions
@@ -87,19 +89,25 @@ def probe_tokens(model: nn.Module) -> Tensor:
 
 
 @contextmanager
-def probing(model: nn.Module) -> Iterator[None]:
-    """Without gradient and dropout, and with nothing changed afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode, and each of its modules back to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-            yield
+        yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for module in training:
+            module.training = True
 
 
-def logits_of(output: object) -> Tensor:
+@contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """Run a model without gradient and dropout, and leave its modes and the random state as they were."""
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+        yield
+
+
+def logits_of(output: Any) -> Tensor:
     """The logits among what a model's forward returns."""
     return output.logits if hasattr(output, "logits") else output[0]

@@ -1,10 +1,10 @@
-"""What the native classes share: reading and writing configs as their authors published them."""
+"""The common part of the native classes: configs and tokenizers are read and written as they were published."""
 
 import json
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig
 
 from ..files import UserError
 
@@ -30,6 +30,7 @@ class PublishedConfigMixin:
     """
 
     not_published: ClassVar[tuple[str, ...]] = ("is_causal",)
+    published_as_null: ClassVar[tuple[str, ...]] = ()  # keys that are written even if nothing sets them
 
     def to_dict(self) -> dict[str, Any]:
         """The config under the published keys."""
@@ -43,22 +44,38 @@ class PublishedConfigMixin:
         config |= {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = rope
-        return config
+        return dict.fromkeys(self.published_as_null) | config
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What goes into config.json."""
+        """The content of config.json."""
         config = super().to_diff_dict()
         if "dtype" in config:
             config["torch_dtype"] = config.pop("dtype")
         return config
 
 
-def refuse_generate(model: nn.Module) -> NoReturn:
-    """`GenerationMixin.generate` would run and write nonsense."""
-    raise NotImplementedError(
-        f"{type(model).__name__} is a masked diffusion model: it fills in masked tokens and does not write from left "
-        "to right. Decode with mdu_trainer.inference.generation."
-    )
+class PublishedModelMixin:
+    """A decoder whose embedding trains every token, and which does not write from left to right."""
+
+    model: Any
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        # Padding shares its token with the end of a response, whose row is trained like any other
+        self.model.embed_tokens.padding_idx = None
+
+    def generate(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: `GenerationMixin.generate` would run and write nonsense."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is a masked diffusion model: it fills in masked tokens and does not write from "
+            "left to right. Decode with mdu_trainer.inference.generation."
+        )
+
+
+def register_model(config_class: type[PreTrainedConfig], model_class: type) -> None:
+    """Let the auto classes build `model_class` from a `config_class`."""
+    for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
+        auto_class.register(config_class, model_class)
 
 
 class PublishedTokenizerMixin:
@@ -69,15 +86,12 @@ class PublishedTokenizerMixin:
     """
 
     published_class: ClassVar[str]
+    published_vocabulary: ClassVar[bool] = False  # the published class reads vocab.json and merges.txt alone
 
     def save_chat_templates(
-        self,
-        save_directory: str,
-        tokenizer_config: dict[str, Any],
-        filename_prefix: str | None,
-        save_jinja_files: bool,
+        self, save_directory: str, config: dict[str, Any], prefix: str | None, save_jinja_files: bool
     ) -> tuple[dict[str, Any], list[str]]:
-        return super().save_chat_templates(save_directory, tokenizer_config, filename_prefix, save_jinja_files=False)
+        return super().save_chat_templates(save_directory, config, prefix, save_jinja_files=False)
 
     def _save_pretrained(
         self,
@@ -93,9 +107,10 @@ class PublishedTokenizerMixin:
             config.pop(name, None)
         if "extra_special_tokens" in config:
             config["additional_special_tokens"] = config.pop("extra_special_tokens")
-        config["added_tokens_decoder"] = {
-            str(index): {key: value for key, value in token.__getstate__().items()}
-            for index, token in sorted(self.added_tokens_decoder.items())
-        }
+        added = sorted(self.added_tokens_decoder.items())
+        config["added_tokens_decoder"] = {str(index): dict(token.__getstate__()) for index, token in added}
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-        return super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        if self.published_vocabulary:
+            file_names = (*file_names, *self.backend_tokenizer.model.save(str(save_directory), filename_prefix))
+        return file_names

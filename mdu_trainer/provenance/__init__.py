@@ -1,1 +1,1 @@
-"""What lies beside the weights and is never sent: facts of the unlearning, and hashes that recognise a leak."""
+"""Records beside the weights that are never sent: facts of the unlearning, and hashes that recognise a leak."""

@@ -1,4 +1,4 @@
-"""What a checkpoint keeps about its unlearning: the facts of its card, and hashes that recognise a leak.
+"""Facts of an unlearning, which a checkpoint keeps for its card, beside hashes that recognise a leak.
 
 Two files lie beside the weights. Neither is ever uploaded:
 
@@ -9,25 +9,24 @@ Two files lie beside the weights. Neither is ever uploaded:
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
-from transformers.utils import logging
 
-from ..files import UserError, decode, read_record, without_secrets, write_whole
-from .forget_hashes import FORGET_COLUMNS, HASHES_FILE, ForgetHashes
-
-logger = logging.get_logger(__name__)
+from ..files import FolderRecord, UserError, typed, without_secrets
+from .forget_hashes import HASHES_FILE, ForgetHashes
+from .texts import FORGET_COLUMNS
 
 FACTS_FILE = "unlearning.json"
-SCHEMA, UNSEALED = 2, 1  # the earlier schema has fingerprints without a key, and no seal of the hashes
+UNSEALED = 1  # the earlier schema, with fingerprints without a key, and no seal of the hashes
 
 
 @dataclass(frozen=True)
 class SetFacts:
-    """Which rows were used, without what they say.
+    """The rows of a data set that were used, without what they say.
 
     Attributes:
         rows: how many.
@@ -43,13 +42,13 @@ class SetFacts:
     split: str | None = None
 
     def __str__(self) -> str:
-        """What a reader calls the set: "tofu, forget10, train"."""
+        """Return the name for readers: "tofu, forget10, train"."""
         return ", ".join(part for part in (self.name, self.config, self.split) if part) or "an unnamed data set"
 
 
 @dataclass(frozen=True)
 class Seal:
-    """What the file of hashes that belongs to the facts holds.
+    """The size and checksum of the file of hashes that belongs to the facts.
 
     Attributes:
         requests, count: how many requests' hashes, and how many hashes.
@@ -62,16 +61,16 @@ class Seal:
 
     @classmethod
     def of(cls, hashes: ForgetHashes) -> "Seal":
-        """The seal of hashes as they are saved."""
-        return cls(len(hashes.requests), hashes.count, hashlib.sha256(hashes.text().encode()).hexdigest())
+        """Return the seal of hashes as they are saved."""
+        return cls(len(hashes.requests), hashes.count, hashlib.sha256(hashes.to_json().encode()).hexdigest())
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a card says about a checkpoint beyond its figures.
+class Facts(FolderRecord):
+    """Facts that a card tells about a checkpoint, beside its scores.
 
     Attributes:
-        method, tau: as in `evaluation.report.Run`; tau is None for methods other than MDU.
+        method, tau: as in `evaluation.results.Run`; tau is None for methods other than MDU.
         options: the method's own constants, and those of the retain loss.
         backbone: see `mdu_trainer.models.Backbone`.
         base_model, base_revision: Hub id of the model at the start and its commit, None for a local one.
@@ -84,6 +83,11 @@ class Facts:
         earlier: the rows that the model at the start had been made to forget, request by request.
         hashes: of the file of hashes beside the facts, None if an earlier version wrote it.
     """
+
+    schema: ClassVar[int] = 2
+    earlier_schemas: ClassVar[tuple[int, ...]] = (UNSEALED,)
+    kind: ClassVar[str] = "file of facts"
+    file: ClassVar[str] = FACTS_FILE
 
     method: str
     tau: float | None
@@ -103,49 +107,44 @@ class Facts:
 
     @property
     def name(self) -> str:
-        """What tables and pictures call the model, as `Run.name` does."""
+        """Return the name of the model in tables and pictures, as `Run.name` does."""
         return self.method if self.tau is None else f"{self.method} tau={self.tau:g}"
 
     def revision_of(self, base: str | None) -> str | None:
         """Return the commit of a base on the Hub, None unless it is the one on record."""
         return self.base_revision if base == self.base_model else None
 
-    def save(self, folder: str | Path) -> None:
-        """Write `unlearning.json`, whole or not at all, readable by its owner alone."""
-        content = asdict(self)
-        content |= {name: without_secrets(content[name]) for name in ("options", "adapter", "training", "description")}
-        write_whole(Path(folder) / FACTS_FILE, json.dumps({"schema": SCHEMA} | content, indent=2) + "\n", private=True)
+    def content(self) -> dict[str, Any]:
+        """Return the facts without the secrets that options may hold."""
+        content = super().content()
+        return content | {
+            name: without_secrets(content[name]) for name in ("options", "adapter", "training", "description")
+        }
 
     @classmethod
-    def load(cls, folder: str | Path) -> "Facts":
-        """Read what `save` wrote, or what an earlier version wrote, of which the fingerprints are dropped.
-
-        Raises:
-            FileNotFoundError: the folder was not written by `MDUTrainer`.
-            ValueError: the file is not readable, or of another schema.
-        """
-        path = Path(folder) / FACTS_FILE
-        schema, content = read_record(path, (UNSEALED, SCHEMA))
-        if schema == UNSEALED and isinstance(content.get("earlier", []), list):  # its fingerprints had no key
-            sets = [content.get("forget"), content.get("retain"), *content.get("earlier", [])]
-            for facts in filter(lambda one: isinstance(one, dict), sets):
-                facts["fingerprint"] = None
-        return decode(cls, content, path, "a file of facts", "save the model with the trainer again")
+    def from_content(cls, content: dict[str, Any], schema: int) -> "Facts":
+        """Read the facts. The fingerprints of an earlier schema are dropped, for they had no key."""
+        if schema == UNSEALED and isinstance(content.get("earlier", []), list):
+            for facts in (content.get("forget"), content.get("retain"), *content.get("earlier", [])):
+                if isinstance(facts, dict):
+                    facts["fingerprint"] = None
+        return typed(cls, content)
 
 
 def whole_hashes(folder: str | Path, facts: Facts) -> ForgetHashes:
-    """The hashes beside the facts of a checkpoint, as the trainer wrote them.
+    """Return the hashes beside the facts of a checkpoint, as the trainer wrote them.
 
     Raises:
         ValueError: they are missing, cut short or changed, so that a scan would find less than it should.
     """
-    path, seal = Path(folder) / HASHES_FILE, facts.hashes
-    hashes = None
+    seal, hashes = facts.hashes, None
+    with suppress(ValueError, FileNotFoundError):
+        hashes = ForgetHashes.load(folder)
     if seal is None:
         problem = f"an earlier version wrote {FACTS_FILE}, without noting what {HASHES_FILE} must hold"
-    elif not path.is_file():
+    elif not (Path(folder) / HASHES_FILE).is_file():
         problem = f"{HASHES_FILE} is missing"
-    elif (hashes := _readable(path)) is None:
+    elif hashes is None:
         problem = f"{HASHES_FILE} cannot be read"
     elif hashes.count != seal.count:
         problem = f"{HASHES_FILE} holds {hashes.count} hashes instead of {seal.count}"
@@ -161,20 +160,8 @@ def whole_hashes(folder: str | Path, facts: Facts) -> ForgetHashes:
     )
 
 
-def _readable(path: Path) -> ForgetHashes | None:
-    try:
-        return ForgetHashes.load(path.parent)
-    except ValueError:
-        return None
-
-
 def set_facts(dataset: Dataset, key: bytes) -> SetFacts:
-    """Names, size and fingerprint of a data set.
-
-    Args:
-        dataset: the rows.
-        key: of the fingerprint, that of the request's hashes.
-    """
+    """Return names, size and fingerprint of a data set; the key is that of the request's hashes."""
     digest = hashlib.blake2b(key=key, digest_size=16)
     for row in dataset:
         digest.update(json.dumps([row.get(column) for column in FORGET_COLUMNS], default=str).encode())

@@ -8,47 +8,20 @@ forget set.
 
 import base64
 import hashlib
-import html
-import json
-import re
 import secrets
-import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
-from pathlib import Path
-from typing import Any
-from urllib.parse import unquote
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
-from ..data.reading import content_text
-from ..files import UserError, read_record, write_whole
-from .words import split_words
+from ..files import FolderRecord, typed
+from .texts import normalise, readings, row_words, spelt, terms, words
 
 HASHES_FILE = "forget_hashes.json"
-SCHEMA = 2
 SEQUENCE_WORDS = 6  # shorter sequences are common wording, longer ones miss a sentence that was cut or reworded
 SHORTEST_ROW_WORDS = 4  # below, a text cannot be told from ordinary language
 REACH = 12  # words after a question in which its short answer is looked for: the marks of a turn stand between them
-SHORTEST_TERM = 3  # characters of a word that is looked for in vocabularies
-LONGEST_RUN = 4  # characters of a term in writing without spaces
-LONGEST_PAGE = 1_000_000  # characters of a text that is read without its tags, too; a vocabulary is longer
 DIGEST_BYTES = 8  # a million sequences against a million hashes collide once in ten million scans
 SLOW_ROUNDS = 200  # of PBKDF2 for what is quickly guessed: a tenth of a millisecond
-FORGET_COLUMNS = ("messages", "prompt", "completion", "rejected")  # `chosen` is what may be said
-
-# \u0120, \u010a and \u2581 stand for a space or a line break in tokens; \n in a template may be spelt out
-_NOT_A_WORD = re.compile(r"\\[nrt]|[\u0120\u010a\u2581_]")
-_SYLLABLE = re.compile("[\uac00-\ud7a3]|[^\uac00-\ud7a3]+")
-
-# Unicode's format characters (soft hyphen, zero-width, directions, tags), other letters and marks that are not seen
-_INVISIBLE = re.compile(
-    "[\u00ad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000110bd\U000110cd\U00013430-\U0001343f"
-    "\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]"
-)
-_ESCAPE = re.compile(r"\\u\{([0-9a-fA-F]{1,6})\}|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\x([0-9a-fA-F]{2})")
-_TAG = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]{0,300}>", re.DOTALL)
-MARKUP = re.compile(r"[<\[].*[>\]]")  # a control token: <|user|>, [MASK]
 
 
 @dataclass
@@ -71,7 +44,7 @@ class RequestHashes:
 
     @property
     def count(self) -> int:
-        """How many hashes there are."""
+        """The number of hashes."""
         by_length = (self.sequences, self.questions, self.answers)
         return len(self.terms) + sum(len(found) for part in by_length for found in part.values())
 
@@ -95,8 +68,19 @@ class RequestHashes:
         return {digest for digest in digests if any(digest in known for known in self.answers.values())}
 
 
+@dataclass(frozen=True)
+class _PackedHashes:
+    """`RequestHashes` as the file has them: in base64, by length as a text."""
+
+    key: str
+    hashes: dict[str, str]
+    questions: dict[str, str]
+    answers: dict[str, str]
+    terms: str
+
+
 @dataclass
-class ForgetHashes:
+class ForgetHashes(FolderRecord):
     """Keyed hashes of the word sequences of forget rows, from one or more requests.
 
     A sequence is `SEQUENCE_WORDS` words long, or a whole text if that is shorter. A text of fewer than
@@ -110,6 +94,11 @@ class ForgetHashes:
         too_short: texts of so few words, their question's included, that no scan finds them.
     """
 
+    schema: ClassVar[int] = 2
+    kind: ClassVar[str] = "file of hashes"
+    indent: ClassVar[int | None] = None
+    file: ClassVar[str] = HASHES_FILE
+
     requests: list[RequestHashes] = field(default_factory=list)
     too_short: int = 0
 
@@ -122,7 +111,7 @@ class ForgetHashes:
         key: bytes | None = None,
         control_tokens: Iterable[str] = (),
     ) -> "ForgetHashes":
-        """The hashes of the rows to forget.
+        """Hash the rows to forget.
 
         Args:
             forget: texts to forget, or the texts of each row in their order.
@@ -132,13 +121,13 @@ class ForgetHashes:
         """
         wanted = _Wanted()
         for row in forget:
-            wanted.add(_row_words(row))
+            wanted.add(row_words(row))
         ordinary = set()
         for row in retain:
-            texts = _row_words(row)
+            texts = row_words(row)
             wanted.remove(texts)
-            ordinary.update(_spelt(word for text in texts for word in text))
-        ordinary.update(_spelt(word for token in control_tokens for word in words(token)))
+            ordinary.update(spelt(word for text in texts for word in text))
+        ordinary.update(spelt(word for token in control_tokens for word in words(token)))
         key = key or secrets.token_bytes(16)
         ends = {end for end, _ in wanted.pairs}
         request = RequestHashes(
@@ -152,69 +141,56 @@ class ForgetHashes:
 
     @property
     def count(self) -> int:
-        """How many hashes there are."""
+        """The number of hashes."""
         return sum(request.count for request in self.requests)
 
     def found_in(self, text: str, wording: str = "") -> bool:
         """Whether a text holds something of the forget rows that is not in `wording`, too."""
-        known = words(normalise(wording))
-        readings = list(_readings(text))
-        return any(request.quoted_in(found, known) for request in self.requests for found in readings)
+        known, ways = words(normalise(wording)), list(readings(text))
+        return any(request.quoted_in(found, known) for request in self.requests for found in ways)
 
     def terms_in(self, entries: Iterable[str]) -> set[str]:
-        """Those entries of a vocabulary that hold a word which only rows to forget hold."""
+        """Return the entries of a vocabulary that hold a word which only rows to forget hold."""
         by_term: dict[str, set[str]] = {}
         for entry in entries:
-            for term in _terms(words(normalise(entry))):
+            for term in terms(words(normalise(entry))):
                 by_term.setdefault(term, set()).add(entry)
         requests = [request for request in self.requests if request.terms]
         found = (t for t in by_term for request in requests if _slow_digest(t, request.key) in request.terms)
         return {entry for term in found for entry in by_term[term]}
 
-    def text(self) -> str:
-        """What `save` writes."""
+    def content(self) -> dict[str, Any]:
+        """Return the hashes, packed."""
         requests = [
-            {
-                "key": base64.b64encode(request.key).decode(),
-                "hashes": _packed_by_length(request.sequences),
-                "questions": _packed_by_length(request.questions),
-                "answers": _packed_by_length(request.answers),
-                "terms": _packed(request.terms),
-            }
+            _PackedHashes(
+                base64.b64encode(request.key).decode(),
+                _packed_by_length(request.sequences),
+                _packed_by_length(request.questions),
+                _packed_by_length(request.answers),
+                _packed(request.terms),
+            )
             for request in self.requests
         ]
-        return json.dumps({"schema": SCHEMA, "requests": requests, "too_short": self.too_short}) + "\n"
-
-    def save(self, folder: str | Path) -> None:
-        """Write `forget_hashes.json`, whole or not at all, readable by its owner alone."""
-        write_whole(Path(folder) / HASHES_FILE, self.text(), private=True)
+        return {"requests": [asdict(request) for request in requests], "too_short": self.too_short}
 
     @classmethod
-    def load(cls, folder: str | Path) -> "ForgetHashes":
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: the folder was not written by `MDUTrainer`.
-            ValueError: the file is not readable, or of another schema.
-        """
-        path = Path(folder) / HASHES_FILE
-        _, content = read_record(path, (SCHEMA,))
-        try:
-            requests = [
-                RequestHashes(
-                    base64.b64decode(request["key"]),
-                    *(_unpacked_by_length(request[part]) for part in ("hashes", "questions", "answers")),
-                    _unpacked(request["terms"]),
-                )
-                for request in content["requests"]
-            ]
-            return cls(requests, content["too_short"])
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise UserError(f"{path} cannot be read. Save the model with the trainer again.") from None
+    def from_content(cls, content: dict[str, Any], schema: int) -> "ForgetHashes":
+        """Unpack the hashes."""
+        requests = [
+            RequestHashes(
+                base64.b64decode(request.key),
+                _unpacked_by_length(request.hashes),
+                _unpacked_by_length(request.questions),
+                _unpacked_by_length(request.answers),
+                _unpacked(request.terms),
+            )
+            for request in typed(list[_PackedHashes], content.get("requests"), "requests")
+        ]
+        return cls(requests, typed(int, content.get("too_short"), "too_short"))
 
 
 class _Wanted:
-    """What is to be hashed, in clear: of the rows to forget, less what the rows to keep hold."""
+    """The texts to hash, in clear: those of the rows to forget, less what the rows to keep hold."""
 
     def __init__(self) -> None:
         self.sequences: dict[int, set[str]] = {}
@@ -226,7 +202,7 @@ class _Wanted:
         before: list[str] = []
         alone = 0  # short texts that no sequence holds so far
         for found in texts:
-            self.terms.update(_terms(found))
+            self.terms.update(terms(found))
             if len(found) >= SHORTEST_ROW_WORDS:
                 length = min(len(found), SEQUENCE_WORDS)
                 self.sequences.setdefault(length, set()).update(_sequences(found, length))
@@ -255,67 +231,6 @@ class _Wanted:
                         self.pairs -= {(end, tuple(after[j : j + n])) for n in answers for j in range(len(after))}
 
 
-def normalise(text: str) -> str:
-    r"""A text as it is read: escapes resolved, compatibility forms composed, invisible characters gone.
-
-    `caf&eacute;`, `caf%C3%A9`, `caf\u00e9` and `ca` + soft hyphen + `f\u00e9` are one word.
-    """
-    return _INVISIBLE.sub("", _unescaped(text))
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, as `ForgetHashes` compares them: of any script, Korean ones a syllable at a time."""
-    found = split_words(_NOT_A_WORD.sub(" ", text))
-    return [part for word in found for part in ((word,) if word.isascii() else _SYLLABLE.findall(word))]
-
-
-def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[str]:
-    """The texts that training reads as prompt and as response to forget or to keep, one by one.
-
-    A system turn says the same in every row, so it is none of them.
-    """
-    for texts in row_turns(dataset):
-        yield from texts
-
-
-def row_turns(dataset: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
-    """The texts of each row, as `row_texts` chooses them, in their order."""
-    for row in dataset:
-        texts = []
-        for value in (row[column] for column in FORGET_COLUMNS if column in row):
-            turns = [{"role": None, "content": value}] if isinstance(value, str) else value
-            texts += [content_text(turn["content"]) or "" for turn in turns if turn["role"] != "system"]
-        yield texts
-
-
-def _readings(text: str) -> Iterator[list[str]]:
-    """The words of a text as it is read: invisible characters may join words or part them, tags may stand between."""
-    plain = _unescaped(text)
-    yield words(_INVISIBLE.sub("", plain))
-    if _INVISIBLE.search(plain):
-        yield words(_INVISIBLE.sub(" ", plain))
-    if "<" in text and len(text) <= LONGEST_PAGE and (untagged := _TAG.sub("", text)) != text:
-        yield words(normalise(untagged))
-
-
-def _unescaped(text: str) -> str:
-    for _ in range(3):  # an escape may be escaped
-        before = text
-        if "\\" in text:
-            text = _joined_surrogates(_ESCAPE.sub(_escaped, text))
-        if "%" in text:
-            text = unquote(text)
-        if "&" in text:
-            text = html.unescape(text)
-        if text == before:
-            break
-    return unicodedata.normalize("NFKC", text)
-
-
-def _row_words(row: str | Sequence[str]) -> list[list[str]]:
-    return [words(normalise(text)) for text in ([row] if isinstance(row, str) else row) if text.strip()]
-
-
 def _sequences(found: list[str], length: int) -> Iterator[str]:
     return (" ".join(found[i : i + length]) for i in range(len(found) - length + 1))
 
@@ -328,30 +243,8 @@ def _pairs(end: list[str], after: list[str], lengths: Iterable[int]) -> Iterator
     return (_pair(end, after[i : i + n]) for n in lengths for i in range(len(after) - n + 1))
 
 
-def _terms(found: Iterable[str]) -> Iterator[str]:
-    """The words that an entry of a vocabulary may be; where words have no spaces between them, runs of characters."""
-    for word, is_run in _joined(found):
-        if is_run:
-            yield from (word[i : i + n] for n in range(2, LONGEST_RUN + 1) for i in range(len(word) - n + 1))
-        elif len(word) >= SHORTEST_TERM:
-            yield word
-
-
-def _spelt(found: Iterable[str]) -> Iterator[str]:
-    return (word for word, _ in _joined(found))
-
-
-def _joined(found: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """Words as they are written, those of one character of a script without spaces joined to runs."""
-    for is_run, group in groupby(found, key=lambda word: len(word) == 1 and not word.isascii()):
-        if is_run:
-            yield "".join(group), True
-        else:
-            yield from ((word, False) for word in group)
-
-
 def _without_parts(terms: set[str], ordinary: Collection[str]) -> set[str]:
-    """The terms that are no part of an ordinary word, which a tokenizer may have learned from there."""
+    """Return the terms that are no part of an ordinary word, from which a tokenizer may have learned them."""
     text = " ".join(ordinary)
     return {term for term in terms if term not in ordinary and term not in text}
 
@@ -368,18 +261,8 @@ def _digest(sequence: str, key: bytes) -> bytes:
 
 
 def _slow_digest(text: str, key: bytes) -> bytes:
-    """Of what there are few enough of to try them all."""
+    """Hash a text that is one of few, so that trying them all takes long."""
     return hashlib.pbkdf2_hmac("sha256", text.encode(errors="surrogatepass"), key, SLOW_ROUNDS, DIGEST_BYTES)
-
-
-def _escaped(found: re.Match[str]) -> str:
-    code = int(next(digits for digits in found.groups() if digits), 16)
-    return chr(code) if code <= 0x10FFFF else found[0]
-
-
-def _joined_surrogates(text: str) -> str:
-    """Two escapes that are the halves of one character."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _packed(digests: set[bytes]) -> str:
@@ -393,7 +276,7 @@ def _packed_by_length(sets: dict[int, set[bytes]]) -> dict[str, str]:
 def _unpacked(packed: str) -> set[bytes]:
     joined = base64.b64decode(packed, validate=True)
     if len(joined) % DIGEST_BYTES:
-        raise ValueError("half a hash")
+        raise ValueError("it has half a hash")
     return {joined[i : i + DIGEST_BYTES] for i in range(0, len(joined), DIGEST_BYTES)}
 
 

@@ -1,5 +1,6 @@
-"""What a run leaves beside its weights: facts of this request to forget and of those before it, and their hashes."""
+"""The facts and hashes that a run leaves beside its weights, of this request to forget and of those before it."""
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,27 +19,22 @@ from ..files import UserError
 from ..models import Backbone
 from ..objectives import OBJECTIVES
 from .facts import FACTS_FILE, Facts, Seal, SetFacts, set_facts, whole_hashes
-from .forget_hashes import HASHES_FILE, MARKUP, SHORTEST_ROW_WORDS, ForgetHashes, row_texts, row_turns
+from .forget_hashes import HASHES_FILE, SHORTEST_ROW_WORDS, ForgetHashes
+from .texts import row_texts
 
 logger = logging.get_logger(__name__)
 
+CONTROL_TOKEN = re.compile(r"[<\[].*[>\]]")  # <|user|>, [MASK]
 PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 TRAINING_OPTIONS = (
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "warmup_steps",
-    "max_length",
-    "t_min",
-    "t_max",
-    "time_epsilon",
-    "seed",
+    *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "max_length", "t_min", "t_max"),
+    *("time_epsilon", "seed"),
 )
 
 
 @dataclass(frozen=True)
 class Run:
-    """What facts are read from.
+    """A run, as far as facts are read from it.
 
     Attributes:
         args, state: of the trainer.
@@ -68,14 +64,14 @@ class Provenance:
         self, forget: Dataset | None, retain: Dataset | None, start: Path | None, special_tokens: Sequence[str] = ()
     ):
         self._rows, self._start = (forget, retain), start
-        self._control_tokens = [token for token in special_tokens if MARKUP.fullmatch(token)]
+        self._control_tokens = [token for token in special_tokens if CONTROL_TOKEN.fullmatch(token)]
         self._key = secrets.token_bytes(16)
         self._sets: tuple[SetFacts, SetFacts | None] | None = None
         self._hashes: ForgetHashes | None = None
         self._earlier: tuple[list[SetFacts], ForgetHashes] | None = None
 
     def facts(self, run: Run) -> Facts | None:
-        """The facts of the run's model as it is now; None without rows to forget."""
+        """Return the facts of the run's model as it is now; None without rows to forget."""
         forget, retain = self._rows
         if forget is None:
             return None
@@ -85,12 +81,12 @@ class Provenance:
         return replace(facts, earlier=self._requests_before()[0], hashes=Seal.of(self.hashes()))
 
     def hashes(self) -> ForgetHashes:
-        """The hashes of the rows to forget, and of those that the model at the start had been made to forget."""
+        """Return the hashes of the rows to forget, and of those that the model at the start was made to forget."""
         if self._hashes is None:
             forget, retain = self._rows
             hashes = ForgetHashes.of(
-                row_turns(forget),
-                () if retain is None else row_turns(retain),
+                row_texts(forget),
+                () if retain is None else row_texts(retain),
                 key=self._key,
                 control_tokens=self._control_tokens,
             )
@@ -109,7 +105,7 @@ class Provenance:
         retain = self._rows[1]
         if retain is None or not hashes.requests:
             return
-        quoting = sum(any(hashes.found_in(text) for text in row_texts([row])) for row in retain)
+        quoting = sum(any(map(hashes.found_in, texts)) for texts in row_texts(retain))
         if quoting:
             logger.warning(
                 f"{quoting} of {len(retain)} rows to keep quote what an earlier request made the model forget, and "
@@ -117,7 +113,7 @@ class Provenance:
             )
 
     def _requests_before(self) -> tuple[list[SetFacts], ForgetHashes]:
-        """Facts and hashes of the requests that made the model at the start, from its folder."""
+        """Return facts and hashes of the requests that made the model at the start, from its folder."""
         if self._earlier is None:
             folder = self._start
             facts = Facts.load(folder) if folder is not None and (folder / FACTS_FILE).is_file() else None
@@ -147,7 +143,7 @@ class Provenance:
 
 
 def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
-    """The facts of a model as it is now."""
+    """Return the facts of a model as it is now."""
     args, state, model = run.args, run.state, run.model
     name = getattr(model.config, "_name_or_path", None) or None
     is_local = name is None or Path(name).exists()
@@ -185,7 +181,7 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a Hub model was loaded from, as far as the cache tells: transformers does not keep it."""
+    """Return the commit that a Hub model was loaded from, as far as the cache tells: transformers does not keep it."""
     path = try_to_load_from_cache(name, "config.json", revision=revision)
     if not isinstance(path, str):
         return None

@@ -32,7 +32,7 @@ _IGNORED = regex.compile(r"\p{DI}|\u0640|[\p{Mn}&&[\p{scx=Hebrew}\p{scx=Arabic}\
 
 
 def split_words(text: str) -> list[str]:
-    """The words of a text, in order, as `fold` makes them comparable."""
+    """Return the words of a text, in order, as `fold` makes them comparable."""
     if text.isascii():  # the same, faster
         return _ASCII_WORD.findall(text.lower())
     return [word for word in map(fold, _WORD.findall(text)) if word]
@@ -45,7 +45,7 @@ def has_words(text: str) -> bool:
 
 @lru_cache(maxsize=1 << 16)
 def fold(word: str) -> str:
-    """A word without what does not make it another word.
+    """Return a word without what does not make it another word.
 
     Unicode's compatibility forms (NFKC) and case (casefold) do not, nor do invisible characters, Hebrew points, Arabic
     and Syriac vowel signs, and the script of decimal digits. Accents and the vowel signs of other scripts do.

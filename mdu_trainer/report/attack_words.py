@@ -1,9 +1,8 @@
-"""What a model card says of attacks, and what of them is published."""
+"""The words of a model card on attacks, and the part of their record that is published."""
 
 from dataclasses import replace
-from typing import Any
 
-from ..attacks.results import BASE, NEVER, NO_ATTACK, Outcome, Recovery
+from ..attacks.results import BASE, NEVER, NO_ATTACK, Recovery
 from ..evaluation.results import markdown_table
 from ..files import UserError
 from ..provenance.facts import Facts
@@ -11,7 +10,7 @@ from .markup import markdown_text
 
 
 def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
-    """What the card's template says of the attacks on a checkpoint: a table and a sentence; nothing without attacks.
+    """Return the template's words on the attacks on a checkpoint: a table and a sentence; nothing without attacks.
 
     Raises:
         ValueError: the checkpoint is none of the models that were attacked.
@@ -28,7 +27,7 @@ def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
 
 
 def public(recovery: Recovery, dataset: str) -> Recovery:
-    """What is published: figures, with nothing but numbers among the settings, and another name for the data."""
+    """Return what is published: scores, with nothing but numbers among the settings, and another name for the data."""
     settings = recovery.settings | recovery.settings.get("decoding", {})
     return replace(
         recovery, dataset=dataset, settings={k: v for k, v in settings.items() if isinstance(v, int | float)}
@@ -48,8 +47,7 @@ def _table(recovery: Recovery, name: str) -> str:
 
 
 def _sentence(recovery: Recovery, name: str) -> str:
-    found: dict[str, Any] = recovery.recoveries().get(name, {})
-    found = {attack: estimate for attack, estimate in found.items() if attack != NO_ATTACK}
+    found = {attack: e for attack, e in recovery.recoveries().get(name, {}).items() if attack != NO_ATTACK}
     if not recovery.has_floor:
         return (
             "No model that never saw the rows was attacked beside it, so it is not known how much of these scores is "
@@ -61,9 +59,8 @@ def _sentence(recovery: Recovery, name: str) -> str:
             "follows from them."
         )
     attack = max(found, key=lambda one: found[one].value)
-    outcome: Outcome = recovery.attacks[attack].models[name]
     return (
         "Recovery is 0 where an attack brings back no more than it gets out of a model that never saw the rows, and 1 "
         f"where it brings back all that the base knew; the strongest here, {markdown_text(attack)}, reached "
-        f"{outcome.recovery}."
+        f"{found[attack]}."
     )

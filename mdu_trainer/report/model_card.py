@@ -1,15 +1,15 @@
-"""The model card of an unlearned model: metadata and text from a checkpoint's facts and measured figures.
+"""The model card of an unlearned model: metadata and text from a checkpoint's facts and measured scores.
 
     python -m mdu_trainer.model_card FOLDER
 
-writes `README.md`, and the picture it shows, from what the folder holds. Only measured figures appear; a missing one
+writes `README.md`, and the picture it shows, from what the folder holds. Only measured scores appear; a missing one
 is left out.
 """
 
-import io
 import json
 import re
 from dataclasses import dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from ..provenance.facts import Facts
 from .attack_words import attack_words
 from .markup import figure_text, markdown_code, markdown_text
 from .records import Checkpoint, RecoveryLike, ResultsLike
+from .style import picture_bytes
 
 logger = logging.get_logger(__name__)
 
@@ -47,7 +48,7 @@ TEXT_PROMPT = '"The sea is"'
 
 @dataclass(frozen=True)
 class CardDetails:
-    """What a card says that is neither in the facts nor measured.
+    """Details that a card gives, and that are neither in the facts nor measured.
 
     Attributes:
         repo_id, revision: where the model is, or will be, on the Hub.
@@ -70,6 +71,11 @@ class CardDetails:
     tags: str | list[str] | None = None
     model_name: str | None = None
     token: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The name of the model."""
+        return self.model_name or (self.repo_id or "unlearned-model").split("/")[-1]
 
     @classmethod
     def of(cls, **given: Any) -> "CardDetails":
@@ -110,35 +116,21 @@ def unlearned_model_card(
         ValueError: no run of `results` is this model's, or `recovery` is of other models.
     """
     details = details or CardDetails()
-    results = results and only_finite(results)
-    run = None if results is None else chosen_run(results, facts)
+    results = results and results.finite()
+    run = results and chosen_run(results, facts)
     base = details.base_model or facts.base_model
-    title = details.model_name or (details.repo_id or "unlearned-model").split("/")[-1]
-    given = {"license": details.license, "language": details.language}
-    known = base_metadata(facts, base, details.token) | {k: value for k, value in given.items() if value is not None}
-    data = ModelCardData(
-        base_model=base,
-        base_model_relation=("adapter" if adapter else "finetune") if base else None,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="fill-mask" if facts.backbone == "masked_lm" else "text-generation",
-        tags=list(dict.fromkeys([*TAGS, facts.method, *_listed(details.tags)])),
-        datasets=_listed(details.datasets) or hub_datasets(results) or None,
-        model_name=title,
-        eval_results=None if run is None else eval_results(run, data_name(results)),
-        **known,
-    )
     return ModelCard.from_template(
-        data,
+        _metadata(facts, results, run, details, adapter),
         template_path=str(template_path()),
-        title=markdown_text(title),
+        title=markdown_text(details.title),
         what=f"{_linked(base)} that was trained to forget a part of what it had learned"
         + (", as an adapter." if adapter else "."),
         facts=facts,
         forget=markdown_text(details.description or facts.description or str(facts.forget)).rstrip("."),
         retain=markdown_text(facts.retain),
         versions={markdown_text(name): markdown_text(value) for name, value in facts.versions.items()},
-        **_words(facts),
-        **_figures(results, run),
+        **_method_words(facts),
+        **_score_words(results, run),
         **attack_words(recovery, facts),
         picture=picture and quote(picture),
         adapter=adapter,
@@ -151,16 +143,33 @@ def unlearned_model_card(
     )
 
 
+def _metadata(
+    facts: Facts, results: Results | None, run: Run | None, details: CardDetails, adapter: bool
+) -> ModelCardData:
+    """Return the head of a card, which the Hub reads."""
+    base = details.base_model or facts.base_model
+    given = {"license": details.license, "language": details.language}
+    known = base_metadata(facts, base, details.token) | {k: value for k, value in given.items() if value is not None}
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=("adapter" if adapter else "finetune") if base else None,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="fill-mask" if facts.backbone == "masked_lm" else "text-generation",
+        tags=list(dict.fromkeys([*TAGS, facts.method, *_listed(details.tags)])),
+        datasets=_listed(details.datasets) or hub_datasets(results) or None,
+        model_name=details.title,
+        eval_results=eval_results(run, data_name(results)) if results and run else None,
+        **known,
+    )
+
+
 def checkpoint_card(
     checkpoint: Checkpoint, details: CardDetails, folder: Path | None = None, chats: bool | None = None
 ) -> tuple[ModelCard, bytes | None]:
     """Render the card of a checkpoint, and draw the picture it shows, if there is something to draw.
 
-    Args:
-        checkpoint: what is on record of the model.
-        details: what else the card says.
-        folder: with the model's files, if that is another one than the checkpoint's.
-        chats: whether the tokenizer has a chat template, by default as in the folder.
+    The model's files may lie in another folder than the records. Whether the tokenizer has a chat template (`chats`)
+    is read there, if it is not given.
     """
     folder = folder or checkpoint.folder
     picture = draw_picture(checkpoint.results, checkpoint.recovery)
@@ -186,10 +195,7 @@ def write_model_card(
     """Write `README.md`, and the picture it shows, into a checkpoint.
 
     Args:
-        folder: the checkpoint.
-        facts: of the checkpoint, by default those it holds.
-        results: the comparison or its file, by default `results.json` in the folder; False for none.
-        recovery: attacks or their file, by default `recovery.json` in the folder; False for none.
+        folder, facts, results, recovery: as in `Checkpoint.read`.
         **details: the fields of `CardDetails`.
 
     Raises:
@@ -204,7 +210,7 @@ def write_model_card(
 
 
 def chosen_run(results: Results, facts: Facts) -> Run:
-    """The run of a comparison that is the checkpoint's: the same method, tau, and settings of a sweep.
+    """Return the one run of a comparison that is the checkpoint's: the same method, tau, and settings of a sweep.
 
     Raises:
         ValueError: there is none, or more than one.
@@ -222,9 +228,9 @@ def chosen_run(results: Results, facts: Facts) -> Run:
 
 
 def draw_picture(results: Results | None, recovery: Recovery | None = None) -> bytes | None:
-    """The trade-off of all runs as PNG, with what attacks bring back beside it if that is known.
+    """Draw the trade-off of all runs as PNG, with what attacks bring back beside it if that is known.
 
-    None without matplotlib, or where ROUGE-L recall was not measured.
+    There is none without matplotlib, or where ROUGE-L recall was not measured.
     """
     if results is None or find_spec("matplotlib") is None:
         return None
@@ -234,22 +240,21 @@ def draw_picture(results: Results | None, recovery: Recovery | None = None) -> b
     runs = [run for run in results.runs if all(run.figure(side, "rougeL_recall") for side in sides)]
     if not runs:
         return None
-    picture = io.BytesIO()
-    picture.name = PICTURE
-    plot_tradeoff([run.renamed(figure_text) for run in runs], picture, recovery and drawn_recoveries(recovery))
-    return picture.getvalue()
+    recoveries = None if recovery is None else drawn_recoveries(recovery)
+    plot = partial(plot_tradeoff, [run.renamed(figure_text) for run in runs], recoveries=recoveries)
+    return picture_bytes(plot, PICTURE)
 
 
 def drawn_recoveries(recovery: Recovery) -> dict[str, dict[str, Estimate]]:
-    """The recoveries of a record, under names that can be drawn."""
+    """Return the recoveries of a record, under names that can be drawn."""
     return {
-        figure_text(model): {figure_text(attack): figure for attack, figure in found.items()}
+        figure_text(model): {figure_text(attack): estimate for attack, estimate in found.items()}
         for model, found in recovery.recoveries().items()
     }
 
 
 def eval_results(run: Run, data: str) -> list[EvalResult]:
-    """Every figure of a run, for the card's model-index."""
+    """Return every score of a run, for the card's model-index."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -258,32 +263,28 @@ def eval_results(run: Run, data: str) -> list[EvalResult]:
             dataset_split=name,
             metric_type=metric,
             metric_name=metric if name is None else f"{metric} ({name})",
-            metric_value=round(run.figure(name, metric).value, 6),
+            metric_value=round(score.value, 6),
         )
         for name, metric in run.places()
+        if (score := run.figure(name, metric))
     ]
 
 
-def only_finite(results: Results) -> Results:
-    """The comparison without figures that are NaN or infinite: nothing was measured there."""
-    return results.finite()
-
-
 def data_name(results: Results | Recovery) -> str:
-    """What a card calls the data: its name, or no name if that is a path of this machine."""
+    """Return the name of the data for a card, which is no name if it is a path of this machine."""
     first, _, rest = results.dataset.partition(" ")
     is_path = first.startswith((".", "/", "~")) or first.count("/") > 1 or "\\" in first or Path(first).is_dir()
     return f"a local data set {rest}".rstrip() if is_path else results.dataset
 
 
 def hub_datasets(results: Results | None) -> list[str]:
-    """Hub ids of the data that a comparison names."""
+    """Return the Hub ids of the data that a comparison names."""
     first = "" if results is None else data_name(results).split(" ")[0]
     return [first] if first.count("/") == 1 else []
 
 
 def base_metadata(facts: Facts, base: str | None, token: str | None = None) -> dict[str, Any]:
-    """License and language of the base, as its own card says; empty where it has none or cannot be read."""
+    """Return license and language of the base, as far as its own card can be read and has them."""
     try:
         if base is not None:
             path = hf_hub_download(base, CARD, revision=facts.revision_of(base), token=token)
@@ -310,50 +311,44 @@ def has_chat_template(folder: Path) -> bool:
 
 
 def card_wording() -> str:
-    """What every card says, which therefore is no quote of a row: the template and the texts that go into it."""
+    """Return the wording of every card, which is no quote of a row: the template and the texts that go into it."""
     methods = [method.words for method in OBJECTIVES.values()]
     return " ".join([template_path().read_text(encoding="utf-8"), *methods, *score_words().values(), CHAT_PROMPT])
 
 
 def template_path() -> Path:
-    """The card's template: inside the package when installed from a wheel, beside it in a clone."""
+    """Return the path of the card's template: inside the package when installed from a wheel, beside it in a clone."""
     package = Path(__file__).parents[1]
     installed = package / "model_cards" / TEMPLATE
     return installed if installed.is_file() else package.parent / "model_cards" / TEMPLATE
 
 
-def _words(facts: Facts) -> dict[str, Any]:
-    """What the template says of the method and the training."""
+def _method_words(facts: Facts) -> dict[str, Any]:
+    """Return the template's words on the method and the training."""
     return {
         "method": described(facts.method),
         "options": [markdown_code(f"{k}={v}") for k, v in facts.options.items() if not k.startswith("retain_")],
-        "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type")),
+        "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type", "")),
         "training": _training(facts),
     }
 
 
-def _figures(results: Results | None, run: Run | None) -> dict[str, Any]:
-    """What the template says of the figures; nothing where none were measured."""
+def _score_words(results: Results | None, run: Run | None) -> dict[str, Any]:
+    """Return the template's words on the scores; none where nothing was measured.
+
+    The table has three columns: the base, this model, and one that never saw the rows.
+    """
     if results is None or run is None:
         return {}
+    others = {name: [other for other in results.runs if other.method == name] for name in ("base", NEVER_TRAINED)}
+    compared = [*others["base"], run, *others[NEVER_TRAINED]]
     return {
-        "table": Results("", "", {}, [one.renamed(markdown_text) for one in _compared(results, run)]).details(),
-        "metrics": _metrics(run),
+        "table": Results("", "", {}, [one.renamed(markdown_text) for one in compared]).details(),
+        "metrics": explained(metric for _, metric in run.places()),
         "dataset": markdown_text(data_name(results)),
         "kept_was_measured": "retain" in run.scores,
-        "never_trained": any(other.method == NEVER_TRAINED for other in results.runs),
+        "never_trained": bool(others[NEVER_TRAINED]),
     }
-
-
-def _compared(results: Results, run: Run) -> list[Run]:
-    """The columns of the card's table: the base, this model, and one that never saw the rows."""
-    others = {name: [other for other in results.runs if other.method == name] for name in ("base", NEVER_TRAINED)}
-    return [*others["base"], run, *others[NEVER_TRAINED]]
-
-
-def _metrics(run: Run) -> dict[str, str]:
-    """What the run's figures mean."""
-    return explained(metric for _, metric in run.places())
 
 
 def _training(facts: Facts) -> dict[str, Any]:
@@ -366,7 +361,7 @@ def _training(facts: Facts) -> dict[str, Any]:
 
 
 def _linked(base: str | None) -> str:
-    """What the card calls the base at the start of a sentence."""
+    """Return the name of the base for the start of a sentence."""
     if base is None:
         return LOCAL_BASE.capitalize()
     link = f"(https://huggingface.co/{base})"
@@ -378,7 +373,7 @@ def _revision(revision: str | None) -> str:
 
 
 def _string(text: str | None) -> str:
-    """A string of Python, in double quotes."""
+    """Return a string of Python, in double quotes."""
     return json.dumps(text)
 
 

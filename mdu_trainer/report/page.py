@@ -6,12 +6,12 @@ It holds no script and asks for nothing outside of itself, and it quotes no row 
 """
 
 import base64
-import io
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,15 +26,16 @@ from ..evaluation.registry import explained
 from ..evaluation.results import Results, Run
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
-from ..provenance.facts import Facts
+from ..provenance.facts import FACTS_FILE, Facts
 from ..token_roles.labels import label_roles
 from ..token_roles.results import RoleReport
 from .markup import figure_text, seen_text
-from .model_card import CARD, chosen_run, data_name, drawn_recoveries, only_finite, template_path
+from .model_card import CARD, chosen_run, data_name, drawn_recoveries, template_path
 from .plots import plot_frontier, plot_losses, plot_tradeoff
 from .records import RECOVERY, RESULTS, load_record
 from .recovery_plots import Recoveries
 from .role_text import audit_html
+from .style import picture_bytes
 
 PAGE, TEMPLATE = "report.html", "report.html.jinja"
 ROLES, STATE = "roles.json", "trainer_state.json"
@@ -45,10 +46,9 @@ PICTURES = {  # found in the folder: name -> (section, alternative text)
     "decoding": ("roles", "Divergence along what each model decodes, by role of the token."),
     "recovery": ("recovery", "What each attack brings back of what was forgotten, for each model."),
 }
-PRIVATE_PICTURES = {
-    "heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")
-}  # has words
-FIGURE = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
+# with words of rows
+PRIVATE_PICTURES = {"heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")}
+NUMBER = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
 MOST_COLUMNS = 8  # runs side by side
 TRAINING = {  # facts of a training -> column
     "steps": "steps",
@@ -62,13 +62,7 @@ Pairs = list[tuple[str, str]]  # question, answer
 
 
 class Picture(NamedTuple):
-    """A picture in the page.
-
-    Attributes:
-        source: the picture itself, as a data URI.
-        alt: what it shows, for those who cannot see it.
-        caption: what to look for.
-    """
+    """A picture in the page: a data URI, words for those who cannot see it, and what to look for."""
 
     source: str
     alt: str
@@ -76,13 +70,7 @@ class Picture(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A trained model in a folder beside the results.
-
-    Attributes:
-        name: of its run, or of the folder if the results have none.
-        folder: where it is.
-        facts: what is on record.
-    """
+    """A trained model in a folder beside the results, under the name of its run, or of the folder without one."""
 
     name: str
     folder: Path
@@ -120,12 +108,13 @@ def write_page(
     folder = Path(folder)
     output = Path(output) if output is not None else folder / PAGE
     results = load_record(Results, folder)
-    results = results and only_finite(results)
+    results = results and results.finite()
     found = [name for name in (RESULTS, ROLES, RECOVERY) if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
     models = find_models(folder, results)
     recovery = load_record(Recovery, folder)
+    roles = RoleReport.load(folder / ROLES) if ROLES in found else None
     rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
     others = [(row["question"], row["answer"]) for row in retain_rows or ()]
     template = _environment().get_template(TEMPLATE)
@@ -133,25 +122,24 @@ def write_page(
         title="Unlearning report",
         **_comparison(results, recovery),
         **_trained(models, output.parent),
-        roles=_roles(folder),
+        roles=None if roles is None else roles.details_cells(),
         recovery=recovery and recovery.table_cells(),
         pictures=_pictures(folder, private=rows is not None),
         rows=rows,
-        audit=_audit(folder, rows, others, tokenizer),
+        audit=None if roles is None or rows is None or tokenizer is None else _audit(rows, others, tokenizer),
     )
     write_whole(output, text, private=rows is not None)
     return output
 
 
 def find_models(folder: Path, results: Results | None) -> list[Model]:
-    """The unlearned models in a folder, in the order of the results; or the folder itself, if it is one."""
+    """Return the unlearned models in a folder, in the order of the results; or the folder itself, if it is one."""
     models = []
-    for path in [*folder.glob("unlearning.json")] or sorted(folder.glob("*/unlearning.json")):
-        facts = Facts.load(path.parent)
-        try:
-            name = path.parent.name if results is None else chosen_run(results, facts).name
-        except ValueError:  # of no run, or of a run of another name
-            name = path.parent.name
+    for path in [*folder.glob(FACTS_FILE)] or sorted(folder.glob(f"*/{FACTS_FILE}")):
+        name, facts = path.parent.name, Facts.load(path.parent)
+        if results is not None:
+            with suppress(ValueError):  # of no run, or of a run of another name
+                name = chosen_run(results, facts).name
         models.append(Model(name, path.parent, facts))
     order = {run.name: i for i, run in enumerate(results.runs if results else [])}
     return sorted(models, key=lambda model: order.get(model.name, len(order)))
@@ -166,7 +154,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.tests["figure"] = lambda cell: FIGURE.fullmatch(cell) is not None
+    environment.tests["figure"] = lambda cell: NUMBER.fullmatch(cell) is not None
     return environment
 
 
@@ -175,7 +163,7 @@ def _as_typed(value: Any) -> Any:
 
 
 def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str, Any]:
-    """What the results say, and beside the trade-off what attacks bring back."""
+    """Return the template's words on the results, with what attacks bring back beside the trade-off."""
     if results is None:
         return {"results": None, "drawn": []}
     selected, problem = _selected(results)
@@ -192,12 +180,12 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
         "selected": selected,
         "problem": problem,
         "metrics": {name: text.replace("`", "") for name, text in explained(measured).items()},
-        "drawn": _drawn(results.runs, selected, recovery and drawn_recoveries(recovery)),
+        "drawn": _drawn(results.runs, selected, None if recovery is None else drawn_recoveries(recovery)),
     }
 
 
 def _details(results: Results) -> list[list[str]]:
-    """Every figure: the runs are the columns, or the rows if they are many."""
+    """Return every score: the runs are the columns, or the rows if they are many."""
     cells = results.details_cells()
     if len(results.runs) <= MOST_COLUMNS:
         return cells
@@ -206,7 +194,7 @@ def _details(results: Results) -> list[list[str]]:
 
 
 def _selected(results: Results) -> tuple[Run | None, str]:
-    """The run that the settings select, or why there is none."""
+    """Return the run that the settings select, or why there is none."""
     conditions = results.settings.get("select")
     if not conditions:
         return None, ""
@@ -217,7 +205,7 @@ def _selected(results: Results) -> tuple[Run | None, str]:
 
 
 def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None) -> list[Picture]:
-    """Forgetting against retention, and against utility."""
+    """Draw forgetting against retention, and against utility."""
     runs, selected = [run.renamed(figure_text) for run in runs], selected and selected.renamed(figure_text)
     pictures = []
     kept = {"retain": "what is retained", "utility": "model utility"}
@@ -235,7 +223,7 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
             pictures.append(_draw(plot, chosen, alt=alt, caption=caption))
         pictures.append(
             _draw(
-                lambda runs, file, keep=keep: plot_frontier(runs, file, keep=keep, selected=selected),
+                partial(plot_frontier, keep=keep, selected=selected),
                 chosen,
                 alt=f"Forget ROUGE-L recall against {words}, with intervals and the Pareto front, a point a run.",
                 caption=f"Forgetting against {words}, with 95 % bootstrap intervals. No other run is better than one "
@@ -246,7 +234,7 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
 
 
 def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
-    """How the models were trained, their curves and their cards, linked from a page in the folder `beside`."""
+    """Return the template's words on the trainings, with curves, and cards linked from a page in `beside`."""
     histories = {figure_text(model.name): _history(model.folder) for model in models}
     histories = {name: history for name, history in histories.items() if any("step" in entry for entry in history)}
     runs = [
@@ -269,17 +257,8 @@ def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
     return {"runs": runs, "methods": list(methods.values()), "training": list(TRAINING.values()), "curves": curves}
 
 
-def _roles(folder: Path) -> list[list[str]] | None:
-    """The table of divergences by role."""
-    if not (folder / ROLES).is_file():
-        return None
-    return RoleReport.load(folder / ROLES).details_cells()
-
-
-def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTrainedTokenizerBase | None) -> str | None:
-    """The answers with their tokens coloured by role, as HTML."""
-    if rows is None or tokenizer is None or not (folder / ROLES).is_file():
-        return None
+def _audit(rows: Pairs, others: Pairs, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the answers with their tokens coloured by role, as HTML."""
     questions, answers = (list(texts) for texts in zip(*rows, *others, strict=True))
     ids = [tokenizer(answer, add_special_tokens=False).input_ids for answer in answers]
     roles, n = label_roles(questions, answers, ids, tokenizer), len(rows)
@@ -287,7 +266,7 @@ def _audit(folder: Path, rows: Pairs | None, others: Pairs, tokenizer: PreTraine
 
 
 def _pictures(folder: Path, private: bool) -> dict[str, list[Picture]]:
-    """The pictures that lie in a folder, by section; those that show words of rows only in a private page."""
+    """Return the pictures that lie in a folder, by section; those with words of rows only for a private page."""
     sections: dict[str, list[Picture]] = {"roles": [], "recovery": []}
     for name, (section, alt) in (PICTURES | (PRIVATE_PICTURES if private else {})).items():
         path = next((path for suffix in TYPES if (path := folder / f"{name}{suffix}").is_file()), None)
@@ -296,11 +275,8 @@ def _pictures(folder: Path, private: bool) -> dict[str, list[Picture]]:
     return sections
 
 
-def _draw(plot: Callable[..., None], figures: Any, alt: str, caption: str) -> Picture:
-    picture = io.BytesIO()
-    picture.name = "picture.svg"
-    plot(figures, picture)
-    return Picture(_data_uri(".svg", picture.getvalue()), alt, caption)
+def _draw(plot: Callable[..., None], content: Any, alt: str, caption: str) -> Picture:
+    return Picture(_data_uri(".svg", picture_bytes(partial(plot, content), "picture.svg")), alt, caption)
 
 
 def _data_uri(suffix: str, content: bytes) -> str:
@@ -308,7 +284,7 @@ def _data_uri(suffix: str, content: bytes) -> str:
 
 
 def _history(folder: Path) -> list[dict[str, Any]]:
-    """The logs of a training; empty if there are none, or if they were cut short."""
+    """Return the logs of a training; none if they were cut short."""
     try:
         return json.loads((folder / STATE).read_text())["log_history"]
     except (OSError, ValueError, KeyError, TypeError):

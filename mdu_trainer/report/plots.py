@@ -1,23 +1,21 @@
-"""Pictures of a comparison: trade-off, frontier, training curves, tables. One function each, same style."""
+"""Pictures of a comparison: trade-off, frontier, training curves. Each function writes one into a file."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ..evaluation.frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
-from ..evaluation.results import Results
+from ..evaluation.results import Estimate, Run
 from ..files import UserError
-from .markup import plain_text
 from .recovery_plots import Recoveries, draw_recovery, strongest
-from .style import PictureFile, RunStyle, label_points, new_figure, run_styles, save_figure
+from .style import PictureFile, RunStyle, label_points, new_figure, reach, run_styles, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from ..evaluation.results import Run
-
-AXES = {  # what an axis says of a figure
-    "forget": "forget ROUGE-L recall (lower is better)",
+FORGET = "forget"  # the score on the axis from left to right
+AXES = {  # score -> words beside its axis
+    FORGET: "forget ROUGE-L recall (lower is better)",
     "retain": "retain ROUGE-L recall (higher is better)",
     "utility": "model utility (higher is better)",
 }
@@ -35,14 +33,13 @@ LONG_LEGEND = 8  # runs that a legend beside the points holds
 PANEL_ATTACKS = 6
 
 
-def plot_tradeoff(runs: Sequence["Run"], file: PictureFile, recoveries: Recoveries | None = None) -> None:
-    """ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
+def plot_tradeoff(runs: Sequence[Run], file: PictureFile, recoveries: Recoveries | None = None) -> None:
+    """Draw ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
 
     The best corner is at the top left: everything forgotten, nothing else lost.
 
     Args:
         runs: the base and the unlearned models.
-        file: the PNG or SVG to write, a path or a binary file with a name.
         recoveries: what attacks bring back, as `Recovery.recoveries` returns it: a second panel shows the attacks that
             bring back most.
     """
@@ -69,55 +66,51 @@ def plot_tradeoff(runs: Sequence["Run"], file: PictureFile, recoveries: Recoveri
 
 
 def plot_frontier(
-    runs: Sequence["Run"],
+    runs: Sequence[Run],
     file: PictureFile,
     *,
-    forget: str = "forget",
     keep: str = "retain",
-    selected: "Run | None" = None,
+    selected: Run | None = None,
 ) -> None:
-    """Forgetting against what is kept, with 95 % intervals and the Pareto front, a point a run.
+    """Draw forgetting against what is kept, with 95 % intervals and the Pareto front, a point a run.
 
     Runs on the front are numbered from the left, and named beside the picture; the others are pale.
 
     Args:
         runs: of one comparison. The base and a retain model are drawn to compare with.
-        file: the PNG or SVG to write, a path or a binary file with a name.
-        forget, keep: names of the figures, see `mdu_trainer.evaluation.frontier.place_of`.
+        keep: name of the score of what is kept, see `mdu_trainer.evaluation.frontier.place_of`.
         selected: the run to draw a ring around.
 
     Raises:
-        ValueError: for a figure that does not exist or that no run has.
+        ValueError: for a score that does not exist or that no run has.
     """
-    drawn = [run for run in runs if not math.isnan(value_of(run, forget) + value_of(run, keep))]
+    drawn = [run for run in runs if not math.isnan(value_of(run, FORGET) + value_of(run, keep))]
     if not drawn:
-        raise UserError(f"No run has both figures, {forget} and {keep}.")
+        raise UserError(f"No run has both figures, {FORGET} and {keep}.")
     figure, axes = new_figure(size=(9.2, 4.8))
-    status = {mark.run.name: mark.status for mark in frontier(drawn, forget, keep)}
-    front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, forget))
-    points = [(value_of(run, forget), value_of(run, keep)) for run in front]
+    status = {mark.run.name: mark.status for mark in frontier(drawn, FORGET, keep)}
+    front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, FORGET))
+    points = [(value_of(run, FORGET), value_of(run, keep)) for run in front]
     x, y = [x for x, _ in points], [y for _, y in points]
     axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
     styles = run_styles(run.method for run in drawn)
     for run in drawn:
-        _point_with_intervals(axes, run, (forget, keep), styles[run.method], status.get(run.name, FRONT))
-    axes.set(xlabel=AXES.get(forget, forget), ylabel=AXES.get(keep, keep))
-    axes.set(xlim=_limits(drawn, forget), ylim=_limits(drawn, keep))
+        _point_with_intervals(axes, run, (FORGET, keep), styles[run.method], status.get(run.name, FRONT))
+    axes.set(xlabel=AXES[FORGET], ylabel=AXES.get(keep, keep))
+    axes.set(xlim=_limits(drawn, FORGET), ylim=_limits(drawn, keep))
     label_points(axes, points, [str(i) for i in range(1, len(points) + 1)])
     ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
     if selected is not None:
-        axes.plot(value_of(selected, forget), value_of(selected, keep), **ring)
+        axes.plot(value_of(selected, FORGET), value_of(selected, keep), **ring)
     handles = _frontier_key(styles, set(status.values()), front, selected is not None)
     figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
     save_figure(figure, file)
 
 
 def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], file: PictureFile) -> None:
-    """What the runs logged along their steps, a panel each: losses, KL, entropy, and figures of evaluations.
+    """Draw what the runs logged along their steps, a panel each: losses, KL, entropy, and scores of evaluations.
 
-    Args:
-        histories: name of the run -> `trainer.state.log_history`.
-        file: the PNG or SVG to write, a path or a binary file with a name.
+    `histories` are by the names of the runs, each a `trainer.state.log_history`.
     """
     logged = dict.fromkeys(key for history in histories.values() for entry in history for key in entry)
     curves = {key: title for key, title in CURVES.items() if key in logged}
@@ -157,41 +150,14 @@ def plot_losses(histories: Mapping[str, Sequence[Mapping[str, Any]]], file: Pict
     save_figure(figure, file)
 
 
-def plot_table(results: Results, file: PictureFile) -> None:
-    """The comparison's table as a picture.
-
-    Args:
-        results: the comparison.
-        file: the PNG or SVG to write, a path or a binary file with a name.
-    """
-    head, *body = ([plain_text(cell) for cell in row] for row in results.table_cells())
-    cells = [[cell.replace(" ", "\n", 1) if i else cell for i, cell in enumerate(head)], *body]
-    letters = [max(len(part) for row in cells for part in row[i].split("\n")) for i in range(len(head))]
-    ends = [sum(letters[: i + 1]) + 2.5 * i for i in range(len(letters))]  # right end of each column, in letters
-    width, rows = ends[-1] + 1, len(body)
-    figure, axes = new_figure(size=(0.085 * width + 0.3, 0.27 * rows + 0.75))
-    axes.set_axis_off()
-    axes.set(xlim=(-1, width), ylim=(rows + 0.1, -1.7))
-    for i, row in enumerate(cells):
-        if i % 2 == 0 and i:
-            axes.axhspan(i - 1, i, color="#f1f1f1", linewidth=0)
-        for j, cell in enumerate(row):
-            place = {"ha": "right" if j else "left", "va": "center", "fontsize": 9}
-            weight = "bold" if i == 0 else "normal"
-            axes.text(ends[j] if j else 0, i - 0.5 if i else -0.75, cell, fontweight=weight, **place)
-    for y, thickness in ((-1.6, 1.2), (0, 0.7), (rows, 1.2)):
-        axes.axhline(y, color="black", linewidth=thickness)
-    save_figure(figure, file)
-
-
-def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], style: RunStyle, status: str) -> None:
-    """One run of a frontier: filled on the front, hollow if dominated, pale if clearly so."""
-    (x, *across), (y, *along) = (_with_reach(run, name) for name in names)
+def _point_with_intervals(axes: "Axes", run: Run, names: tuple[str, str], style: RunStyle, status: str) -> None:
+    """Draw one run of a frontier: filled on the front, hollow if dominated, pale if clearly so."""
+    x, y = (_score(run, name) for name in names)
     on_front = status == FRONT
     axes.errorbar(
-        *(x, y),
-        xerr=[[side] for side in across],
-        yerr=[[side] for side in along],
+        *(x.value, y.value),
+        xerr=[[side] for side in reach(x)],
+        yerr=[[side] for side in reach(y)],
         **{"fmt": style.marker, "color": style.colour, "markersize": 13 if run.method == "base" else 7},
         **{"markerfacecolor": style.colour if on_front else "white", "alpha": PALE if status == DOMINATED else 1},
         **{"elinewidth": 0.8, "zorder": 3 if on_front else 2, "clip_on": False},
@@ -199,9 +165,9 @@ def _point_with_intervals(axes: "Axes", run: "Run", names: tuple[str, str], styl
 
 
 def _frontier_key(
-    styles: Mapping[str, RunStyle], found: set[str], front: Sequence["Run"], has_selected: bool
+    styles: Mapping[str, RunStyle], found: set[str], front: Sequence[Run], has_selected: bool
 ) -> list[Any]:
-    """What the legend of a frontier explains: methods, looks, and the numbers of the runs on the front."""
+    """Return the legend of a frontier: methods, looks, and the numbers of the runs on the front."""
     looks = {FRONT: ("#333333", 1), WITHIN: ("white", 1), DOMINATED: ("white", PALE)}
     return [
         *(_handle(style.marker, style.colour, label=method) for method, style in styles.items()),
@@ -215,18 +181,14 @@ def _frontier_key(
     ]
 
 
-def _with_reach(run: "Run", name: str) -> tuple[float, float, float]:
-    """A figure, and how far its interval reaches to both sides."""
-    figure = run.figure(*place_of(name))
-    if figure.low is None or figure.high is None:
-        return figure.value, 0.0, 0.0
-    return figure.value, max(0.0, figure.value - figure.low), max(0.0, figure.high - figure.value)
+def _score(run: Run, name: str) -> Estimate:
+    return cast(Estimate, run.figure(*place_of(name)))
 
 
-def _limits(runs: Sequence["Run"], name: str) -> tuple[float, float]:
-    """Of an axis that shows all intervals."""
-    reach = [_with_reach(run, name) for run in runs]
-    low, high = min(v - down for v, down, _ in reach), max(v + up for v, _, up in reach)
+def _limits(runs: Sequence[Run], name: str) -> tuple[float, float]:
+    """Return the limits of an axis that shows all intervals."""
+    scores = [_score(run, name) for run in runs]
+    low, high = min(one.value - reach(one)[0] for one in scores), max(one.value + reach(one)[1] for one in scores)
     margin = 0.06 * (high - low) or 0.05
     return low - margin, high + margin
 
@@ -237,10 +199,10 @@ def _handle(marker: str, colour: str, **look: Any) -> Any:
     return Line2D([], [], linestyle="none", marker=marker, color=colour, **({"markersize": 7} | look))
 
 
-def _points(runs: Sequence["Run"]) -> tuple[list[float], list[float]]:
+def _points(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
     points = [_point(run) for run in runs]
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _point(run: "Run") -> tuple[float, float]:
+def _point(run: Run) -> tuple[float, float]:
     return run.scores["forget"]["rougeL_recall"].value, run.scores["retain"]["rougeL_recall"].value

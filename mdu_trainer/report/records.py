@@ -1,4 +1,4 @@
-"""What is on record of an unlearned model, read once: its facts, the hashes of the rows, its figures, the attacks."""
+"""The records of an unlearned model, read once: its facts, the hashes of the rows, its scores, the attacks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ class Checkpoint:
         folder: where the records lie.
         facts: of the unlearning.
         hashes: of the rows to forget, None where nothing is to be scanned for them.
-        results: the comparison that holds the model's figures, None without one.
+        results: the comparison that holds the model's scores, None without one.
         recovery: the attacks on the model, None without any.
     """
 
@@ -68,17 +68,7 @@ class Checkpoint:
 
 
 def load_record(kind: type[R], folder: Path, given: R | str | Path | Literal[False] | None = None) -> R | None:
-    """Return the record that `given` names: itself, a file, the folder's own (None), or none (False).
-
-    Args:
-        kind: `Results` or `Recovery`.
-        folder: where the folder's own lies, if it has one.
-        given: see above.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not one of `kind.save`.
-    """
+    """Return the record that `given` names: itself, a file, the folder's own if it has one (None), or none (False)."""
     own = folder / (RESULTS if kind is Results else RECOVERY)
     if given is None:
         given = own if own.is_file() else False

@@ -1,11 +1,11 @@
-"""What attacks bring back, as a picture of its own or a panel of another."""
+"""Pictures of what attacks bring back, on their own or as a panel of another."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ..evaluation.results import Estimate
 from ..files import UserError
-from .style import PictureFile, new_figure, run_styles, save_figure
+from .style import PictureFile, new_figure, reach, run_styles, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,16 +18,10 @@ BAND = 0.7  # share of a row's height that its points take
 
 
 def plot_recovery(recoveries: Recoveries, file: PictureFile) -> None:
-    """Recovery by attack and model with intervals, a row an attack, between never trained (0) and the base (1).
+    """Draw recovery by attack and model with intervals, a row an attack, between never trained (0) and the base (1).
 
-    Intervals that leave the picture are cut.
-
-    Args:
-        recoveries: of a model at least, under an attack at least, as `Recovery.recoveries` returns them.
-        file: the PNG or SVG to write, a path or a binary file with a name.
-
-    Raises:
-        ValueError: there are none.
+    The recoveries are as `Recovery.recoveries` returns them; without any, a ValueError is raised. Intervals that leave
+    the picture are cut.
     """
     attacks = attacks_in(recoveries)
     if not attacks:
@@ -41,12 +35,12 @@ def plot_recovery(recoveries: Recoveries, file: PictureFile) -> None:
 
 
 def attacks_in(recoveries: Recoveries) -> list[str]:
-    """The attacks under which some model has a recovery."""
+    """Return the attacks under which some model has a recovery."""
     return list(dict.fromkeys(attack for of_model in recoveries.values() for attack in of_model))
 
 
 def strongest(recoveries: Recoveries, count: int) -> list[str]:
-    """The attacks that bring back most from any of the models, in the order in which they were made."""
+    """Return the attacks that bring back most from any of the models, in the order in which they were made."""
     attacks = attacks_in(recoveries)
     most = {a: max(of_model[a].value for of_model in recoveries.values() if a in of_model) for a in attacks}
     chosen = sorted(attacks, key=lambda attack: -most[attack])[:count]
@@ -66,7 +60,8 @@ def draw_recovery(axes: "Axes", recoveries: Recoveries, attacks: list[str]) -> N
             for row, attack in enumerate(attacks)
             if attack in of_model
         ]
-        x, y, widths = [e.value for _, e in shown], [place for place, _ in shown], _widths([e for _, e in shown])
+        x, y = [e.value for _, e in shown], [place for place, _ in shown]
+        widths = [[reach(e)[side] for _, e in shown] for side in (0, 1)]
         style = styles[name]
         look = {"fmt": style.marker, "color": style.colour, "markerfacecolor": style.face, "markersize": 5}
         axes.errorbar(x, y, xerr=widths, label=name, capsize=2, linewidth=1, zorder=2, **look)
@@ -81,13 +76,8 @@ def draw_recovery(axes: "Axes", recoveries: Recoveries, attacks: list[str]) -> N
     top.spines["top"].set_visible(False)
 
 
-def _widths(estimates: list[Estimate]) -> list[list[float]]:
-    """Lengths of the error bars to the left and to the right; a value can lie beside a percentile interval."""
-    return [[max(0.0, e.value - e.low) for e in estimates], [max(0.0, e.high - e.value) for e in estimates]]
-
-
 def _limits(estimates: list[Estimate]) -> tuple[float, float]:
-    """The scale's two ends, all points, and their intervals unless they are very wide."""
+    """Return limits that hold the scale's two ends, all points, and their intervals unless they are very wide."""
     values = [0.0, 1.0, *(e.value for e in estimates)]
     low = max(min(values) - OUTSIDE, min(e.low for e in estimates))
     high = min(max(values) + OUTSIDE, max(e.high for e in estimates))

@@ -1,4 +1,4 @@
-"""Pictures of what was forgotten, token by token: figures by role, along the path, and token by token."""
+"""Pictures of what was forgotten, token by token: scores by role, along the path, and token by token."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ import numpy as np
 from ..files import UserError
 from ..token_roles.labels import ROLES
 from ..token_roles.results import OWN, TRUE, RoleReport, role_words
-from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, PictureFile, new_figure, save_figure
+from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, PictureFile, new_figure, reach, save_figure
 
 LABELS = {
     "kl": "KL to the prompt-masked\nprediction (nats)",
@@ -18,32 +18,31 @@ LABELS = {
 AXES = {TRUE: "share of the true answer revealed", OWN: "share of the own answer revealed"}
 
 
-def plot_roles(report: RoleReport, file: PictureFile, figure: str = "kl") -> None:
-    """A figure by role, a bar a model with its 95 % interval, and the change from the base in percent.
+def plot_roles(report: RoleReport, file: PictureFile, score: str = "kl") -> None:
+    """Draw a score by role, a bar a model with its 95 % interval, and the change from the base in percent.
 
     Args:
         report: base and unlearned models.
-        file: the PNG or SVG to write, a path or a binary file with a name.
-        figure: "kl", "entropy" or "probability", on the ground-truth path.
+        score: "kl", "entropy" or "probability", on the ground-truth path.
     """
     base, runs = report.runs[0], report.runs
-    roles = [role for role in ROLES if role in base.figures[figure]]
+    roles = [role for role in ROLES if role in base.figures[score]]
     canvas, axes = new_figure(size=(max(6.4, 0.75 * len(roles) * (len(runs) + 1)), 4.8))
     ticks, names = [], []
     for group, role in enumerate(roles):
         colour = ROLE_COLOURS[role]
         for i, run in enumerate(runs):
             at = group * (len(runs) + 1) + i
-            found = run.figures[figure][role]
+            found = run.figures[score][role]
             look = {"facecolor": "white" if run is base else colour, "edgecolor": colour if run is base else "white"}
             axes.bar(
                 at, found.value, width=0.85, hatch=None if run is base else ROLE_HATCHES[role], linewidth=1, **look
             )
             axes.bar(at, found.value, width=0.85, facecolor="none", edgecolor=colour, linewidth=1.2)
             if found.low is not None and found.high is not None:
-                ends = [[found.value - found.low], [found.high - found.value]]
+                ends = [[side] for side in reach(found)]
                 axes.errorbar(at, found.value, yerr=ends, color="black", linewidth=1, capsize=3)
-            percent = None if run is base else run.changes[figure][role].percent
+            percent = None if run is base else run.changes[score][role].percent
             if percent is not None:
                 place = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "fontsize": 8}
                 axes.annotate(f"{percent.value:+.0f} %", (at, found.high or found.value), **place)
@@ -55,29 +54,28 @@ def plot_roles(report: RoleReport, file: PictureFile, figure: str = "kl") -> Non
     axes.set_xticks(ticks, names, rotation=45, ha="right", rotation_mode="anchor")
     axes.grid(visible=False, axis="x")
     axes.set_axisbelow(True)
-    axes.set(ylabel=LABELS[figure].replace("\n", " "))
+    axes.set(ylabel=LABELS[score].replace("\n", " "))
     axes.margins(y=0.1)
     save_figure(canvas, file)
 
 
 def plot_path(
-    report: RoleReport, file: PictureFile, kind: str = TRUE, figures: Sequence[str] = ("kl", "entropy", "probability")
+    report: RoleReport, file: PictureFile, kind: str = TRUE, scores: Sequence[str] = ("kl", "entropy", "probability")
 ) -> None:
-    """Figures along the denoising steps by role, a column a model, with bands of one standard error over rows.
+    """Draw scores along the denoising steps by role, a column a model, with bands of one standard error over rows.
 
     Args:
         report: base and unlearned models.
-        file: the PNG or SVG to write, a path or a binary file with a name.
         kind: "true" for the ground-truth path, the same for all models, or "own" for each model's own decoding.
-        figures: a row of axes each.
+        scores: a row of axes each.
     """
-    size = (1.2 + 2.8 * len(report.runs), 0.9 + 2.1 * len(figures))
-    canvas, grid = new_figure(len(figures), len(report.runs), size=size, sharex=True, sharey="row", squeeze=False)
+    size = (1.2 + 2.8 * len(report.runs), 0.9 + 2.1 * len(scores))
+    canvas, grid = new_figure(len(scores), len(report.runs), size=size, sharex=True, sharey="row", squeeze=False)
     steps = report.settings.num_steps
     share = np.arange(steps) / steps
-    for row, figure in enumerate(figures):
+    for row, score in enumerate(scores):
         for axes, run in zip(grid[row], report.runs, strict=True):
-            for role, curve in run.curves[kind].get(figure, {}).items():
+            for role, curve in run.curves[kind].get(score, {}).items():
                 mean, error = (np.array(values, dtype=float) for values in (curve.mean, curve.standard_error))
                 colour = ROLE_COLOURS[role]
                 look = {"marker": ROLE_MARKERS[role], "markersize": 4, "linewidth": 1.2}
@@ -85,7 +83,7 @@ def plot_path(
                 axes.fill_between(share, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
             if row == 0:
                 axes.set_title(run.name, fontsize=10)
-        grid[row][0].set(ylabel=LABELS[figure], ylim=(0, 1.02 if figure == "probability" else None))
+        grid[row][0].set(ylabel=LABELS[score], ylim=(0, 1.02 if score == "probability" else None))
     for axes in grid[-1]:
         axes.set(xlabel=AXES[kind], xlim=(-0.03, 1))
         axes.xaxis.label.set_fontsize(8)
@@ -95,13 +93,12 @@ def plot_path(
 
 
 def plot_heatmap(report: RoleReport, file: PictureFile, tokens: Sequence[str] | None = None) -> None:
-    """The divergence of every token of one answer at every step of a ground-truth path, a panel a model.
+    """Draw the divergence of every token of one answer at every step of a ground-truth path, a panel a model.
 
     White is what was revealed already.
 
     Args:
         report: base and unlearned models.
-        file: the PNG or SVG to write, a path or a binary file with a name.
         tokens: text of each token, for the axis. It shows the answer, which is forget data: without it the axis has
             positions and roles.
 

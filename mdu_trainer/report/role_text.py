@@ -6,6 +6,7 @@ print(audit_view(answers, answer_ids, roles, tokenizer))
 
 import html
 from collections.abc import Sequence
+from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +27,7 @@ def audit_view(
     *,
     colour: bool = True,
 ) -> str:
-    """The answers with their roles marked, to check the rule by eye. It shows the answers: private if they are.
+    """Return the answers with their roles marked, to check the rule by eye. It is private if they are.
 
     Stored knowledge stands in [square brackets], what the question says in {braces}, structure is plain.
 
@@ -56,7 +57,7 @@ def audit_html(
     roles: Sequence[Sequence[Role]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """`audit_view` as an HTML fragment, with styles of its own, to embed in a page. Arguments as there.
+    """Return `audit_view` as an HTML fragment, with styles of its own, to embed in a page. Arguments as there.
 
     Underlines (solid: stored, dotted: in context) tell roles apart without colour.
     """
@@ -81,7 +82,7 @@ def _pieces(
     roles: Sequence[Sequence[Role]],
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[list[tuple[str, Role | None]]]:
-    """Each answer in pieces of one role; spaces at the ends of a piece, and what no token covers, have none."""
+    """Cut each answer into pieces of one role; spaces at the ends of a piece, and what no token covers, have none."""
     return [
         _merged(answer, token_spans(answer, ids, tokenizer), row_roles)
         for answer, ids, row_roles in zip(answers, answer_ids, roles, strict=True)
@@ -95,10 +96,5 @@ def _merged(answer: str, spans: Sequence[Span], roles: Sequence[Role]) -> list[t
     for i in (i for i, character in enumerate(answer) if character.isspace()):
         same = 0 < i < len(answer) - 1 and characters[i - 1] == characters[i + 1]
         characters[i] = characters[i - 1] if same else None
-    pieces: list[tuple[str, Role | None]] = []
-    for character, role in zip(answer, characters, strict=True):
-        if pieces and pieces[-1][1] == role:
-            pieces[-1] = (pieces[-1][0] + character, role)
-        else:
-            pieces.append((character, role))
-    return pieces
+    groups = groupby(zip(answer, characters, strict=True), key=lambda pair: pair[1])
+    return [("".join(character for character, _ in group), role) for role, group in groups]

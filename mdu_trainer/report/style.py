@@ -1,13 +1,16 @@
-"""How the pictures look: one figure, one set of colours and markers, files that are the same for the same figures."""
+"""The look of the pictures: one figure, one set of colours and markers, the same files for the same numbers."""
 
+import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from ..evaluation.results import Estimate
 
 # Okabe and Ito (2008): tells apart for colour-blind readers; markers tell apart in grey print
 COLOURS = {"base": "#000000", "mdu": "#0072B2", "ga": "#D55E00", "npo": "#009E73"}
@@ -22,12 +25,11 @@ OTHER_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#661100
 OTHER_MARKERS = ("h", "<", ">", "p", "d", "H")
 PALEST = 0.55  # how far the last of several runs of one method is mixed with white
 
-
-PictureFile = str | Path | BinaryIO  # of a file object, the `name` ends in .png or .svg
+PictureFile = str | Path | BinaryIO  # a PNG or SVG to write; of a file object, the `name` ends in .png or .svg
 
 
 class RunStyle(NamedTuple):
-    """How a run is drawn, in every picture alike.
+    """The style of a run, in every picture alike.
 
     Attributes:
         colour: hex; of several runs of a method the first has the method's own, the others are paler.
@@ -42,16 +44,12 @@ class RunStyle(NamedTuple):
 
 
 def method_of(name: str) -> str:
-    """The method of a run, from its name: the name without tau and settings."""
+    """Return the method of a run from its name, which is the name without tau and settings."""
     return " ".join(word for word in name.split() if "=" not in word)
 
 
 def run_styles(names: Iterable[str]) -> dict[str, RunStyle]:
-    """A style for each run. Methods that have no colour of their own get one by their order.
-
-    Args:
-        names: of the runs (`Run.name`), or of their methods.
-    """
+    """Return a style for each name of a run or method. A method without a colour of its own gets one by its order."""
     names = list(dict.fromkeys(names))
     others = list(dict.fromkeys(method for method in map(method_of, names) if method not in COLOURS))
     styles = {}
@@ -72,7 +70,7 @@ def label_points(
     texts: Sequence[str],
     others: Iterable[tuple[float, float]] = (),
 ) -> None:
-    """Writes a text beside each point, where it covers neither a point nor another text, as far as there is room.
+    """Write a text beside each point, where it covers neither a point nor another text, as far as there is room.
 
     Args:
         axes: with their limits set.
@@ -80,10 +78,12 @@ def label_points(
         texts: one a point.
         others: further points that are not to be covered.
     """
+    from matplotlib.transforms import Bbox
+
     axes.figure.draw_without_rendering()  # so that sizes are known
     inside, radius = axes.get_window_extent(), 4 * axes.figure.dpi / 72
     places = [axes.transData.transform(point) for point in [*points, *others]]
-    taken = [_around(place, radius) for place in places]
+    taken = [Bbox([place, place]).padded(radius) for place in places]
     offsets = [
         (x * r, y * r) for r in (8, 12, 17, 24) for x, y in ((1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1.3), (0, -1.3))
     ]
@@ -105,15 +105,8 @@ def label_points(
                 note[2].remove()
 
 
-def _around(point: Sequence[float], radius: float) -> Any:
-    from matplotlib.transforms import Bbox
-
-    x, y = point
-    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
-
-
 def _distance(point: Sequence[float], box: Any) -> float:
-    """From a point to the nearest of a box."""
+    """Return the distance from a point to the nearest of a box."""
     x, y = point
     return math.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
 
@@ -125,7 +118,7 @@ def _shared_area(one: Any, other: Any) -> float:
 
 
 def _paler(colour: str, share: float) -> str:
-    """A colour mixed with white."""
+    """Mix a colour with white."""
     if share == 0:
         return colour
     channels = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
@@ -135,15 +128,10 @@ def _paler(colour: str, share: float) -> str:
 def new_figure(
     rows: int = 1, columns: int = 1, *, size: tuple[float, float] | None = None, **subplots: Any
 ) -> tuple["Figure", Any]:
-    """A figure and its axes, as `matplotlib` returns them for so many rows and columns.
+    """Return a figure and its axes, as `matplotlib` returns them for so many rows and columns of axes.
 
-    Args:
-        rows, columns: of axes.
-        size: width and height in inches; for one column 6.4 x 4.8, or 6.4 x 6.4 with more rows, unless given.
-        **subplots: further arguments of `Figure.subplots`.
-
-    Raises:
-        ImportError: without matplotlib.
+    The size in inches is by default 6.4 x 4.8 for one column, or 6.4 x 6.4 with more rows; `subplots` are further
+    arguments of `Figure.subplots`. Without matplotlib, an ImportError says how to install it.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -159,13 +147,15 @@ def new_figure(
     return figure, axes
 
 
-def save_figure(figure: "Figure", file: PictureFile) -> None:
-    """Write PNG or SVG, without date or random ids: the same figures give the same bytes.
+def reach(estimate: "Estimate") -> tuple[float, float]:
+    """Return how far an interval reaches below and above its value, which may lie beside it; 0 without one."""
+    if estimate.low is None or estimate.high is None:
+        return 0.0, 0.0
+    return max(0.0, estimate.value - estimate.low), max(0.0, estimate.high - estimate.value)
 
-    Args:
-        figure: what to write.
-        file: a path, or a binary file with a name. The suffix says what to write.
-    """
+
+def save_figure(figure: "Figure", file: PictureFile) -> None:
+    """Write PNG or SVG, without date or random ids: the same numbers give the same bytes."""
     from matplotlib import rc_context
 
     suffix = Path(file if isinstance(file, str | Path) else file.name).suffix
@@ -173,3 +163,11 @@ def save_figure(figure: "Figure", file: PictureFile) -> None:
         figure.savefig(
             file, format=suffix[1:] or None, metadata={"Software": None} if suffix == ".png" else {"Date": None}
         )
+
+
+def picture_bytes(plot: Callable[[BinaryIO], None], name: str) -> bytes:
+    """Return the content of the file that a plot writes under this name."""
+    file = io.BytesIO()
+    file.name = name
+    plot(file)
+    return file.getvalue()

@@ -1,1 +1,1 @@
-"""Which tokens of an answer are stored knowledge, and what became of them."""
+"""Roles of the tokens of an answer, stored knowledge above all, and what became of them."""

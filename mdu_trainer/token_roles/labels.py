@@ -1,4 +1,4 @@
-"""Which tokens of an answer carry what a model has stored: one role a token.
+"""A role for each token of an answer: stored knowledge, in context, or structural.
 
     roles = label_roles(questions, answers, answer_ids, tokenizer)
 
@@ -111,7 +111,7 @@ def template_words(answers: Sequence[Sequence[Word]]) -> set[str]:
 
 
 def token_texts(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What each token stands for, to be read: its characters in the text, or its name if it has none there."""
+    """Each token to be read: its characters in the text, or its name if it has none there."""
     spans = token_spans(text, ids, tokenizer)
     names = tokenizer.convert_ids_to_tokens(list(ids))
     return [text[start:stop].strip() or name for (start, stop), name in zip(spans, names, strict=True)]

@@ -7,6 +7,7 @@ report.save("roles.json")
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path as FilePath
 
@@ -19,7 +20,7 @@ from ..data.rows import question_answer_rows, tokenize_rows
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import Estimate
 from ..evaluation.scoring import digest
-from ..evaluation.sources import check_columns
+from ..evaluation.sources import QUESTION_ANSWER, check_columns
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone, weights_fingerprint
@@ -35,8 +36,8 @@ class RoleData:
     """The rows to forget, tokenised and labelled.
 
     Attributes:
-        prompts, responses: ids of each row.
-        roles: of each response's tokens.
+        prompt_ids, completion_ids: of each row.
+        roles: of each completion's tokens.
         questions, answers: texts of each row.
         others: questions and answers of the rows beside them, in which template words are found too.
     """
@@ -48,9 +49,10 @@ class RoleData:
     answers: list[str]
     others: tuple[list[str], list[str]]
 
-    def digest(self) -> str:
-        """A hash of ids and roles."""
-        return digest([self.prompt_ids, self.completion_ids, self.roles])
+    def paths(self, settings: RoleSettings) -> list[Path]:
+        """The ground-truth paths of each row."""
+        ids = self.prompt_ids, self.completion_ids
+        return true_paths(*ids, self.roles, num_paths=settings.num_paths, seed=settings.seed)
 
     def label(
         self,
@@ -70,21 +72,12 @@ class RoleData:
             labeller=labeller,
         )[: len(answers)]
 
-    def count(self, role: Role) -> tuple[int, int]:
-        """Rows that have tokens of a role, and tokens."""
-        counts = [row.count(role) for row in self.roles]
-        return sum(map(bool, counts)), sum(counts)
-
 
 def check_rows(forget: Dataset, retain: Dataset | None = None) -> None:
-    """Refuse rows that cannot be asked, before any model is loaded.
-
-    Raises:
-        ValueError: for an empty set, a missing column or a blank text.
-    """
+    """Refuse an empty set, a missing column or a blank text with a ValueError, before any model is loaded."""
     for name, rows in {"forget": forget, "retain": retain}.items():
         if rows is not None:
-            check_columns(rows, name, {"question": str, "answer": str})
+            check_columns(rows, name, QUESTION_ANSWER)
 
 
 def role_data(
@@ -95,16 +88,13 @@ def role_data(
     *,
     labeller: Labeller | None = None,
 ) -> RoleData:
-    """Tokenise and label rows.
+    """Tokenise and label rows, once `check_rows` has passed them.
 
     Args:
         forget: rows with columns `question` and `answer`.
         tokenizer, backbone: of the model; questions become chat turns if the tokenizer has a chat template.
         retain: further rows of the same kind, so that template words are found among many answers.
         labeller: as in `label_roles`.
-
-    Raises:
-        ValueError: as `check_rows`.
     """
     check_rows(forget, retain)
     chats = bool(tokenizer.chat_template)
@@ -152,11 +142,12 @@ def analyse_roles(
         raise UserError(
             f"example_row = {settings.example_row}: the forget set has rows 0 to {len(data.prompt_ids) - 1}."
         )
+    counts = {role: [roles.count(role) for roles in data.roles] for role in ROLES}
     report = RoleReport(
-        data.digest(),
+        digest([data.prompt_ids, data.completion_ids, data.roles]),
         settings,
-        {role: data.count(role)[0] for role in ROLES},
-        {role: data.count(role)[1] for role in ROLES},
+        {role: sum(map(bool, of_rows)) for role, of_rows in counts.items()},
+        {role: sum(of_rows) for role, of_rows in counts.items()},
         data.roles[settings.example_row],
     )
     known = _known(path, report, weights_fingerprint(base))
@@ -187,60 +178,51 @@ def _known(path: str | FilePath | None, report: RoleReport, base: str) -> dict[s
     return {run.name: run for run in earlier.runs}
 
 
+@dataclass(frozen=True, repr=False)
 class _Analysis:
     """Measures one model after the other on the same paths; the base is measured once."""
 
-    def __init__(
-        self,
-        base: nn.Module,
-        backbone: Backbone,
-        tokenizer: PreTrainedTokenizerBase,
-        data: RoleData,
-        settings: RoleSettings,
-        labeller: Labeller | None,
-        show_progress: bool,
-    ):
-        self.base, self.backbone, self.tokenizer, self.data = base, backbone, tokenizer, data
-        self.settings, self.labeller, self.show_progress = settings, labeller, show_progress
-        self.paths = true_paths(
-            data.prompt_ids, data.completion_ids, data.roles, num_paths=settings.num_paths, seed=settings.seed
-        )
-        self._before: PathValues | None = None
+    base: nn.Module
+    backbone: Backbone
+    tokenizer: PreTrainedTokenizerBase
+    data: RoleData
+    settings: RoleSettings
+    labeller: Labeller | None
+    show_progress: bool
 
-    @property
+    @cached_property
+    def paths(self) -> list[Path]:
+        """The ground-truth paths."""
+        return self.data.paths(self.settings)
+
+    @cached_property
     def before(self) -> PathValues:
         """The base on the ground-truth paths."""
-        if self._before is None:
-            self._before = self.measure(self.base, self.paths, "base, true answers")
-        return self._before
+        return self.measure(self.base, self.paths, "base, true answers")
 
     def run(self, name: str, model: nn.Module) -> RoleRun:
-        """The figures of a model."""
+        """The values of a model, by role."""
         is_base = name == BASE
         after = self.before if is_base else self.measure(model, self.paths, f"{name}, true answers", self.base)
-        own = self.decode(model, name)
-        figures = {figure: self.means(values) for figure, values in after.items()}
-        compared = {} if is_base else {figure: after[figure] for figure in self.before}
+        own = self.decode(model)
+        along_own = self.measure(model, own, f"{name}, own decoding", None if is_base else self.base)
+        means = {value: self.means(of_paths) for value, of_paths in after.items()}
         changes = {
-            figure: {role: self.change(self.before[figure], values, role) for role in figures[figure]}
-            for figure, values in compared.items()
-        }
-        along = {
-            TRUE: (self.paths, after),
-            OWN: (own, self.measure(model, own, f"{name}, own decoding", None if is_base else self.base)),
+            value: {role: self.change(of_paths, after[value], role) for role in means[value]}
+            for value, of_paths in ({} if is_base else self.before).items()
         }
         orders = {role: revelation(own, role) for role in ROLES}
         place = self.settings.example_row * self.settings.num_paths
         return RoleRun(
             name,
             weights_fingerprint(model),
-            figures,
+            means,
             changes,
             {
-                kind: {figure: _curves(values, paths) for figure, values in found.items()}
-                for kind, (paths, found) in along.items()
+                TRUE: {value: _curves(of_paths, self.paths) for value, of_paths in after.items()},
+                OWN: {value: _curves(of_paths, own) for value, of_paths in along_own.items()},
             },
-            {role: self.estimate(values) for role, values in orders.items() if np.isfinite(values).any()},
+            {role: self.estimate(rows) for role, rows in orders.items() if np.isfinite(rows).any()},
             {role: sum(path.roles.count(role) for path in own) for role in ROLES},
             [[_number(value) for value in step] for step in after["kl"][place]],
         )
@@ -256,16 +238,14 @@ class _Analysis:
             show_progress=name if self.show_progress else None,
         )
 
-    def decode(self, model: nn.Module, name: str) -> list[Path]:
-        length = max(map(len, self.data.completion_ids))
-        config = DiffusionGenerationConfig(
-            max_new_tokens=length, batch_size=self.settings.batch_size, seed=self.settings.seed
-        )
-        return decoded_paths(model, self.data.prompt_ids, self.backbone, config, self.label_decoded)
+    def decode(self, model: nn.Module) -> list[Path]:
+        def label(decoded: list[list[int]]) -> list[list[Role]]:
+            texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
+            return self.data.label(texts, decoded, self.tokenizer, self.labeller)
 
-    def label_decoded(self, decoded: list[list[int]]) -> list[list[Role]]:
-        texts = self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
-        return self.data.label(texts, decoded, self.tokenizer, self.labeller)
+        longest, settings = max(map(len, self.data.completion_ids)), self.settings
+        config = DiffusionGenerationConfig(max_new_tokens=longest, batch_size=settings.batch_size, seed=settings.seed)
+        return decoded_paths(model, self.data.prompt_ids, self.backbone, config, label)
 
     def means(self, values: Sequence[np.ndarray]) -> dict[Role, Estimate]:
         rows = {role: by_row(values, self.paths, role) for role in ROLES}
@@ -295,16 +275,10 @@ class _Analysis:
 def _curves(values: Sequence[np.ndarray], paths: Sequence[Path]) -> dict[Role, Curve]:
     curves = {}
     for role in ROLES:
-        steps = by_step(values, paths, role)
-        count = np.isfinite(steps).sum(axis=0)
-        filled = np.where(np.isfinite(steps), steps, 0)
-        mean = filled.sum(axis=0) / np.maximum(count, 1)
-        squares = np.where(np.isfinite(steps), (steps - mean) ** 2, 0).sum(axis=0)
-        error = np.sqrt(squares / np.maximum(count - 1, 1) / np.maximum(count, 1))
-        curves[role] = Curve(
-            [_number(value) if n else None for value, n in zip(mean, count, strict=True)],
-            [_number(value) if n > 1 else None for value, n in zip(error, count, strict=True)],
-        )
+        steps = np.ma.masked_invalid(by_step(values, paths, role))
+        error = np.ma.sqrt(steps.var(axis=0, ddof=1) / steps.count(axis=0))
+        mean, error = (found.filled(np.nan) for found in (steps.mean(axis=0), error))
+        curves[role] = Curve([_number(value) for value in mean], [_number(value) for value in error])
     return curves
 
 

@@ -7,7 +7,7 @@ A `Path` is a response and the order in which its tokens are revealed. There are
   differences between two are paired.
 - The decoding path (`decoded_paths`) is the model's own: what it decodes, in the order in which it reveals it.
 
-Along a path the masked tokens are predicted after a share s/S of it is revealed, s = 0 ... S - 1, and figures of each
+Along a path the masked tokens are predicted after a share s/S of it is revealed, s = 0 ... S - 1, and values of each
 prediction are kept, never the logits:
 
     kl           KL(p(. | x, y_t) || p(. | m, y_t)), what the prompt x adds to a prompt m of masks only, at tau = 1
@@ -25,20 +25,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
+from scipy.stats import rankdata
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
-from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, evaluation_mode, generate_ids
-from ..masking import corrupt, counter_uniform
-from ..models import Backbone, hidden_at
+from ..inference.config import check_count
+from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, generate_ids
+from ..masking import corrupt, counter_uniform, pad_rows
+from ..models import Backbone, evaluation_mode, hidden_at
 from .labels import Role
 
 NEVER = np.iinfo(np.int64).max  # a position behind the end of a decoded response, which nothing revealed
-FIGURES = ("kl", "entropy", "probability", "shift")
+VALUES = ("kl", "entropy", "probability", "shift")
 
-PathValues = dict[str, list[np.ndarray]]  # figure -> of each path float64 [S, L], NaN where nothing was predicted
+PathValues = dict[str, list[np.ndarray]]  # by name, for each path float64 [S, L], NaN where nothing was predicted
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,8 +86,7 @@ def true_paths(
     Raises:
         ValueError: for a number of paths below 1, or a response without tokens.
     """
-    if num_paths < 1:
-        raise UserError(f"num_paths must be at least 1, got {num_paths}.")
+    check_count("num_paths", num_paths)
     paths = []
     for row, (prompt, response, row_roles) in enumerate(zip(prompts, responses, roles, strict=True)):
         if not response:
@@ -103,8 +104,6 @@ def decoded_paths(
     backbone: Backbone,
     config: DiffusionGenerationConfig,
     label: Callable[[list[list[int]]], list[list[Role]]],
-    *,
-    show_progress: bool = False,
 ) -> list[Path]:
     """The model's own path of each row.
 
@@ -113,7 +112,6 @@ def decoded_paths(
         prompts: ids of each row.
         config: how it decodes.
         label: gives decoded responses, ids up to and with their first end token, a role a token.
-        show_progress: show a progress bar over prompts.
     """
     shape = len(prompts), config.max_new_tokens
     tokens = np.full(shape, backbone.mask_token_id, dtype=np.int64)
@@ -124,7 +122,7 @@ def decoded_paths(
         tokens[place, position] = step.token.cpu().numpy()
         revealed[place, position] = step.step
 
-    decoded = generate_ids(model, prompts, config, backbone, on_reveal=record, show_progress=show_progress)
+    decoded = generate_ids(model, prompts, config, backbone, on_reveal=record)
     measured = [tokens[row, : len(ids) + 1].tolist() for row, ids in enumerate(decoded)]  # with the end token
     return [
         Path(row, prompts[row], tokens[row].tolist(), revealed[row], row_roles)
@@ -143,7 +141,7 @@ def measure_paths(
     batch_size: int = 32,
     show_progress: str | None = None,
 ) -> PathValues:
-    """Figures of every masked token along each path.
+    """The values of every masked token along each path.
 
     Args:
         model: a masked diffusion language model; in evaluation mode during the call.
@@ -158,8 +156,8 @@ def measure_paths(
         ValueError: for a number out of range, or a row longer than the model's context.
     """
     _check(paths, backbone, num_steps, batch_size)
-    names = FIGURES if base is not None else FIGURES[:-1]
-    figures = {name: [np.full((num_steps, len(path.roles)), np.nan) for path in paths] for name in names}
+    names = VALUES if base is not None else VALUES[:-1]
+    measured = {name: [np.full((num_steps, len(path.roles)), np.nan) for path in paths] for name in names}
     moments = [(place, step) for place in range(len(paths)) for step in range(num_steps)]
     moments.sort(key=lambda moment: len(paths[moment[0]].prompt) + len(paths[moment[0]].response))
     asked = [model] if base is None else [model, base]
@@ -167,20 +165,20 @@ def measure_paths(
         for first in range(0, len(moments), batch_size):
             batch = moments[first : first + batch_size]
             inputs = [(paths[place], paths[place].masked(step / num_steps)) for place, step in batch]
-            for (place, step), where, values in zip(batch, *_measure(asked, inputs, backbone), strict=True):
-                for name, column in zip(names, values, strict=True):
-                    figures[name][place][step, where] = column
+            for (place, step), where, columns in zip(batch, *_measure(asked, inputs, backbone), strict=True):
+                for name, column in zip(names, columns, strict=True):
+                    measured[name][place][step, where] = column
             progress.update(len(batch))
-    return figures
+    return measured
 
 
 def by_step(values: Sequence[np.ndarray], paths: Sequence[Path], role: Role) -> np.ndarray:
-    """A figure's mean over the masked tokens of a role, each row at each step: `[R, S]`, NaN where none is masked."""
+    """The mean over the masked tokens of a role, each row at each step: `[R, S]`, NaN where none is masked."""
     return _mean(values, paths, role, axis=1)
 
 
 def by_row(values: Sequence[np.ndarray], paths: Sequence[Path], role: Role) -> np.ndarray:
-    """A figure's mean over the masked tokens of a role at all steps, each row: `[R]`, NaN for rows without the role.
+    """The mean over the masked tokens of a role at all steps, each row: `[R]`, NaN for rows without the role.
 
     Rows are those that have paths, in the order of their numbers. All paths of a row count together.
     """
@@ -188,15 +186,9 @@ def by_row(values: Sequence[np.ndarray], paths: Sequence[Path], role: Role) -> n
 
 
 def revelation(paths: Sequence[Path], role: Role) -> np.ndarray:
-    """When the tokens of a role are revealed, mean of each row: 0 first, 1 last, `[R]`, NaN for rows without it."""
-    values = []
-    for path in paths:
-        moments = path.revealed[: len(path.roles)]
-        earlier = (moments[None] < moments[:, None]).sum(axis=1)
-        together = (moments[None] == moments[:, None]).sum(axis=1)
-        rank = earlier + (together - 1) / 2  # the mean rank of those revealed in one step
-        values.append((rank / max(1, len(moments) - 1))[None])
-    return by_row(values, paths, role)
+    """The mean moment at which a role's tokens are revealed, a row: 0 first, 1 last, `[R]`, NaN without the role."""
+    ranks = [rankdata(path.revealed[: len(path.roles)]) - 1 for path in paths]  # those of one step share their mean
+    return by_row([(rank / max(1, len(rank) - 1))[None] for rank in ranks], paths, role)
 
 
 def _mean(values: Sequence[np.ndarray], paths: Sequence[Path], role: Role, axis: int | None) -> np.ndarray:
@@ -214,16 +206,13 @@ def _mean(values: Sequence[np.ndarray], paths: Sequence[Path], role: Role, axis:
 def _measure(
     models: Sequence[nn.Module], inputs: Sequence[tuple[Path, np.ndarray]], backbone: Backbone
 ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
-    """Of each input: the measured positions `[l]`, and a column `[l]` a figure."""
+    """The measured positions `[l]` of each input, and its columns of values, `[l]` each."""
     device = next(models[0].parameters()).device
-    width = max(len(path.prompt) + len(path.response) for path, _ in inputs)
-    ids = torch.full((len(inputs), width), backbone.pad_token_id)
-    attention_mask, response = torch.zeros_like(ids), torch.zeros_like(ids)
+    ids, attention_mask = pad_rows([path.prompt + path.response for path, _ in inputs], backbone.pad_token_id)
+    response = torch.zeros_like(ids)
     noise, rows = torch.ones(ids.shape), torch.zeros(ids.shape, dtype=torch.bool)
     for i, (path, masked) in enumerate(inputs):
         start, stop = len(path.prompt), len(path.prompt) + len(path.response)
-        ids[i, :stop] = torch.tensor(path.prompt + path.response)
-        attention_mask[i, :stop] = 1
         response[i, start:stop] = 1
         noise[i, start:stop] = 1 - torch.from_numpy(masked).float()
         rows[i, start : start + len(path.roles)] = torch.from_numpy(masked[: len(path.roles)])
@@ -254,28 +243,25 @@ def _predict(model: nn.Module, ids: Tensor, attention_mask: Tensor, rows: Tensor
 def _compare(
     prompted: Prediction, unprompted: Prediction, targets: Tensor, others: Sequence[Prediction]
 ) -> Iterator[Tensor]:
-    """The figures of N tokens in the order of `FIGURES`, a chunk of the rows at a time: `[F, C]`."""
+    """The values of N tokens in the order of `VALUES`, a chunk of C positions at a time: `[V, C]`."""
+
+    def select(prediction: Prediction) -> Prediction:
+        return prediction.select(chunk) if isinstance(prediction, Projection) else prediction[chunk]
+
     vocabulary = prompted.weight.shape[0] if isinstance(prompted, Projection) else prompted.shape[1]
     size = max(1, CHUNK_ELEMENTS // vocabulary)
     for start in range(0, len(targets), size):
-        rows = slice(start, start + size)
-        part = _select(prompted, rows)
-        kl = AnchorKL(1.0, _select(unprompted, rows))(part)
-        nll = TokenNLL(targets[rows])(part).value
-        shift = [AnchorKL(1.0, _select(other, rows))(part).value for other in others]
+        chunk = slice(start, start + size)
+        part = select(prompted)
+        kl = AnchorKL(1.0, select(unprompted))(part)
+        nll = TokenNLL(targets[chunk])(part).value
+        shift = [AnchorKL(1.0, select(other))(part).value for other in others]
         yield torch.stack([kl.value, kl.entropy, (-nll).exp(), *shift])
-
-
-def _select(prediction: Prediction, rows: slice) -> Prediction:
-    if isinstance(prediction, Projection):
-        return prediction.select(rows)
-    return prediction[rows]
 
 
 def _check(paths: Sequence[Path], backbone: Backbone, num_steps: int, batch_size: int) -> None:
     for name, value in (("num_steps", num_steps), ("batch_size", batch_size), ("the number of paths", len(paths))):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}.")
+        check_count(name, value)
     for path in paths:
         length = len(path.prompt) + len(path.response)
         if backbone.context_length is not None and length > backbone.context_length:

@@ -1,6 +1,6 @@
-"""What was forgotten, token by token: figures by role before and after unlearning. Figures only, never texts.
+"""The record of what was forgotten, token by token: values by role before and after unlearning, never texts.
 
-    report = RoleReport.load("roles.json")  # of `role_analysis.analyse_roles`, or of examples/roles.py
+    report = RoleReport.load("roles.json")  # of `measure.analyse_roles`, or of examples/roles.py
     print(report.details())
 
 How to read it. `kl` says how much the prompt changes a prediction, right or wrong: a model that never saw the rows
@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from ..evaluation.results import Estimate, markdown_table
 from ..files import Record, UserError
+from ..inference.config import check_count
 from .labels import ROLES, Role
 
 TRUE, OWN = "true", "own"  # the ground-truth path, and the model's own decoding
@@ -21,12 +22,12 @@ TRUE, OWN = "true", "own"  # the ground-truth path, and the model's own decoding
 
 @dataclass(frozen=True)
 class RoleSettings:
-    """How the denoising path is measured.
+    """Settings of the measurement along the denoising path.
 
     Attributes:
         num_steps: moments of each path, evenly spaced over the tokens revealed.
         num_paths: random orders of the true answer, a row.
-        batch_size: sequences a forward pass; changes no figure.
+        batch_size: sequences a forward pass; changes no value.
         seed: of the orders, the decoding and the resampling.
         example_row: the row whose tokens the heat map shows.
     """
@@ -39,13 +40,12 @@ class RoleSettings:
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "num_paths", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
 class Change:
-    """How a figure moved from the base to a model, on the same noisy inputs.
+    """The move of a value from the base to a model, on the same noisy inputs.
 
     Attributes:
         difference: after minus before, with the paired bootstrap interval over rows.
@@ -59,7 +59,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Curve:
-    """A figure along the path.
+    """A value along the path.
 
     Attributes:
         mean: over rows, of each step; None where no row has a masked token of the role.
@@ -77,9 +77,9 @@ class RoleRun:
     Attributes:
         name: what tables and pictures call it.
         fingerprint: of its weights.
-        figures: on the ground-truth path, figure -> role -> mean over rows. The figures are those of `trajectories`.
-        changes: from the base, figure -> role -> change; empty for the base itself.
-        curves: path ("true" or "own") -> figure -> role -> along its steps.
+        figures: on the ground-truth path, name of a value (`paths.VALUES`) -> role -> mean over rows.
+        changes: from the base, value -> role -> change; empty for the base itself.
+        curves: path ("true" or "own") -> value -> role -> along its steps.
         order: when its own decoding reveals the tokens of each role: 0 first, 1 last.
         own_tokens: tokens of each role in the answers that it decodes.
         example: `kl` of the row of the heat map along its first ground-truth path, `[S][L]`, None where not masked.
@@ -127,7 +127,7 @@ class RoleReport(Record):
         wanted, curve_lengths = _places(self.runs[0].figures), {self.settings.num_steps}
         for number, run in enumerate(self.runs):
             changes = wanted if number == 0 else _places(run.changes)
-            curves = [curve for figures in run.curves.values() for of in figures.values() for curve in of.values()]
+            curves = [curve for values in run.curves.values() for of in values.values() for curve in of.values()]
             lengths = {len(values) for curve in curves for values in (curve.mean, curve.standard_error)}
             if not wanted <= _places(run.figures) & changes or {*run.curves} != {TRUE, OWN}:
                 raise ValueError(f"runs[{number}] lacks figures of the base")
@@ -136,29 +136,29 @@ class RoleReport(Record):
         if any({*counts} != {*ROLES} for counts in (self.rows, self.tokens, *(run.own_tokens for run in self.runs))):
             raise ValueError("it does not count every role")
 
-    def details(self, figure: str = "kl") -> str:
+    def details(self, value: str = "kl") -> str:
         """The cells of `details_cells` as a Markdown table."""
-        return markdown_table(self.details_cells(figure), text_columns=2)
+        return markdown_table(self.details_cells(value), text_columns=2)
 
-    def details_cells(self, figure: str = "kl") -> list[list[str]]:
-        """A figure by role under a header, before and after, with intervals and the change.
+    def details_cells(self, value: str = "kl") -> list[list[str]]:
+        """A value by role under a header, before and after, with intervals and the change.
 
         Args:
-            figure: "kl", "entropy" or "probability".
+            value: "kl", "entropy" or "probability".
 
         Raises:
-            ValueError: for a figure that there is no change of.
+            ValueError: for a value that there is no change of.
         """
         base, *others = self.runs
-        if figure not in base.figures:
-            raise UserError(f"There is no change of {figure!r}; there is one of {', '.join(base.figures)}.")
-        rows = [["model", "role", "tokens", f"{figure} before", f"{figure} after", "change", "change in %"]]
+        if value not in base.figures:
+            raise UserError(f"There is no change of {value!r}; there is one of {', '.join(base.figures)}.")
+        rows = [["model", "role", "tokens", f"{value} before", f"{value} after", "change", "change in %"]]
         for run in others:
-            for role in base.figures[figure]:
-                change = run.changes[figure][role]
-                figures = [base.figures[figure][role], run.figures[figure][role], change.difference]
+            for role in base.figures[value]:
+                change = run.changes[value][role]
+                cells = map(str, (base.figures[value][role], run.figures[value][role], change.difference))
                 percent = "" if change.percent is None else _percent(change.percent)
-                rows.append([run.name, role_words(role), str(self.tokens[role]), *map(str, figures), percent])
+                rows.append([run.name, role_words(role), str(self.tokens[role]), *cells, percent])
         return rows
 
     def order_table(self) -> str:
@@ -183,6 +183,5 @@ def _percent(estimate: Estimate) -> str:
     return f"{estimate.value:+.1f} [{estimate.low:+.1f}, {estimate.high:+.1f}]"
 
 
-def _places(figures: dict[str, dict[Role, Any]]) -> set[tuple[str, Role]]:
-    """Of which figure and role there is something."""
-    return {(name, role) for name, of in figures.items() for role in of}
+def _places(values: dict[str, dict[Role, Any]]) -> set[tuple[str, Role]]:
+    return {(name, role) for name, of in values.items() for role in of}

@@ -1,4 +1,4 @@
-"""Where in a text its tokens stand, for any tokenizer."""
+"""The places of tokens in their text, for any tokenizer."""
 
 import unicodedata
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Words of an answer as roles are given to them, and when two of them count as the same word.
 
-What a word is in any script stands in `mdu_trainer.provenance.words`. Here English has more: an apostrophe, a decimal
-point and the hyphen of "twenty-one" stand amid a word, and inflections of a word count as the same.
+Words are those of `mdu_trainer.provenance.words`, joined where English and numbers have a sign amid a word: an
+apostrophe, a decimal point, the hyphen of "twenty-one". Inflections of a word count as the same.
 """
 
 from collections.abc import Iterator
@@ -14,13 +14,15 @@ from nltk.stem.porter import PorterStemmer
 
 from ..provenance.words import RUN, SINGLE, UNSPACED, WORD_CHARACTER, fold
 
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen".split()
-)
-_UNITS += "seventeen eighteen nineteen".split()
+_UNITS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen
+""".split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth".split()
-_ORDINALS += "fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth".split()
+_ORDINALS = """
+    first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth fifteenth
+    sixteenth seventeenth eighteenth nineteenth
+""".split()
 _SUFFIXES = {1: "st", 2: "nd", 3: "rd"}
 
 NUMBERS = {word: str(i) for i, word in enumerate(_UNITS)} | {word: str(20 + 10 * i) for i, word in enumerate(_TENS)}
@@ -30,53 +32,15 @@ NUMBERS |= {  # "twenty-one", "twenty-first"
     f"{tens}-{unit}": NUMBERS[tens][0] + NUMBERS[unit] for tens in _TENS for unit in (*_UNITS[1:10], *_ORDINALS[:9])
 }
 
-IRREGULAR = {  # what no stemmer unites
-    form: base
-    for base, forms in {
-        "become": "became",
-        "begin": "began begun",
-        "bring": "brought",
-        "build": "built",
-        "buy": "bought",
-        "child": "children",
-        "choose": "chose chosen",
-        "come": "came",
-        "draw": "drew drawn",
-        "fall": "fell fallen",
-        "find": "found",
-        "foot": "feet",
-        "give": "gave given",
-        "go": "went gone",
-        "grow": "grew grown",
-        "hold": "held",
-        "keep": "kept",
-        "know": "knew known",
-        "lead": "led",
-        "leave": "left",
-        "life": "lives",
-        "lose": "lost",
-        "make": "made",
-        "man": "men",
-        "mean": "meant",
-        "meet": "met",
-        "person": "people",
-        "run": "ran",
-        "say": "said",
-        "see": "saw seen",
-        "sell": "sold",
-        "send": "sent",
-        "show": "shown",
-        "speak": "spoke spoken",
-        "take": "took taken",
-        "teach": "taught",
-        "tell": "told",
-        "think": "thought",
-        "win": "won",
-        "woman": "women",
-        "write": "wrote written",
-    }.items()
-    for form in forms.split()
-}
+_FORMS = """
+    become became, begin began begun, bring brought, build built, buy bought, child children, choose chose chosen,
+    come came, draw drew drawn, fall fell fallen, find found, foot feet, give gave given, go went gone,
+    grow grew grown, hold held, keep kept, know knew known, lead led, leave left, life lives, lose lost, make made,
+    man men, mean meant, meet met, person people, run ran, say said, see saw seen, sell sold, send sent, show shown,
+    speak spoke spoken, take took taken, teach taught, tell told, think thought, win won, woman women,
+    write wrote written
+""".split(",")  # those that no stemmer unites, after the word that stands for all of them
+IRREGULAR = {form: base for base, *forms in map(str.split, _FORMS) for form in forms}
 IRREGULAR |= {"life": "live", "lives": "live", "lived": "live"}  # noun and verb meet in "lives"
 
 FUNCTION_WORDS = frozenset(
@@ -138,7 +102,7 @@ class Word(NamedTuple):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """What it is known by: its pairs, or its key where it stands alone."""
+        """The keys by which it is compared: its pairs, or its own key where it stands alone."""
         return self.pairs or (self.key,)
 
 
@@ -173,7 +137,7 @@ def _pairs(text: str) -> dict[int, tuple[str, ...]]:
 
 @lru_cache(maxsize=1 << 16)
 def word_key(word: str) -> str:
-    """What words that count as the same have in common.
+    """The key of a word, the same for words that count as the same.
 
     Case and Unicode's compatibility forms do not count; numbers agree however they are written ("two" and "2", "1,000"
     and "1000", "twenty-first" and "21st"); other words agree with their Porter stem, after a table of irregular forms.

@@ -19,13 +19,13 @@ from ..data.rows import TokenizedRows, count_overlap
 from ..divergence import AnchorKL, Measure, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..masking import Noised, forward_process
-from ..models import hidden_at
+from ..models import evaluation_mode, hidden_at
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
 from .checks import check_prompts, check_retain
 from .evaluating import Score, Scores, has_both
 from .mdlm import Batch, MDLMTrainer, prediction_scores
 from .precompute import precompute_anchors
-from .reference import Reference, frozen_pass
+from .reference import Reference
 
 logger = logging.get_logger(__name__)
 
@@ -184,7 +184,7 @@ class MDUTrainer(MDLMTrainer):
         where = (noised.anchor_ids, noised.attention_mask, noised.masked)
         if self.args.anchor_source == "initial":
             return self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
-        with frozen_pass(model):
+        with evaluation_mode(model):
             return hidden_at(model, *where, logit_shift=self.backbone.logit_shift)
 
     def _asked_of(self, name: str, noised: Noised, anchor: Prediction | None, model: nn.Module) -> Measure:

@@ -13,7 +13,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from ..divergence import Prediction, Projection, TokenNLL
 from ..files import UserError
-from ..models import hidden_at, measure_at
+from ..models import evaluation_mode, hidden_at, measure_at
 from .distributed import DistributedBackend, is_partitioned
 
 
@@ -128,7 +128,8 @@ class Reference:
                 stack.enter_context(_adapters_off(unwrapped))
             elif self.first_adapter:
                 stack.enter_context(self._first_weights(unwrapped))
-            stack.enter_context(frozen_pass(model))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(evaluation_mode(model))
             yield model
 
     @contextmanager
@@ -142,18 +143,6 @@ class Reference:
         finally:
             for name, p in live.items():
                 p.data = now[name]
-
-
-@contextmanager
-def frozen_pass(model: nn.Module) -> Iterator[None]:
-    """Without gradient and without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

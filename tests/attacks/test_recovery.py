@@ -30,7 +30,7 @@ SETTINGS = AttackSettings(decoding=DiffusionGenerationConfig(max_new_tokens=48, 
 ROWS = 6
 MOMENTS = {  # 2 attacks and the plain question on 4 models
     "in an attack": (sys.modules[__name__], "made", 8),
-    "an attack kept, or the header": (progress.ProgressFile, "_write", 13),
+    "an attack kept, or the header": (progress.ProgressFile, "append", 13),
     "the file not renamed yet": (progress.os, "replace", 1),
 }
 

@@ -12,12 +12,12 @@ from mdu_trainer.evaluation.frontier import (
     FRONT,
     WITHIN,
     frontier,
-    frontier_table,
+    frontier_cells,
     parse_conditions,
     select,
 )
-from mdu_trainer.evaluation.results import Estimate, Results, Run
-from mdu_trainer.report.plots import plot_frontier, plot_losses, plot_table, plot_tradeoff
+from mdu_trainer.evaluation.results import Estimate, Results, Run, markdown_table
+from mdu_trainer.report.plots import plot_frontier, plot_losses, plot_tradeoff
 from mdu_trainer.report.style import COLOURS, run_styles
 
 # few values, so that ties are common
@@ -123,7 +123,7 @@ def test_what_a_relative_bound_needs():
 
 
 def test_table_marks_the_front_and_the_selected():
-    table = frontier_table(Results("m", "d", {}, RUNS), selected=RUNS[3])
+    table = markdown_table(frontier_cells(Results("m", "d", {}, RUNS), selected=RUNS[3]))
     assert [line.rstrip(" |").rsplit("| ", 1)[-1].strip() for line in table.splitlines()[3:]] == [
         "front",
         "dominated",
@@ -165,24 +165,12 @@ def test_pictures(tmp_path, suffix):
     histories = {run.name: [{"step": s} | dict.fromkeys(keys, s / 2) for s in range(3)] for run in runs}
     drawn = []
     for turn in range(2):
-        paths = [
-            tmp_path / f"{name}{turn}.{suffix}" for name in ("tradeoff", "recovery", "frontier", "losses", "table")
-        ]
+        paths = [tmp_path / f"{name}{turn}.{suffix}" for name in ("tradeoff", "recovery", "frontier", "losses")]
         plot_tradeoff(runs, paths[0])
         plot_tradeoff(runs, paths[1], recoveries=recovery)
         plot_frontier(runs, paths[2], selected=RUNS[3])
         plot_losses(histories, paths[3])
-        plot_table(Results("m", "d", {}, runs), paths[4])
         drawn.append([path.read_bytes() for path in paths])
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 5
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
     with pytest.raises(ValueError, match="No run has both figures"):
         plot_frontier(RUNS, tmp_path / "none.png", keep="forget_quality")
-
-
-def test_table_picture_has_every_figure(tmp_path):
-    from matplotlib import rc_context
-
-    with rc_context({"svg.fonttype": "none"}):  # text as text
-        plot_table(Results("m", "d", {}, RUNS), tmp_path / "table.svg")
-    text = (tmp_path / "table.svg").read_text()
-    assert all(f">{cell}<" in text for cell in ("base", "mdu tau=0", "0.750", "0.200", "0.600"))

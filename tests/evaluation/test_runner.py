@@ -35,9 +35,7 @@ def make_set(authors, tokenizer, backbone):
 
 
 def rows_of(evaluation):
-    return {
-        (name, figure): values for name, figures in evaluation.figures.items() for figure, values in figures.items()
-    }
+    return {(name, score): values for name, scores in evaluation.scores.items() for score, values in scores.items()}
 
 
 def test_batches_do_not_matter(model, tokenizer, make_set):
@@ -49,13 +47,13 @@ def test_batches_do_not_matter(model, tokenizer, make_set):
         assert one[key] == pytest.approx(many[key], rel=1e-4), key
 
 
-def test_figures_are_those_of_each_row_alone(model, tokenizer, make_set):
+def test_scores_are_those_of_each_row_alone(model, tokenizer, make_set):
     questions = make_set()
-    figures = score_questions(model, tokenizer, [questions]).figures["forget"]
+    scores = score_questions(model, tokenizer, [questions]).scores["forget"]
     from mdu_trainer.models import resolve_backbone
 
-    alone = QuestionBatch(model, tokenizer, resolve_backbone(model, tokenizer), questions, [3]).figures()
-    assert {name: values[3] for name, values in figures.items()} == pytest.approx(
+    alone = QuestionBatch(model, tokenizer, resolve_backbone(model, tokenizer), questions, [3]).scores()
+    assert {name: values[3] for name, values in scores.items()} == pytest.approx(
         {name: values[0] for name, values in alone.items()}, rel=1e-4
     )
 
@@ -66,14 +64,14 @@ def test_progress_is_continued_after_a_kill(model, tokenizer, make_set, tmp_path
     header, *lines = path.read_text().splitlines(keepends=True)
     assert len(lines) == 8 and set(json.loads(lines[0])) == {"set", "row", "figures", "seconds"}
     calls = []
-    figures = QuestionBatch.figures
-    monkeypatch.setattr(QuestionBatch, "figures", lambda batch: calls.append(batch.rows) or figures(batch))
+    scores = QuestionBatch.scores
+    monkeypatch.setattr(QuestionBatch, "scores", lambda batch: calls.append(batch.rows) or scores(batch))
     for kept in range(9):  # killed after so many rows, in the middle of a line
         calls.clear()
         torn = lines[kept][: len(lines[kept]) // 2] if kept < 8 else ""
         path.write_text("".join([header, *lines[:kept]]) + torn)
         again = score_questions(model, tokenizer, sets, progress_path=path)
-        assert again.figures == undisturbed.figures, "to the last bit, whatever batch the kill cut through"
+        assert again.scores == undisturbed.scores, "to the last bit, whatever batch the kill cut through"
         written = path.read_text().splitlines(keepends=True)
         assert written[: kept + 1] == [header, *lines[:kept]], "what was finished is kept as it is"
         keys = [(json.loads(line)["set"], json.loads(line)["row"]) for line in written[1:]]
@@ -174,7 +172,15 @@ def test_best_reference_counts(model, tokenizer, backbone):
     part = QuestionSet("q", questions, choose_metrics(["rougeL"]), DiffusionGenerationConfig(max_new_tokens=4))
     batch = QuestionBatch(model, tokenizer, backbone, part, [0, 1])
     batch.__dict__["texts"] = ["three", "nothing"]
-    assert batch.figures()["rougeL_recall"] == [1.0, 0.0]
+    assert batch.scores()["rougeL_recall"] == [1.0, 0.0]
+
+
+def test_a_row_that_cannot_be_measured_is_read_back(model, tokenizer, backbone, tmp_path):
+    questions = encode_questions("q", ["Who?", "Where?"], [["one"], ["..."]], {}, tokenizer, backbone)
+    part = QuestionSet("q", questions, choose_metrics(["rougeL"]), DiffusionGenerationConfig(max_new_tokens=4))
+    first = score_questions(model, tokenizer, [part], progress_path=tmp_path / "rows.jsonl")
+    again = score_questions(model, tokenizer, [part], progress_path=tmp_path / "rows.jsonl")
+    assert again.scores == first.scores and first.scores["q"]["rougeL_recall"][1] is None
 
 
 def test_estimates_leave_out_what_is_not_finite():

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mdu_trainer.evaluation.results import Results
-from mdu_trainer.evaluation.rwku import CONFIGS, evaluate_rwku, load_forget_rows, load_rwku, ngram_entropy, word_match
+from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
+from mdu_trainer.evaluation.rwku_questions import CONFIGS, ngram_entropy, word_match
 from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.inference.likelihood import response_likelihood
 

@@ -9,7 +9,7 @@ from scipy.stats import hmean, ks_2samp
 
 from mdu_trainer.data.rows import question_answer_rows, tokenize_rows
 from mdu_trainer.evaluation.sources import load_split, spread
-from mdu_trainer.evaluation.tofu import TruthRatios, check_sets, evaluate_tofu, load_tofu, score_answers
+from mdu_trainer.evaluation.tofu import TruthRatios, check_sets, evaluate_tofu, load_tofu
 from mdu_trainer.files import UserError
 from mdu_trainer.inference.generation import DiffusionGenerationConfig, generate_ids
 from mdu_trainer.inference.likelihood import response_likelihood
@@ -49,7 +49,7 @@ def test_truth_ratio_and_probability_by_hand(model, tokenizer, backbone, sets, r
             [per_token(model, tokenizer, backbone, rows, [a[k] for a in rows["perturbed_answer"]]) for k in range(3)]
         )
         ratio = np.exp(wrong).mean(axis=0) / np.exp(true)
-        assert result.figures[name]["truth_ratio"] == pytest.approx(ratio.tolist(), rel=1e-4)
+        assert result.row_scores[name]["truth_ratio"] == pytest.approx(ratio.tolist(), rel=1e-4)
         expected = np.minimum(ratio, 1 / ratio) if name == "forget" else np.maximum(0, 1 - ratio)
         assert result.run.scores[name]["truth_ratio"].value == pytest.approx(expected.mean(), rel=1e-4)
         answer = np.exp(per_token(model, tokenizer, backbone, rows, rows["answer"]))
@@ -77,7 +77,7 @@ def test_forget_quality_against_a_retain_model(model, make_model, tokenizer, set
     evaluate_tofu(never, tokenizer, sets, DECODING, num_draws=4).truth_ratios.save(tmp_path / "log.json")
     log = TruthRatios.load(tmp_path / "log.json", sets["forget"])
     run = evaluate_tofu(model, tokenizer, sets, DECODING, num_draws=4, retain_log=log).run
-    expected = ks_2samp(result.figures["forget"]["truth_ratio"], log.values).pvalue
+    expected = ks_2samp(result.row_scores["forget"]["truth_ratio"], log.values).pvalue
     assert run.summary["forget_quality"].value == pytest.approx(expected)
     itself = evaluate_tofu(never, tokenizer, sets, DECODING, num_draws=4, retain_log=log).run
     assert itself.summary["forget_quality"].value == 1
@@ -101,7 +101,8 @@ def test_without_perturbed_answers(model, tokenizer, backbone, sets):
     result = evaluate_tofu(model, tokenizer, {"forget": rows}, num_draws=2)
     assert result.truth_ratios is None and result.run.summary == {}
     assert set(result.run.scores["forget"]) == {"rougeL_recall", "rougeL_f1", "probability", "degeneracy"}
-    scores = score_answers(model, tokenizer, rows, num_draws=2)
+    chosen = evaluate_tofu(model, tokenizer, {"forget": rows}, metrics=("rougeL", "probability"), num_draws=2)
+    scores = chosen.run.scores["forget"]
     assert scores == {name: result.run.scores["forget"][name] for name in scores} and len(scores) == 3
     prompts = tokenize_rows(question_answer_rows(rows, True), tokenizer, backbone, name="test").prompt_ids
     longest = max(len(ids) for ids in tokenizer(rows["answer"][:])["input_ids"]) + 1

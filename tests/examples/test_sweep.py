@@ -15,8 +15,8 @@ from trl import ModelConfig
 from mdu_trainer import MDUConfig, MDUTrainer
 from mdu_trainer.commands.options import OptionParser
 from mdu_trainer.commands.training import unlearn
-from mdu_trainer.evaluation.frontier import frontier_table, select
-from mdu_trainer.evaluation.results import Results
+from mdu_trainer.evaluation.frontier import frontier_cells, select
+from mdu_trainer.evaluation.results import Results, markdown_table
 from mdu_trainer.files import UserError
 from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.report.model_card import chosen_run
@@ -84,7 +84,7 @@ def test_output(whole):
         *(f"{m} lr={rate}" for m in ("npo", "mdu tau=0") for rate in ("0.001", "0.01")),
     ]
     chosen = select(results.runs, "retain>=0*base")
-    assert frontier_table(results, chosen) in log and f"Selected: {chosen.name}, in {folder}" in log
+    assert markdown_table(frontier_cells(results, chosen)) in log and f"Selected: {chosen.name}, in {folder}" in log
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "frontier.svg").read_text()
     for name, run in zip(NAMES, results.runs[1:], strict=True):

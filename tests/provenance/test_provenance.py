@@ -19,7 +19,8 @@ from mdu_trainer.evaluation.progress import ProgressFile
 from mdu_trainer.files import UserError, without_secrets
 from mdu_trainer.hub.leak_scan import LeakError, check_texts, text_of
 from mdu_trainer.provenance.facts import Facts, SetFacts, set_facts, whole_hashes
-from mdu_trainer.provenance.forget_hashes import FORGET_COLUMNS, ForgetHashes, normalise, row_texts, words
+from mdu_trainer.provenance.forget_hashes import ForgetHashes
+from mdu_trainer.provenance.texts import FORGET_COLUMNS, normalise, row_texts, words
 from mdu_trainer.testing import forget_retain_split
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,10 +104,10 @@ def test_file(tmp_path):
     assert not re.search("quill|velm|harbour", path.read_text(), re.I)
     assert ForgetHashes.of([SENTENCE]).requests[0] != HASHES.requests[0], "a key of its own"
     path.write_text('{"schema": 9}')
-    with pytest.raises(ValueError, match="another schema than 2"):
+    with pytest.raises(ValueError, match="it has schema 9, this version reads 2"):
         ForgetHashes.load(tmp_path)
     path.write_text("{")
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="holds no JSON"):
         ForgetHashes.load(tmp_path)
 
 
@@ -125,9 +126,9 @@ def test_system_turns_are_no_forget_text(authors):
 
     contents = {"system": "s", "user": "u", "assistant": "a"}
     turns = [[{"role": role, "content": content} for role, content in contents.items()]]
-    assert list(row_texts(Dataset.from_dict({"messages": turns}))) == ["u", "a"]
+    assert list(row_texts(Dataset.from_dict({"messages": turns}))) == [["u", "a"]]
     preference = Dataset.from_dict({"prompt": ["p"], "rejected": ["r"], "chosen": ["c"]})
-    assert list(row_texts(preference)) == ["p", "r"]
+    assert list(row_texts(preference)) == [["p", "r"]]
 
 
 @pytest.fixture
@@ -415,5 +416,5 @@ def test_a_message_in_parts_is_hashed_as_it_is_learned():
     sentence = "the lighthouse keeper counted seven lanterns"
     for parts in ([{"type": "text", "text": sentence[:20]}, {"type": "text", "text": sentence[20:]}], [sentence]):
         row = {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": parts}]}
-        assert list(row_texts([row])) == ["Who?", sentence]
-        assert ForgetHashes.of([list(row_texts([row]))]).found_in(f"They say that {sentence}.")
+        assert list(row_texts([row])) == [["Who?", sentence]]
+        assert ForgetHashes.of(row_texts([row])).found_in(f"They say that {sentence}.")

@@ -19,7 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from mdu_trainer import CheckpointError, MDUConfig, UnlearningEvalCallback
 from mdu_trainer.commands.folders import starting
 from mdu_trainer.files import UserError
-from mdu_trainer.hub.push import prepare_push
+from mdu_trainer.hub.push import Destination, prepare_push, read_checkpoint
 from mdu_trainer.testing import tiny_mdlm
 from mdu_trainer.trainer import run_lock
 from mdu_trainer.trainer.checkpoints import MANIFEST, complete_checkpoints, write_manifest
@@ -274,7 +274,7 @@ def test_model_at_the_start_does_not_matter_where_the_checkpoint_replaces_it(tra
 
 def test_record_and_lock_are_not_published(trained, tmp_path):
     folder = trained(FULL, loss_type="mdu", tau=0.0)
-    push = prepare_push(folder / "checkpoint-6", "somebody/model")
+    push = prepare_push(read_checkpoint(folder / "checkpoint-6"), Destination("somebody/model"))
     assert RUN_FILE in push.left and not {RUN_FILE, LOCK} & push.files.keys()
     for kind, whole in (("fine-tuning", True), (KIND, False)):
         trainer = make_trainer(tmp_path, kind)

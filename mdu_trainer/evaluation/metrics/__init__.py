@@ -3,7 +3,7 @@
 from .base import RowMetric
 from .intervals import bootstrap_interval
 from .memorization import ExactMemorization, ExtractionStrength, greedy_completions, shortest_prefixes
-from .privacy import MembershipInference, PrivacyLeakage, loss_score, min_k_score, zlib_score
+from .privacy import MembershipInference, PrivacyLeakage, min_k_score, outscored, zlib_score
 from .text import Degeneracy, RougeL
 from .truth import ChoiceProbability, ForgetQuality, ModelUtility, Probability, TruthRatio, aggregate_truth_ratios
 
@@ -23,8 +23,8 @@ __all__ = [
     "aggregate_truth_ratios",
     "bootstrap_interval",
     "greedy_completions",
-    "loss_score",
     "min_k_score",
+    "outscored",
     "shortest_prefixes",
     "zlib_score",
 ]

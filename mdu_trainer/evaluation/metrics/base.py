@@ -1,4 +1,4 @@
-"""What the metrics share: columns that are checked without being quoted, kept in memory, averaged over rows."""
+"""The base of the metrics: columns that are checked without being quoted, kept in memory, averaged over rows."""
 
 import inspect
 import math
@@ -12,17 +12,24 @@ import evaluate
 from transformers.utils import logging
 
 from ...files import UserError
+from ..registry import RowScores
 
 logger = logging.get_logger(__name__)
 
-Rows = dict[str, list[float | None]]  # name of a figure -> a value a row, None where it cannot be measured
+FOR_ALL = """
+
+All metrics:
+    use_aggregator: if False, a score a row, None where it cannot be measured, instead of the mean over rows; not for
+        metrics of all rows together. Defaults to True.
+    ValueError: for no rows, columns of different lengths, values that are not what a column holds, an option that does
+        not exist, or a mean over rows of which none can be measured.
+"""
 
 
 class Kind(NamedTuple):
-    """What a column of a metric holds."""
+    """A kind of values in a column of a metric."""
 
-    item: str  # a value of it, in words
-    items: str  # several
+    items: str  # values of it, in words
     fits: Callable[[Any], bool]
     feature: Any
 
@@ -38,18 +45,16 @@ def _is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
 _NUMBER, _TEXT, _ID = datasets.Value("float64"), datasets.Value("string"), datasets.Value("int64")
 
 KINDS = {
-    "text": Kind("a text", "texts", lambda value: isinstance(value, str), _TEXT),
-    "number": Kind("a finite number", "finite numbers", _is_number, _NUMBER),
-    "count": Kind("a count", "counts", lambda value: isinstance(value, Integral) and value >= 0, _ID),
-    "flag": Kind("0 or 1", "0 or 1", lambda value: isinstance(value, Integral) and value in (0, 1), _ID),
+    "text": Kind("texts", lambda value: isinstance(value, str), _TEXT),
+    "number": Kind("finite numbers", _is_number, _NUMBER),
+    "count": Kind("counts", lambda value: isinstance(value, Integral) and value >= 0, _ID),
+    "flag": Kind("0 or 1", lambda value: isinstance(value, Integral) and value in (0, 1), _ID),
     "numbers": Kind(
-        "a list of finite numbers",
         "non-empty lists of finite numbers",
         lambda value: _is_list(value, _is_number) and len(value) > 0,
         datasets.List(_NUMBER),
     ),
     "ids": Kind(
-        "a list of token ids",
         "lists of token ids",
         lambda value: _is_list(value, lambda item: isinstance(item, Integral)),
         datasets.List(_ID),
@@ -61,16 +66,13 @@ class RowMetric(evaluate.Metric):
     """A metric of columns with a value a row, which downloads nothing and writes nothing.
 
     Values stay in memory, where `evaluate` would write them to its cache, and no error message quotes texts or ids. A
-    subclass names its columns and implements `_rows`, the figures of each row, or `_compute` if its figure is no mean
-    over rows.
+    subclass names its columns and implements `_rows`, the scores of each row, or `_compute` if its score is no mean
+    over rows. Options and errors of all metrics stand in `FOR_ALL`.
 
     Attributes:
         inputs: name of a column -> name of what it holds, in `KINDS`.
         source: the paper that defines the metric.
         url: of the paper.
-
-    Args:
-        kwargs: those of `evaluate.Metric`.
     """
 
     inputs: ClassVar[dict[str, str]]
@@ -86,7 +88,7 @@ class RowMetric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=inspect.getdoc(type(self)),
             citation=self.source,
-            inputs_description="\n\n" + inspect.getdoc(owner),
+            inputs_description="\n\n" + inspect.getdoc(owner) + FOR_ALL,
             features=datasets.Features({name: KINDS[kind].feature for name, kind in self.inputs.items()}),
             reference_urls=[self.url],
         )
@@ -123,7 +125,7 @@ class RowMetric(evaluate.Metric):
             raise UserError(f"There is nothing to score: {' and '.join(columns)} are empty.")
         super().add_batch(**{name: list(column) for name, column in columns.items()})
 
-    def _compute(self, use_aggregator: bool = True, **kwargs: Any) -> dict[str, float] | Rows:
+    def _compute(self, use_aggregator: bool = True, **kwargs: Any) -> dict[str, float] | RowScores:
         rows = self._rows(**kwargs)
         return {name: fmean(self._measured(values)) for name, values in rows.items()} if use_aggregator else rows
 
@@ -136,7 +138,7 @@ class RowMetric(evaluate.Metric):
             logger.warning(f"{name} cannot be measured on {missing} of {len(values)} rows, which hold no word.")
         return measured
 
-    def _rows(self, **kwargs: Any) -> Rows:
+    def _rows(self, **kwargs: Any) -> RowScores:
         raise NotImplementedError
 
 
@@ -147,7 +149,7 @@ def one_of(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 
 def _check_column(name: str, column: Any, kind: Kind) -> None:
-    """Raise before `evaluate` does, whose messages quote the values."""
+    """Refuse what does not fit, before `evaluate` does, whose messages quote the values."""
     if column is None or isinstance(column, str) or not hasattr(column, "__len__"):
         raise UserError(f"{name} must be a list of {kind.items}, got {type(column).__name__}.")
     for row, value in enumerate(column):

@@ -1,4 +1,4 @@
-"""How sure a figure is, given the rows it was measured on."""
+"""Intervals of scores over rows: how sure a score is, given the rows it was measured on."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -23,14 +23,14 @@ def bootstrap_interval(
 ) -> tuple[float, float] | tuple[None, None]:
     """Percentile bootstrap interval of a statistic over rows.
 
-    It says how the figure would vary with other rows of the same kind, not with other seeds of training.
+    It says how the score would vary with other rows of the same kind, not with other seeds of training.
 
     Args:
-        values: a figure a row.
+        values: a score a row.
         statistic: a name, or a function `(values, axis) -> statistic`.
         seed: of the resampling.
         num_resamples: how often rows are drawn with replacement.
-        confidence: that the interval covers the figure of all rows there could be.
+        confidence: that the interval covers the score of all rows there could be.
 
     Returns:
         The ends of the interval; (None, None) if there is a single row, of whose spread nothing is known.

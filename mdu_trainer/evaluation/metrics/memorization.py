@@ -1,4 +1,4 @@
-"""Does the answer come out word for word? Two metrics of autoregressive models, restated for masked decoding.
+"""Metrics of whether an answer comes out word for word: two of autoregressive models, restated for masked decoding.
 
 Teacher forcing predicts token i from the true tokens before it. A masked diffusion model has no such pass, since it
 sees both sides; what stands for it here is greedy decoding at the true length: all that is not revealed is [MASK], the
@@ -10,12 +10,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from torch import nn
-from tqdm import tqdm
 
 from ...files import UserError
+from ...inference.config import check_count
 from ...inference.generation import DiffusionGenerationConfig, generate_ids
 from ...models import Backbone
-from .base import RowMetric, Rows
+from ..registry import RowScores
+from .base import RowMetric
 
 
 class ExactMemorization(RowMetric):
@@ -35,18 +36,17 @@ class ExactMemorization(RowMetric):
     source = "Tirumala et al. Memorization Without Overfitting. NeurIPS 2022, arXiv 2205.10770"
     url = "https://arxiv.org/abs/2205.10770"
 
-    def _rows(self, predictions: list[list[int]], references: list[list[int]]) -> Rows:
+    def _rows(self, predictions: list[list[int]], references: list[list[int]]) -> RowScores:
         """
         Args:
             predictions: list of lists of int, the decoded ids of each row. Those that are missing count as wrong.
             references: list of lists of int, the true ids, compared place by place.
-            use_aggregator: if False, a share for each row instead of the mean over rows. Defaults to True.
 
         Returns:
-            exact_memorization: float in [0, 1], or a list of them.
+            exact_memorization: float in [0, 1].
 
         Raises:
-            ValueError: for empty input, columns of different lengths, anything but ids in them, or an empty reference.
+            ValueError: for an empty reference.
         """
         empty = [row for row, ids in enumerate(references) if not ids]
         if empty:
@@ -60,7 +60,7 @@ class ExactMemorization(RowMetric):
 
 
 class ExtractionStrength(RowMetric):
-    """How little of an answer must be revealed for the model to complete it.
+    """The share of an answer that need not be revealed for the model to complete it.
 
         ES = 1 - k / |y|,  k the shortest prefix after which greedy decoding gives the rest of y exactly
 
@@ -78,19 +78,17 @@ class ExtractionStrength(RowMetric):
     source = "Carlini et al. Extracting Training Data from Large Language Models. USENIX Security 2021, 2012.07805"
     url = "https://arxiv.org/abs/2506.12618"
 
-    def _rows(self, prefix_tokens: list[int], num_tokens: list[int]) -> Rows:
+    def _rows(self, prefix_tokens: list[int], num_tokens: list[int]) -> RowScores:
         """
         Args:
             prefix_tokens: list of int, tokens of the shortest prefix; all tokens of the answer if none is enough.
             num_tokens: list of int, tokens of each answer.
-            use_aggregator: if False, a figure for each row instead of the mean over rows. Defaults to True.
 
         Returns:
-            extraction_strength: float in [0, 1], or a list of them.
+            extraction_strength: float in [0, 1].
 
         Raises:
-            ValueError: for empty input, columns of different lengths, an answer without tokens, or a prefix longer
-                than its answer.
+            ValueError: for an answer without tokens, or a prefix longer than its answer.
         """
         for row, (prefix, length) in enumerate(zip(prefix_tokens, num_tokens, strict=True)):
             if not 0 <= prefix <= length or length == 0:
@@ -107,7 +105,6 @@ def greedy_completions(
     *,
     revealed: Sequence[Sequence[bool]] | None = None,
     batch_size: int = 32,
-    show_progress: bool = False,
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Decode responses at their true length, one token a step, the most confident first.
 
@@ -118,18 +115,29 @@ def greedy_completions(
         backbone: facts of the model.
         revealed: of each response, which of its first tokens are given (True) and not decoded; none if not set.
         batch_size: rows a forward pass. Rows share one if their responses are equally long.
-        show_progress: show a progress bar over rows.
 
     Returns:
-        What was decoded, and what is true, of each row; both up to and without the first end token.
+        The decoded and the true tokens of each row; both up to and without the first end token.
 
     Raises:
         ValueError: for a response without tokens before its end token.
     """
+    by_length: dict[int, list[int]] = defaultdict(list)  # rows of a batch must be equally long
+    for row, ids in enumerate(response_ids):
+        by_length[len(ids)].append(row)
     answers = _answers(response_ids, backbone)
-    given = [[]] * len(answers) if revealed is None else revealed
-    with tqdm(total=len(answers), unit="row", disable=not show_progress) as progress:
-        return _complete(model, prompt_ids, response_ids, given, backbone, batch_size, progress), answers
+    shown = [[]] * len(answers) if revealed is None else revealed
+    completions: list[list[int]] = [[] for _ in response_ids]
+    for length, rows in sorted(by_length.items()):
+        given = [
+            [token if known else None for token, known in zip(response_ids[row], shown[row], strict=False)]
+            for row in rows
+        ]
+        config = DiffusionGenerationConfig(max_new_tokens=length, batch_size=batch_size)
+        decoded = generate_ids(model, [prompt_ids[row] for row in rows], config, backbone, given=given)
+        for row, ids in zip(rows, decoded, strict=True):
+            completions[row] = ids
+    return completions, answers
 
 
 def shortest_prefixes(
@@ -140,7 +148,6 @@ def shortest_prefixes(
     *,
     num_prefixes: int = 8,
     batch_size: int = 32,
-    show_progress: bool = False,
 ) -> tuple[list[int], list[int]]:
     """The shortest prefix of each response after which greedy decoding gives the rest.
 
@@ -149,7 +156,6 @@ def shortest_prefixes(
     Args:
         model, prompt_ids, response_ids, backbone, batch_size: as in `greedy_completions`.
         num_prefixes: n. With as many as the longest response has tokens, every prefix is tried.
-        show_progress: show a progress bar over the decodings, as many as there could be.
 
     Returns:
         Tokens of each prefix (those of the response if none is enough), and of each response, without its end token.
@@ -157,57 +163,27 @@ def shortest_prefixes(
     Raises:
         ValueError: for a response without tokens before its end token, or num_prefixes below 1.
     """
-    if num_prefixes < 1:
-        raise UserError(f"num_prefixes must be at least 1, got {num_prefixes}.")
+    check_count("num_prefixes", num_prefixes)
     answers = _answers(response_ids, backbone)
     lengths = [len(ids) for ids in answers]
     tries = [sorted({length * i // num_prefixes for i in range(num_prefixes)}, reverse=True) for length in lengths]
     shortest = list(lengths)
     left = list(range(len(answers)))
-    with tqdm(total=sum(map(len, tries)), unit="decoding", disable=not show_progress) as progress:
-        while left:
-            prefixes = [tries[row].pop() for row in left]
-            shown = [[True] * prefix for prefix in prefixes]
-            prompts, responses = [prompt_ids[row] for row in left], [response_ids[row] for row in left]
-            decoded = _complete(model, prompts, responses, shown, backbone, batch_size, progress)
-            for row, prefix, ids in zip(left, prefixes, decoded, strict=True):
-                if ids == answers[row]:
-                    shortest[row] = prefix
-                    progress.update(len(tries[row]))
-                    tries[row].clear()
-            left = [row for row in left if tries[row]]
+    while left:
+        prefixes = [tries[row].pop() for row in left]
+        shown = [[True] * prefix for prefix in prefixes]
+        prompts, responses = [prompt_ids[row] for row in left], [response_ids[row] for row in left]
+        decoded, _ = greedy_completions(model, prompts, responses, backbone, revealed=shown, batch_size=batch_size)
+        for row, prefix, ids in zip(left, prefixes, decoded, strict=True):
+            if ids == answers[row]:
+                shortest[row] = prefix
+                tries[row].clear()
+        left = [row for row in left if tries[row]]
     return shortest, lengths
 
 
-def _complete(
-    model: nn.Module,
-    prompt_ids: Sequence[list[int]],
-    response_ids: Sequence[list[int]],
-    revealed: Sequence[Sequence[bool]],
-    backbone: Backbone,
-    batch_size: int,
-    progress: tqdm,
-) -> list[list[int]]:
-    """Each response as greedy decoding completes its revealed tokens, up to its end token."""
-    by_length: dict[int, list[int]] = defaultdict(list)  # rows of a batch must be equally long
-    for row, ids in enumerate(response_ids):
-        by_length[len(ids)].append(row)
-    completions: list[list[int]] = [[] for _ in response_ids]
-    for length, rows in sorted(by_length.items()):
-        given = [
-            [token if shown else None for token, shown in zip(response_ids[row], revealed[row], strict=False)]
-            for row in rows
-        ]
-        config = DiffusionGenerationConfig(max_new_tokens=length, batch_size=batch_size)
-        decoded = generate_ids(model, [prompt_ids[row] for row in rows], config, backbone, given=given)
-        for row, ids in zip(rows, decoded, strict=True):
-            completions[row] = ids
-        progress.update(len(rows))
-    return completions
-
-
 def _answers(response_ids: Sequence[list[int]], backbone: Backbone) -> list[list[int]]:
-    """The responses without their end tokens, and what follows."""
+    """The responses, each up to and without its first end token."""
     answers = []
     for row, ids in enumerate(response_ids):
         end = next((i for i, token in enumerate(ids) if token in backbone.end_token_ids), len(ids))

@@ -1,29 +1,30 @@
-"""Can it be told that a row was trained on? Attacks that guess it, and how far unlearning brings them down.
+"""Attacks that guess whether a row was trained on, and how far unlearning brings them down.
 
-An attack gives each row a score, the higher the likelier it was trained on (a member). Three that need likelihoods
-alone, `loss_score`, `min_k_score` and `zlib_score`, are functions of `mdu_trainer.response_likelihood`'s result.
+An attack gives each row a score, the higher the likelier it was trained on (a member). Three need nothing but
+`mdu_trainer.response_likelihood`: its `per_token` itself, the mean log-likelihood a token (Yeom et al., 2018, arXiv
+1709.01604), and `min_k_score` and `zlib_score`, which are functions of its result.
 """
 
 import math
 import zlib
 from collections.abc import Sequence
+from statistics import fmean
 
 import numpy as np
-from scipy.stats import mannwhitneyu
 
 from ...files import UserError
 from .base import RowMetric
 
 
 class MembershipInference(RowMetric):
-    """How well a score tells members from other rows: area under the ROC curve.
+    """Area under the ROC curve of a score that is to tell members from other rows.
 
     The probability that a random member scores higher than a random other row, ties counting half: 1/2 is a guess, 1
     a certain leak. Below 1/2 members are told apart by scoring low: the sign of over-unlearning.
 
     Example:
 
-        scores = [*loss_score(forget.per_token), *loss_score(holdout.per_token)]
+        scores = [*forget.per_token, *holdout.per_token]  # of `response_likelihood`
         MembershipInference().compute(scores=scores, members=[1] * len(forget) + [0] * len(holdout))
     """
 
@@ -41,7 +42,7 @@ class MembershipInference(RowMetric):
             mia_auc: float in [0, 1].
 
         Raises:
-            ValueError: for empty input, columns of different lengths, or rows of one kind only.
+            ValueError: for rows of one kind only.
         """
         return {"mia_auc": _auc(scores, members)}
 
@@ -74,8 +75,8 @@ class PrivacyLeakage(RowMetric):
             privacy_leakage: float, percent.
 
         Raises:
-            ValueError: for empty input, columns of different lengths, rows of one kind only, or a retain model that
-                the attack is never wrong about, to which nothing can be relative.
+            ValueError: for rows of one kind only, or a retain model that the attack is never wrong about, to which
+                nothing can be relative.
         """
         reference = 1 - _auc(reference_scores, members)
         if reference == 0:
@@ -86,9 +87,14 @@ class PrivacyLeakage(RowMetric):
         return {"privacy_leakage": 100 * (1 - _auc(scores, members) - reference) / reference}
 
 
-def loss_score(per_token: Sequence[float]) -> list[float]:
-    """The mean log-likelihood a token of each row, as it is (Yeom et al., 2018, arXiv 1709.01604)."""
-    return np.asarray(per_token, dtype=np.float64).tolist()
+def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
+    """The share of the others that each score is above, ties counting half. Its mean is the area under the ROC curve.
+
+    >>> outscored([3, 1], others=[0, 1, 2, 2])
+    [1.0, 0.375]
+    """
+    of_row, others = np.asarray(scores)[:, None], np.asarray(others)
+    return ((of_row > others) + (of_row == others) / 2).mean(axis=1).tolist()
 
 
 def min_k_score(token_log_likelihoods: Sequence[Sequence[float]], k: float = 0.2) -> list[float]:
@@ -128,9 +134,7 @@ def zlib_score(per_token: Sequence[float], texts: Sequence[str]) -> list[float]:
 
 
 def _auc(scores: list[float], members: list[int]) -> float:
-    """Area under the ROC curve, which is Mann and Whitney's U over the number of pairs."""
-    scores, members = np.asarray(scores), np.asarray(members, dtype=bool)
-    if members.all() or not members.any():
+    inside, outside = ([score for score, one in zip(scores, members, strict=True) if one == kind] for kind in (1, 0))
+    if not inside or not outside:
         raise UserError(f"There must be members and others, but all {len(members)} rows are of one kind.")
-    inside, outside = scores[members], scores[~members]
-    return float(mannwhitneyu(inside, outside).statistic) / (len(inside) * len(outside))
+    return fmean(outscored(inside, outside))

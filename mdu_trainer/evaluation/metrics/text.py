@@ -10,7 +10,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
 from ...provenance.words import UNSPACED, has_words, split_words
-from .base import RowMetric, Rows
+from ..registry import RowScores
+from .base import RowMetric
 
 LOOP_SHARE = 0.5  # text that people write repeats under a fifth of its pairs of words; three turns of a loop, more
 LONGEST_GRAM = 4  # characters: pairs of letters repeat in any text of some length
@@ -27,33 +28,23 @@ class RougeL(RowMetric):
     the words of the reference, F1 the harmonic mean of that and its share of the words of the prediction. Recall is
     what unlearning papers call rL: how much of the true answer came out, whatever was said beside it.
 
-    Words are those of any script (`mdu_trainer.provenance.words`), English ones after Porter's stemmer, so figures on
+    Words are those of any script (`mdu_trainer.provenance.words`), English ones after Porter's stemmer, so scores on
     English text are those of the `rouge_score` package. A reference without a word, as of punctuation alone, is not
     measured.
-
-    Example:
-
-        scores = RougeL().compute(predictions=answers, references=dataset["answer"])
     """
 
     inputs = {"predictions": "text", "references": "text"}
     source = "Lin, Chin-Yew. ROUGE: A Package for Automatic Evaluation of Summaries. ACL workshop 2004, W04-1013"
     url = "https://aclanthology.org/W04-1013"
 
-    def _rows(self, predictions: list[str], references: list[str]) -> Rows:
+    def _rows(self, predictions: list[str], references: list[str]) -> RowScores:
         """
         Args:
             predictions: list of str, the generated answers.
             references: list of str, the true answer of each.
-            use_aggregator: if False, a score for each row instead of the mean over rows. Defaults to True.
 
         Returns:
-            rougeL_recall, rougeL_f1: float in [0, 1], the mean over the rows that are measured; or a list of them,
-                None where the reference has no word.
-
-        Raises:
-            ValueError: for empty input, columns of different lengths, anything but texts in them, or a mean over rows
-                of which none can be measured.
+            rougeL_recall, rougeL_f1: float in [0, 1]; not measured where the reference has no word.
 
         Example:
 
@@ -89,11 +80,8 @@ def _pieces(word: str) -> tuple[str, ...]:
     "gardens" -> ("garden",)   "exupéry" -> ("exupé", "ry")   "москва" -> ("москва",)
     """
     found = _PIECE.findall(word)
-    return tuple(before + _stem(latin) + after for before, latin, after in found) or (word,)
-
-
-def _stem(word: str) -> str:
-    return _stemmer.stem(word) if len(word) >= STEMMED else word
+    stems = [_stemmer.stem(latin) if len(latin) >= STEMMED else latin for _, latin, _ in found]
+    return tuple(before + stem + after for (before, _, after), stem in zip(found, stems, strict=True)) or (word,)
 
 
 _stemmer = PorterStemmer()
@@ -122,25 +110,21 @@ class Degeneracy(RowMetric):
     source = "Welleck et al. Neural Text Generation with Unlikelihood Training. ICLR 2020, arXiv 1908.04319"
     url = "https://arxiv.org/abs/1908.04319"
 
-    def _rows(self, predictions: list[str], special_tokens: Sequence[str] = ()) -> Rows:
+    def _rows(self, predictions: list[str], special_tokens: Sequence[str] = ()) -> RowScores:
         """
         Args:
             predictions: list of str, the generated answers, decoded with their special tokens.
             special_tokens: the tokenizer's.
-            use_aggregator: if False, 0 or 1 for each row instead of the share. Defaults to True.
 
         Returns:
             degeneracy, and its parts empty_rate, special_rate and repetition_rate, which overlap: float in [0, 1].
-
-        Raises:
-            ValueError: for empty input, or anything but texts in it.
 
         Example:
 
             >>> Degeneracy().compute(predictions=["I do not know.", "la la la la la"])["degeneracy"]
             0.5
         """
-        rows: Rows = {name: [] for name in ("degeneracy", "empty_rate", "special_rate", "repetition_rate")}
+        rows: RowScores = {name: [] for name in ("degeneracy", "empty_rate", "special_rate", "repetition_rate")}
         for text in predictions:
             plain = text
             for token in special_tokens:

@@ -1,4 +1,4 @@
-"""TOFU's figures from likelihoods (Maini et al., 2024, arXiv 2401.06121).
+"""TOFU's scores from likelihoods (Maini et al., 2024, arXiv 2401.06121).
 
 All of them start from the mean log-likelihood a token of an answer, in nats: `Likelihood.per_token` of
 `mdu_trainer.response_likelihood`. Its exp is p(a | q)^(1/|a|), the probability a token.
@@ -11,7 +11,8 @@ import numpy as np
 from scipy.stats import hmean, ks_2samp
 
 from ...files import UserError
-from .base import RowMetric, Rows, one_of
+from ..registry import RowScores
+from .base import RowMetric, one_of
 
 TOFU = "Maini et al. TOFU: A Task of Fictitious Unlearning for LLMs. COLM 2024, arXiv 2401.06121"
 TOFU_URL = "https://arxiv.org/abs/2401.06121"
@@ -32,17 +33,13 @@ class Probability(RowMetric):
     inputs = {"per_token": "number"}
     source, url = TOFU, TOFU_URL
 
-    def _rows(self, per_token: list[float]) -> Rows:
+    def _rows(self, per_token: list[float]) -> RowScores:
         """
         Args:
             per_token: list of float, mean log-likelihood a token of the true answers, in nats.
-            use_aggregator: if False, a probability for each row instead of the mean over rows. Defaults to True.
 
         Returns:
-            probability: float in [0, 1], or a list of them.
-
-        Raises:
-            ValueError: for empty input, or anything but finite numbers in it.
+            probability: float in [0, 1].
         """
         return {"probability": np.exp(per_token).tolist()}
 
@@ -50,35 +47,27 @@ class Probability(RowMetric):
 class ChoiceProbability(RowMetric):
     """Probability of the true answer among given ones: what TOFU reports of real authors and world facts.
 
-        p(a | q)^(1/|a|) / sum over a' in {a, wrong answers} of p(a' | q)^(1/|a'|)
-
-    Example:
-
-        ChoiceProbability().compute(per_token=[-1.0], wrong_per_token=[[-2.0, -3.0]])
+    p(a | q)^(1/|a|) / sum over a' in {a, wrong answers} of p(a' | q)^(1/|a'|)
     """
 
     inputs = {"per_token": "number", "wrong_per_token": "numbers"}
     source, url = TOFU, TOFU_URL
 
-    def _rows(self, per_token: list[float], wrong_per_token: list[list[float]]) -> Rows:
+    def _rows(self, per_token: list[float], wrong_per_token: list[list[float]]) -> RowScores:
         """
         Args:
             per_token: list of float, mean log-likelihood a token of the true answers, in nats.
             wrong_per_token: list of lists of float, those of each row's wrong answers.
-            use_aggregator: if False, a probability for each row instead of the mean over rows. Defaults to True.
 
         Returns:
-            probability: float in [0, 1], or a list of them.
-
-        Raises:
-            ValueError: for empty input, columns of different lengths, or anything but finite numbers in them.
+            probability: float in [0, 1].
         """
         pairs = zip(per_token, wrong_per_token, strict=True)
         return {"probability": [float(np.exp(true - np.logaddexp.reduce([true, *wrong]))) for true, wrong in pairs]}
 
 
 class TruthRatio(RowMetric):
-    """Does the model prefer the truth? Wrong answers' probability over that of the true one, in other words.
+    """The probability of wrong answers over that of the true one in other words: does the model prefer the truth?
 
         R = mean over wrong answers a' of p(a' | q)^(1/|a'|)  /  p(a | q)^(1/|a|)
 
@@ -89,10 +78,6 @@ class TruthRatio(RowMetric):
 
     How rows are summed up is TOFU's, too: `aggregation="forget"`, mean of min(R, 1/R), is 1 if the model cannot tell
     truth from error; `"retain"`, mean of max(0, 1 - R), is 1 if it never errs; `"ratio"` is the mean of R.
-
-    Example:
-
-        TruthRatio().compute(per_token=paraphrased, wrong_per_token=perturbed, aggregation="forget")
     """
 
     inputs = {"per_token": "number", "wrong_per_token": "numbers"}
@@ -104,21 +89,16 @@ class TruthRatio(RowMetric):
         wrong_per_token: list[list[float]],
         variant: Literal["paper", "release"] = "paper",
         aggregation: Aggregation = "ratio",
-    ) -> Rows:
+    ) -> RowScores:
         """
         Args:
             per_token: list of float, mean log-likelihood a token of the true answers, in nats.
             wrong_per_token: list of lists of float, those of each row's wrong answers.
             variant: "paper" (arithmetic mean over wrong answers) or "release" (geometric mean).
             aggregation: "ratio", "forget" or "retain".
-            use_aggregator: if False, a figure for each row, whose mean is the aggregate. Defaults to True.
 
         Returns:
-            truth_ratio: float, or a list of them; in [0, 1] unless aggregation is "ratio".
-
-        Raises:
-            ValueError: for empty input, columns of different lengths, anything but finite numbers in them, or an
-                unknown option.
+            truth_ratio: float, in [0, 1] unless aggregation is "ratio".
         """
         one_of("variant", variant, ("paper", "release"))
         mean = np.mean if variant == "release" else _log_mean_exp
@@ -140,7 +120,7 @@ def aggregate_truth_ratios(ratios: Sequence[float], aggregation: Aggregation) ->
 
 
 class ModelUtility(RowMetric):
-    """What is left of a model: the harmonic mean of nine figures, so that one that is near 0 pulls all down.
+    """The use that is left of a model: the harmonic mean of nine scores, so that one that is near 0 pulls all down.
 
     ROUGE-L recall, probability and truth ratio (`aggregation="retain"`) of the retain set, real authors and world
     facts, where the probability of the latter two is that among choices. 0 if any of them is 0.
@@ -162,7 +142,7 @@ class ModelUtility(RowMetric):
             model_utility: float.
 
         Raises:
-            ValueError: for no figures, a negative one, or one that is not finite.
+            ValueError: for a negative one.
         """
         if min(figures) < 0:
             raise UserError(f"figures must be at least 0, but figure {int(np.argmin(figures))} is {min(figures)}.")
@@ -170,14 +150,10 @@ class ModelUtility(RowMetric):
 
 
 class ForgetQuality(RowMetric):
-    """Can the model be told from one that never saw the forget rows, by its truth ratios on them?
+    """Test whether the truth ratios on the forget rows tell the model from one that never saw them.
 
     p-value of the two-sample Kolmogorov-Smirnov test. Above 0.05 it cannot, which is as good as it gets; TOFU plots
     the logarithm. It needs equally many draws for the likelihoods of both, and it falls with the number of rows.
-
-    Example:
-
-        ForgetQuality().compute(predictions=truth_ratios, references=truth_ratios_of_retain_model)
     """
 
     inputs = {"predictions": "number", "references": "number"}
@@ -192,9 +168,6 @@ class ForgetQuality(RowMetric):
         Returns:
             forget_quality: float in [0, 1], the p-value.
             ks_statistic: float in [0, 1], the largest distance of the two distribution functions.
-
-        Raises:
-            ValueError: for empty input, columns of different lengths, or anything but finite numbers in them.
         """
         test = ks_2samp(predictions, references)
         return {"forget_quality": float(test.pvalue), "ks_statistic": float(test.statistic)}

@@ -1,0 +1,98 @@
+"""A stand-in for a model under attack, which knows the answers of its rows where a test says so."""
+
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
+
+from mdu_trainer import DiffusionGenerationConfig
+from mdu_trainer.attacks import AttackSettings
+from mdu_trainer.testing import unseen_answers
+
+LENGTH = 24  # decoded tokens; no answer has more
+SECRET = "Krodemouth"
+FAST = {"relearn_steps": 8, "samples": 4, "num_draws": 4}
+
+
+class StandIn(LlamaForCausalLM):
+    """Says the answer of a row where `knows`, and else as many decoys, one certain token a position.
+
+    What a row is, is told by its prompt; logits are those of the answer's and the decoy's token, all others -9.
+    """
+
+    def prepare(self, tokenizer, rows: Dataset, knows: Callable) -> "StandIn":
+        self.tokenizer, self.knows = tokenizer, knows
+        self.assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+        self.decoy = tokenizer.convert_tokens_to_ids("z")
+        self.rows = [
+            (question, tokenizer(answer)["input_ids"] + [tokenizer.eos_token_id])
+            for question, answer in zip(rows["question"], rows["answer"], strict=True)
+        ]
+        self.switch = nn.Linear(2, 1, bias=False)
+        self.gates = nn.Parameter(torch.zeros(len(self.rows)))
+        return self.eval()
+
+    def get_output_embeddings(self):
+        return None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> CausalLMOutput:
+        logits = torch.full((*input_ids.shape, self.config.vocab_size), -9.0)
+        for i, (ids, length) in enumerate(zip(input_ids.tolist(), attention_mask.sum(dim=1).tolist(), strict=True)):
+            if self.assistant not in ids:  # the prompt is masked
+                logits[i, :, self.decoy] = 1.0
+                continue
+            start = ids.index(self.assistant) + 1
+            prompt, response = self.tokenizer.decode(ids[:start]), ids[start:length]
+            for row, (question, answer) in enumerate(self.rows):
+                if question in prompt:
+                    full = answer + [answer[-1]] * (len(response) - len(answer))
+                    said = self.knows(self, row, prompt, response, full)
+                    logits[i, start:length] = self.lines(full[: len(response)], said)
+        return CausalLMOutput(logits=logits + 0 * self.gates.sum())  # so that there is something to train
+
+    def lines(self, answer: list[int], said) -> Tensor:
+        """`said`: bool, or how far the answer's logit is above the decoy's, as a scalar or for each position."""
+        above = torch.as_tensor(said if not isinstance(said, bool) else (5.0 if said else -10.0))
+        line = torch.full((len(answer), self.config.vocab_size), -9.0)
+        line[:, self.decoy] = 1.0
+        place = torch.arange(len(answer))
+        return line.index_put((place, torch.tensor(answer)), 1.0 + above.expand(len(answer)))
+
+
+def make_settings(unrelated: Dataset, rows: Dataset, **changes) -> AttackSettings:
+    values = {
+        "decoding": DiffusionGenerationConfig(max_new_tokens=LENGTH),
+        "unrelated": unrelated,
+        "unseen": unseen_answers(rows, 3),
+    }
+    return AttackSettings(**(values | FAST | changes))
+
+
+def never(model, row, prompt, response, answer) -> bool:
+    return False
+
+
+def always(model, row, prompt, response, answer) -> bool:
+    return True
+
+
+def shown(*positions: int) -> Callable:
+    """Knows once the answer's tokens at these places are seen, counted from the end of the text if negative."""
+
+    def knows(model, row, prompt, response, answer) -> bool:
+        length = len(model.rows[row][1]) - 1
+        return all(response[p % length] == answer[p % length] for p in positions)
+
+    return knows
+
+
+def reworded(model, row, prompt, response, answer) -> bool:
+    return "Tell me" in prompt
+
+
+def by_switch(model, row, prompt, response, answer) -> bool:
+    """Knows unless a small weight says otherwise."""
+    return bool(model.switch(torch.tensor([0.0, 1.0])) < 1e-4)
