@@ -97,7 +97,7 @@ def test_a_planted_sentence_is_in_no_file_afterwards(tmp_path):
         text=True,
         timeout=280,
     )
-    assert "UserError: Row 1 of" in run.stderr and "question must be a text" in run.stderr, run.stderr[-3000:]
+    assert "UserError: Row 1 of" in run.stderr and "question is a number" in run.stderr, run.stderr[-3000:]
     assert PLANTED not in run.stdout + run.stderr
     assert list((away / "out").glob("checkpoint-1")), "it has trained"
     assert len(holding(carded.parent, PLANTED)) == 6, "they are found where they are"
