@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 __path__.append(f"{__path__[0]}/commands")  # so that users type `python -m mdu_trainer.leak_check`
 
 _ROOMS = {
+    "DiffusionConfig": "config",
     "MDLMConfig": "config",
     "MDUConfig": "config",
     "MDLMTrainer": "trainer.mdlm",

@@ -11,7 +11,7 @@ import mdu_trainer
 PACKAGE = Path(mdu_trainer.__file__).parent
 # From the ground up: a room imports from rooms of lower floors, and from its own
 FLOORS = (
-    "files masking divergence objectives config".split(),
+    "files masking divergence objectives arguments config".split(),
     ["models"],
     ["data"],
     ["inference"],

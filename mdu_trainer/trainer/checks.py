@@ -1,9 +1,7 @@
-"""What a trainer refuses before it loads or trains anything."""
+"""Checks before anything is loaded or trained."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
-
-from datasets import Dataset
 
 from ..config import MDUConfig
 from ..files import UserError
@@ -17,14 +15,14 @@ def check_source(model: Any, model_init: Callable | None, optimizers: tuple) -> 
         raise UserError("optimizers are of one model, and model_init makes a new one for each run. Leave them out.")
 
 
-def check_retain(args: MDUConfig, forget: Dataset | None, retain: Dataset | None) -> None:
+def check_retain(args: MDUConfig, has_forget: bool, has_retain: bool) -> None:
     """Refuse a retain set that would not be read, and a retain loss without one, before a model is loaded."""
-    if forget is not None and args.retain_weight > 0 and retain is None:
+    if has_forget and args.retain_weight > 0 and not has_retain:
         raise UserError(
             f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
             "retain_weight=0 to unlearn without one."
         )
-    if args.retain_weight == 0 and retain is not None:
+    if args.retain_weight == 0 and has_retain:
         raise UserError(
             "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
             "use 1), or leave the retain set out."

@@ -33,7 +33,7 @@ from .checkpoints import (
 )
 from .guard import RunGuard, check_weights
 from .run_lock import holding_lock
-from .run_record import RUN_FILE, RunRecord, start_digest
+from .run_record import RUN_FILE, RunRecord
 from .updates import TrainedTensors, check_trainable
 
 logger = logging.get_logger(__name__)
@@ -127,7 +127,7 @@ class RobustTrainer(Trainer):
             )
 
     def _prepare_training(self) -> None:
-        """What is to be done while the weights are those at the start."""
+        """Do what needs the weights at the start."""
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in `Trainer`, but nothing once training is to stop: a resumed run may have made all its updates."""
@@ -224,7 +224,7 @@ class RobustTrainer(Trainer):
     # Going on from a checkpoint
 
     def _why_ended(self) -> str | None:
-        """Why a callback ends training by the figures that it saw, as it would again."""
+        """Return why a callback ends training by the scores that it saw, as it would again."""
         reasons = (getattr(callback, "stopped_because", None) for callback in self.callback_handler.callbacks)
         return next(filter(None, reasons), None) if self.control.should_training_stop else None
 
@@ -258,13 +258,8 @@ class RobustTrainer(Trainer):
         return None if self.args.force_resume else ended
 
     def _current_record(self, key: str | None = None) -> RunRecord:
-        """What this run is made of, its data sets' digests under the key, or under a new one."""
-        reference, loss_options = getattr(self, "reference", None), getattr(self, "loss_options", {})
-        self._start_digest = self._start_digest or start_digest(self.model, reference)
-        model = self.accelerator.unwrap_model(self.model)
-        return RunRecord.of(
-            self.args, model, self.train_dataset, self._eval_sets, loss_options, self._start_digest, key
-        )
+        """Return the record of this run, its data sets' digests under the key, or under a new one."""
+        raise NotImplementedError
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, which takes learning rate and decay from the checkpoint; forced, from the new settings."""
@@ -285,7 +280,7 @@ class RobustTrainer(Trainer):
 
     @contextmanager
     def _reporting_failure(self) -> Iterator[None]:
-        """Whatever ends training, say where it can go on."""
+        """Say where training can go on, whatever ends it."""
         try:
             yield
         except BaseException as error:

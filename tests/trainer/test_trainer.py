@@ -1,6 +1,7 @@
 """The trainers: the loss equals the formula, and nothing that should not matter matters."""
 
 import copy
+import dataclasses
 import logging
 import math
 import sys
@@ -16,7 +17,15 @@ from transformers import BertConfig, BertForMaskedLM, TrainerCallback
 from transformers.hyperparameter_search import OptunaBackend
 from trl import ModelConfig, get_peft_config
 
-from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, NonFiniteLossError, divergence
+from mdu_trainer import (
+    DiffusionConfig,
+    MDLMConfig,
+    MDLMTrainer,
+    MDUConfig,
+    MDUTrainer,
+    NonFiniteLossError,
+    divergence,
+)
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
 from mdu_trainer.masking import forward_process
@@ -487,12 +496,21 @@ def test_resumed_run_ends_with_the_same_weights(make_trainer, peft):
         ({"beta": 0.0}, "beta must be finite and larger than 0"),
         ({"max_length": 1}, "max_length = 1"),
         ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance' is not supported"),
-        ({"prompt_mask_ratio": 0.2}, "options of fine-tuning"),
     ],
 )
 def test_config_errors(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         MDUConfig(output_dir=str(tmp_path), **options)
+
+
+def test_options_of_the_other_training_are_unknown(tmp_path):
+    own = {f.name for f in dataclasses.fields(MDLMConfig)} - {f.name for f in dataclasses.fields(DiffusionConfig)}
+    assert own == {"pad_with_end_tokens", "time_weighting", "prompt_mask_ratio"}
+    for config, option in (*((MDUConfig, name) for name in own), (MDLMConfig, "tau")):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            config(str(tmp_path), **{option: 0})
+    with pytest.raises(ValueError, match="prompt_mask_ratio is a share"):
+        MDLMConfig(str(tmp_path), prompt_mask_ratio=1.5)
 
 
 def test_retain_set_and_weight_go_together(make_model, tokenizer, sets, tmp_path):
@@ -634,7 +652,7 @@ BEST = {
     [
         (None, {}, "eval_forget_loss, eval_kl, eval_retain_loss, eval_entropy, eval_masked_fraction."),
         (["dev"], {"metric_for_best_model": "dev_loss"}, "eval_dev_forget_loss, eval_dev_kl, eval_dev_retain_loss"),
-        (["dev"], {}, "'eval_loss' cannot choose a model: there is no such figure"),
+        (["dev"], {}, "'eval_loss' cannot choose a model: there is no such score"),
         (["forget", "retain"], {"metric_for_best_model": "forgot_loss"}, "eval_retain_loss, .*eval_loss"),
     ],
 )
@@ -651,7 +669,7 @@ def test_a_figure_that_a_callback_does_not_give_is_named(make_trainer, sets):
             pass
 
     trainer = make_trainer(eval_dataset=sets[0], callbacks=[Quiet()], metric_for_best_model="my_loss", **BEST)
-    with pytest.raises(UserError, match="no figure 'my_loss'; an evaluation gave .*eval_forget_loss"):
+    with pytest.raises(UserError, match="no score 'my_loss'; an evaluation gave .*eval_forget_loss"):
         trainer.train()
 
 
@@ -665,7 +683,7 @@ def test_best_model_by_the_whole_loss_of_both_sets(make_trainer, sets):
 
 
 def test_names_that_two_sets_would_share(make_trainer, sets):
-    with pytest.raises(UserError, match="eval_forget_retain_loss would name a figure of two eval sets"):
+    with pytest.raises(UserError, match="eval_forget_retain_loss would name a score of two eval sets"):
         make_trainer(eval_dataset={"forget": sets[0], "forget_retain": sets[0]})
     with pytest.raises(UserError, match="eval_strategy is 'epoch' but there is no eval set"):
         make_trainer(eval_strategy="epoch")
