@@ -105,7 +105,9 @@ class AnchorKL:
         return TokenValues((log_p.exp() * (log_p - log_q)).sum(dim=-1), token_entropy.detach())
 
     def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, entropies, and the values' gradient with respect to the logits `[C, V]`.
+        """Return values, entropies, and the values' gradient with respect to the logits l `[C, V]`.
+
+        With d = l - tau * anchor that is p_j * (d_j - sum_i p_i d_i).
 
         Args:
             logits: of some rows; overwritten.
@@ -146,7 +148,7 @@ class TokenNLL:
         return TokenValues(-log_p.gather(1, self.targets[:, None])[:, 0], _entropy(log_p.detach()))
 
     def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, entropies, and the values' gradient with respect to the logits, as in `AnchorKL.fused`."""
+        """Return the same as `AnchorKL.fused`; here the gradient is p_j - [j is the target]."""
         targets = self.targets[rows, None]
         p = logits.softmax(dim=-1)
         log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()

@@ -119,7 +119,7 @@ class EvaluatingTrainer(RobustTrainer):
         if isinstance(dataset, dict):
             return {name: self._tokenize_eval(rows, name) for name, rows in dataset.items()}
         parts = self._eval_parts(name)
-        return EvalRows(self.args, self._tokenize(dataset, "eval", **self._eval_columns(parts)), parts, name)
+        return EvalRows(self.args, self._tokenize(dataset, "eval", **self._columns(parts)), parts, name)
 
     def _renew_eval_sets(self) -> None:
         """Make the eval sets' parts and masks anew, as the configuration says now."""
@@ -137,7 +137,8 @@ class EvaluatingTrainer(RobustTrainer):
         """Return the parts that the rows of an eval set are: each is asked for a loss."""
         return ["train"]
 
-    def _eval_columns(self, parts: list[str]) -> dict[str, bool]:
+    def _columns(self, parts: list[str]) -> dict[str, bool]:
+        """Return which columns rows must have that are these parts of a batch."""
         return {}
 
     def _check_eval_sets(self, dataset: EvalSets) -> None:

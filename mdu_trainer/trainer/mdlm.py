@@ -43,7 +43,6 @@ from ..models.checks import check_finite
 from ..models.refusals import refuse_adapter
 from ..objectives import mean_by_example, sum_by_example
 from .checkpoints import make_writable
-from .checks import check_source
 from .distributed import DistributedBackend
 from .evaluating import EvaluatingTrainer, Score, Scores, schedules
 from .reference import Reference
@@ -103,7 +102,7 @@ class MDLMTrainer(EvaluatingTrainer):
         model_init: Callable[..., PreTrainedModel] | None = None,
     ):
         self.args = args = self._config(args)
-        check_source(model, model_init, optimizers)
+        _check_source(model, model_init, optimizers)
         self._check_eval_sets(eval_dataset)
         if args.should_save and train_dataset is not None:
             make_writable(str(args.output_dir))
@@ -224,17 +223,19 @@ class MDLMTrainer(EvaluatingTrainer):
         sets += [("eval", rows, self._eval_parts(name)) for name, rows in several.items()]
         for name, rows, parts in sets:
             if rows is not None and not isinstance(rows, RowPairs):
-                check_rows(rows, name, **self._eval_columns(parts))
+                check_rows(rows, name, **self._columns(parts))
 
     def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
         return {"train": dataset}
 
     def _tokenize_train(self, dataset: Dataset | None) -> dict[str, TokenizedRows]:
-        return {} if dataset is None else {"train": self._tokenize(dataset, "train")}
+        sets = {} if dataset is None else self._train_sets(dataset)
+        given = {name: rows for name, rows in sets.items() if rows is not None}
+        return {name: self._tokenize(rows, name, **self._columns([name])) for name, rows in given.items()}
 
     def _tokenize(self, dataset: Dataset, name: str, preferred: bool = False) -> TokenizedRows:
-        how = {"name": name, "max_length": self.args.max_length, "preferred": preferred}
-        return tokenize_rows(dataset, self._tokenizer, self.backbone, **how)
+        limit = self.args.max_length
+        return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=limit, preferred=preferred)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in
@@ -309,6 +310,14 @@ class MDLMTrainer(EvaluatingTrainer):
         super().log(logs, start_time)
 
 
+def _check_source(model: Any, model_init: Callable | None, optimizers: tuple) -> None:
+    """Refuse a model that is given twice or not at all, and optimizers of one that is made anew for each run."""
+    if (model is None) == (model_init is None):
+        raise UserError("Pass the model to train, or as model_init a function that makes it; one of the two.")
+    if model_init is not None and any(part is not None for part in optimizers):
+        raise UserError("optimizers are of one model, and model_init makes a new one for each run. Leave them out.")
+
+
 def _load(
     model: str | PreTrainedModel | PeftModel, args: DiffusionConfig, peft_config: PeftConfig | None
 ) -> PreTrainedModel | PeftModel:
@@ -366,8 +375,10 @@ def _with_adapter(
 
 
 def _pairs(parts: dict[str, TokenizedRows], args: DiffusionConfig) -> RowPairs:
+    by_length = length_grouped(args.train_batch_size * args.world_size)
+    orders = {"random": shuffled, "sequential": in_order, "group_by_length": by_length}
     seed = args.seed if args.data_seed is None else args.data_seed
-    return RowPairs(parts, seed, _order(args), schedules(args, parts))
+    return RowPairs(parts, seed, orders[args.train_sampling_strategy], schedules(args, parts))
 
 
 def _with_targets(peft_config: Any, backbone: Backbone) -> PeftConfig:
@@ -381,8 +392,3 @@ def _with_targets(peft_config: Any, backbone: Backbone) -> PeftConfig:
     if layers is not None and isinstance(peft_config.target_modules, str):
         peft_config.layers_to_transform = peft_config.layers_pattern = None
     return peft_config
-
-
-def _order(args: DiffusionConfig) -> Callable:
-    strategies = {"random": shuffled, "sequential": in_order}
-    return strategies.get(args.train_sampling_strategy) or length_grouped(args.train_batch_size * args.world_size)

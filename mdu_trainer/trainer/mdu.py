@@ -1,6 +1,7 @@
 """Unlearning of masked diffusion language models: the loss, step by step."""
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +21,6 @@ from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
 from ..models import hidden_at, measure_at
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
-from .checks import check_prompts, check_retain
 from .evaluating import Score, Scores, has_both
 from .mdlm import Batch, MDLMTrainer
 from .precompute import precompute_anchors
@@ -76,7 +76,7 @@ class MDUTrainer(MDLMTrainer):
         **options: Any,
     ):
         args = self._config(args)
-        check_retain(args, train_dataset is not None, retain_dataset is not None)
+        _check_retain(args, train_dataset is not None, retain_dataset is not None)
         self._retain_dataset = retain_dataset
         super().__init__(model, args, train_dataset, *others, **options)
         self._anchor_head: Projection | None = None  # of the anchors computed before training
@@ -95,7 +95,7 @@ class MDUTrainer(MDLMTrainer):
 
     def _start_over(self) -> None:
         super()._start_over()
-        check_retain(self.args, self.train_dataset is not None, self._retain_dataset is not None)
+        _check_retain(self.args, self.train_dataset is not None, self._retain_dataset is not None)
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
         self._anchor_head = None
@@ -251,23 +251,19 @@ class MDUTrainer(MDLMTrainer):
         return {"forget": dataset, "retain": self._retain_dataset}
 
     def _tokenize_train(self, dataset: Dataset | None) -> dict[str, TokenizedRows]:
-        if dataset is None:
-            return {}
-        parts = {"forget": self._tokenize(dataset, "forget", preferred=self.forget_objective.preferred)}
-        if self._retain_dataset is not None:
-            parts["retain"] = self._tokenize(self._retain_dataset, "retain")
-            overlap = count_overlap(parts["forget"], parts["retain"])
-            if overlap:
-                logger.warning(
-                    f"{overlap} of {len(parts['forget'])} forget rows are in the retain set too: they are trained to "
-                    "be forgotten and kept at once. Remove them from the retain set."
-                )
+        parts = super()._tokenize_train(dataset)
+        overlap = count_overlap(parts["forget"], parts["retain"]) if "retain" in parts else 0
+        if overlap:
+            logger.warning(
+                f"{overlap} of {len(parts['forget'])} forget rows are in the retain set too: they are trained to be "
+                "forgotten and kept at once. Remove them from the retain set."
+            )
         return parts
 
     def _check_run(self) -> None:
         super()._check_run()
         if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1:
-            check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
+            _check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
 
     # Evaluation: rows to forget are asked for another loss than rows to keep
 
@@ -282,7 +278,7 @@ class MDUTrainer(MDLMTrainer):
             return ["retain"]
         return ["forget", "retain"] if self.args.retain_weight else ["forget"]
 
-    def _eval_columns(self, parts: list[str]) -> dict[str, bool]:
+    def _columns(self, parts: list[str]) -> dict[str, bool]:
         return {"preferred": "forget" in parts and self.forget_objective.preferred}
 
     def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
@@ -362,3 +358,27 @@ class MDUTrainer(MDLMTrainer):
 
         if self._staging is None:  # a checkpoint without its name is not whole yet
             push_checkpoint(self, checkpoint_folder)
+
+
+def _check_retain(args: MDUConfig, has_forget: bool, has_retain: bool) -> None:
+    """Refuse a retain set that would not be read, and a retain loss without one, before a model is loaded."""
+    if has_forget and args.retain_weight > 0 and not has_retain:
+        raise UserError(
+            f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
+            "retain_weight=0 to unlearn without one."
+        )
+    if args.retain_weight == 0 and has_retain:
+        raise UserError(
+            "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
+            "use 1), or leave the retain set out."
+        )
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], mask_token_id: int) -> None:
+    """Refuse empty prompts where theta_0's own prediction is the anchor."""
+    bare = sum(all(token == mask_token_id for token in prompt) for prompt in prompts)
+    if bare:
+        raise UserError(
+            f"{bare} of {len(prompts)} forget rows have an empty prompt. At tau = 1 the model's own prediction is "
+            "their anchor, so they would never be forgotten. Take a smaller tau, or give them a prompt."
+        )

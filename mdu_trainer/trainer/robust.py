@@ -32,7 +32,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .guard import RunGuard, check_weights
-from .run_lock import holding_lock
+from .run_lock import sole_run
 from .run_record import RUN_FILE, RunRecord
 from .updates import TrainedTensors, check_trainable
 
@@ -63,7 +63,6 @@ class RobustTrainer(Trainer):
         self.guard = RunGuard(self.accelerator)
         self.add_callback(self.guard)
 
-    @holding_lock
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`, from whole checkpoints only, with finite updates only, and obeying signals.
 
@@ -82,17 +81,19 @@ class RobustTrainer(Trainer):
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._finish_current_push()  # of an earlier call
-        if self.args.should_save:
-            clear_leftovers(Path(self._get_output_dir(trial)))
-        self.accelerator.wait_for_everyone()
-        self._resumed_from = checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
-        if self.model_init is None:  # or else the Trainer makes the model first
-            self._begin()
-        self._written = Path(checkpoint) if checkpoint else None
-        with self._reporting_failure(), self.guard.listening():
-            output = super().train(checkpoint, trial, **kwargs)
-            self._check_changed()
+        folder = Path(self._get_output_dir(trial))  # a trial of a search has one of its own
+        with sole_run(folder):
+            self._finish_current_push()  # of an earlier call
+            if self.args.should_save:
+                clear_leftovers(folder)
+            self.accelerator.wait_for_everyone()
+            self._resumed_from = checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
+            if self.model_init is None:  # or else the Trainer makes the model first
+                self._begin()
+            self._written = Path(checkpoint) if checkpoint else None
+            with self._reporting_failure(), self.guard.listening():
+                output = super().train(checkpoint, trial, **kwargs)
+                self._check_changed()
         return output
 
     def _begin(self) -> None:

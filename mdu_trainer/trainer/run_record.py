@@ -1,4 +1,4 @@
-"""What a run is made of, kept in its checkpoints: a run that goes on from one must be the same run.
+"""The record of a run, kept in its checkpoints: a run that goes on from one must be the same run.
 
 `run.json` holds every setting that can change the weights, a digest of each data set, and one of the model at the
 start. The data sets' digests are keyed, and each is of the whole set: it says whether the rows are the same ones in
@@ -53,14 +53,7 @@ UNCOMPARED = frozenset(
 )
 # Those that are compared as what they come to: the rows of an update, and the updates
 DERIVED = frozenset(
-    (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "num_train_epochs",
-        "beta",
-        "loss_options",
-    )
+    "per_device_train_batch_size gradient_accumulation_steps max_steps num_train_epochs beta loss_options".split()
 )
 # Those that decide which weights are kept, where the best ones are loaded at the end
 SELECTION = frozenset(
@@ -77,7 +70,7 @@ NOT_OF_AN_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "a
 
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """What decides the weights of a run.
+    """The settings and data that decide the weights of a run.
 
     Attributes:
         settings: values by name, as JSON has them.
@@ -141,7 +134,7 @@ class RunRecord(Record):
         return cls.load(path) if path.is_file() else None
 
     def differences(self, now: "RunRecord", step: int) -> list[str]:
-        """What would make another run of this one, each named with what it was and is. No text of any row.
+        """Return what differs from another run, each difference with its two values. No text of any row.
 
         Args:
             now: the run that is to go on, its digests under this record's key.
