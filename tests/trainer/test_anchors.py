@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
 import torch
+import warm
 from peft import LoraConfig
 from runs import QUIET
 from torch._dynamo.utils import counters
@@ -229,7 +229,7 @@ def test_survives_a_kill_before_training(make_model, tokenizer, sets, tmp_path, 
 
     def run(folder, kill):
         command = [sys.executable, "-c", KILLED, *arguments, str(folder), kill]
-        return subprocess.run(command, capture_output=True, text=True, timeout=240)
+        return warm.run(command)
 
     assert run(out, kill).returncode == -signal.SIGKILL
     assert (out / FOLDER / "train" / "hidden.bin").exists()
