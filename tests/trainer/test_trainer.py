@@ -220,7 +220,8 @@ def test_search_with_a_stand_in_for_optuna(make_trainer, make_model, sets, token
     runs = []
     for number in range(3):
         alone = make_trainer(
-            eval_dataset=trainer.eval_dataset, **{name: choices[number] for name, choices in space.items()}
+            eval_dataset=dict(zip(("forget", "retain"), sets, strict=True)),
+            **{name: choices[number] for name, choices in space.items()},
         )
         assert torch.equal(ended.pop(0), trained(alone)), "a trial is the run that it names"
         runs.append(alone.evaluate()["eval_loss"])
