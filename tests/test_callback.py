@@ -185,7 +185,7 @@ def test_a_sharded_model_is_refused(make_trainer, watch):
 SCRIPT = """\
 import json, os, sys
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig, MDUTrainer, question_answer_rows
-from mdu_trainer.evaluation.callback import UnlearningEvalCallback
+from mdu_trainer.callbacks import UnlearningEvalCallback
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
 
 output, batch_size = sys.argv[1], int(sys.argv[2])
