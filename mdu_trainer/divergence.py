@@ -1,7 +1,7 @@
 """Per-token divergences of a prediction: from logits, or fused with the LM head that would make them.
 
 With a vocabulary of 126,464 a single row of logits takes half a megabyte. `AnchorKL` and `TokenNLL` therefore take the
-head's input instead (a `Projection`), make the logits of a few rows at a time, and keep two figures a row and the
+head's input instead (a `Projection`), make the logits of a few rows at a time, and keep two values a row and the
 gradient with respect to the head's input. That gradient is computed in the forward pass, while the logits are there,
 so that no `[N, V]` tensor outlives its chunk and none is made twice. Everything is accumulated in float32.
 
@@ -39,7 +39,7 @@ class Projection(NamedTuple):
     bias: Tensor | None = None
 
     def select(self, rows: slice) -> "Projection":
-        """Of some of the rows."""
+        """Return the same of some of the rows."""
         return self._replace(hidden=self.hidden[rows])
 
 
@@ -47,14 +47,14 @@ Prediction = Projection | Tensor  # head input, or logits [N, V]
 
 
 class TokenValues(NamedTuple):
-    """What is known of each predicted token, in nats, float32: all `[N]`."""
+    """Two values of each predicted token, in nats, float32 `[N]`."""
 
     value: Tensor  # the divergence, which carries the gradient
     entropy: Tensor  # of the prediction, without gradient
 
 
 def anchor_kl(logits: Tensor, anchor_logits: Tensor | None, tau: float) -> Tensor:
-    """KL(p || softmax(tau * anchor_logits)) with p = softmax(logits), a figure per row.
+    """KL(p || softmax(tau * anchor_logits)) with p = softmax(logits), a value per row.
 
     For tau = 0 the anchor is the uniform distribution, the divergence log V - H(p), and `anchor_logits` is not read.
 
@@ -69,16 +69,6 @@ def anchor_kl(logits: Tensor, anchor_logits: Tensor | None, tau: float) -> Tenso
     Source: MDU (arXiv 2605.18253), the forget loss.
     """
     return AnchorKL(tau, anchor_logits)(logits).value
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(logits): `[N, V]` -> `[N]` in nats, float32."""
-    return _entropy(_log_softmax(logits))
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p of the true tokens: `[N, V]`, `[N]` -> `[N]` in nats, float32."""
-    return TokenNLL(targets)(logits).value
 
 
 @dataclass(frozen=True)
@@ -103,18 +93,19 @@ class AnchorKL:
             )
 
     def __call__(self, prediction: Prediction) -> TokenValues:
-        """Figures of `[N]` tokens."""
+        """Return the values of the N tokens."""
         if isinstance(prediction, Projection):
             return _fused(prediction, self)
         log_p = _log_softmax(prediction)
         token_entropy = _entropy(log_p)
         if self.tau == 0:
             return TokenValues(math.log(prediction.shape[-1]) - token_entropy, token_entropy.detach())
+        assert isinstance(self.anchor, Tensor), "a prediction and its anchor are both logits, or neither is"
         log_q = (self.tau * self.anchor.to(log_p.dtype)).log_softmax(dim=-1)
         return TokenValues((log_p.exp() * (log_p - log_q)).sum(dim=-1), token_entropy.detach())
 
     def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, entropies, and the values' gradient with respect to the logits `[C, V]`.
+        """Return values, entropies, and the values' gradient with respect to the logits `[C, V]`.
 
         With logits z, p = softmax(z), a = tau * anchor logits and d = z - a, each sum over the vocabulary:
 
@@ -153,17 +144,14 @@ class TokenNLL:
     token_weight: Tensor | None = None
 
     def __call__(self, prediction: Prediction) -> TokenValues:
-        """Figures of `[N]` tokens."""
+        """Return the values of the N tokens."""
         if isinstance(prediction, Projection):
             return _fused(prediction, self)
         log_p = _log_softmax(prediction)
         return TokenValues(-log_p.gather(1, self.targets[:, None])[:, 0], _entropy(log_p.detach()))
 
-    def fused(self, logits: Tensor, anchor: None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, entropies, and the values' gradient with respect to the logits, as in `AnchorKL.fused`.
-
-        -log p_y = logsumexp(z) - z_y, so its gradient is p_v - [v = y].
-        """
+    def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the same as `AnchorKL.fused`. -log p_y = logsumexp(z) - z_y, so its gradient is p_v - [v = y]."""
         targets = self.targets[rows, None]
         p = logits.softmax(dim=-1)
         log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()
@@ -182,22 +170,23 @@ class Joint:
     """
 
     counts: Sequence[int]
-    measures: Sequence["AnchorKL | TokenNLL"]
+    measures: Sequence["TokenMeasure"]
 
     def __call__(self, prediction: Prediction) -> TokenValues:
-        """Figures of all tokens, `[N]`."""
-        figures, start = [], 0
+        """Return the values of all tokens."""
+        values, start = [], 0
         for count, measure in zip(self.counts, self.measures, strict=True):
             rows = slice(start, start + count)
-            figures.append(measure(prediction[rows] if isinstance(prediction, Tensor) else prediction.select(rows)))
+            values.append(measure(prediction[rows] if isinstance(prediction, Tensor) else prediction.select(rows)))
             start += count
-        return TokenValues(*(torch.cat(columns) for columns in zip(*figures, strict=True)))
+        return TokenValues(*(torch.cat(columns) for columns in zip(*values, strict=True)))
 
 
-Measure = AnchorKL | TokenNLL | Joint
+TokenMeasure = AnchorKL | TokenNLL
+Measure = TokenMeasure | Joint
 
 
-def _fused(prediction: Projection, measure: Measure) -> TokenValues:
+def _fused(prediction: Projection, measure: TokenMeasure) -> TokenValues:
     prediction = _autocast(prediction)
     with torch.autocast(prediction.hidden.device.type, enabled=False):
         return TokenValues(*_FusedHead.apply(*prediction, measure))
@@ -215,17 +204,18 @@ class _FusedHead(torch.autograd.Function):
     """Head and divergence in one: the chunks are visited once, forwards, with the gradient taken on the way."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, measure: Measure) -> tuple[Tensor, Tensor]:
-        wants_hidden, wants_head = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
-        head = Projection(hidden, weight, bias)
-        known = wants_head and measure.token_weight is not None
-        sums = _HeadGradient(head, measure.token_weight) if known else None
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, measure: TokenMeasure
+    ) -> tuple[Tensor, Tensor]:
+        wants_head = any(ctx.needs_input_grad[1:3])
+        token_weight = measure.token_weight if wants_head else None
+        sums = None if token_weight is None else _HeadGradient(hidden, weight, bias, token_weight)
         values = torch.zeros(len(hidden), dtype=_at_least(hidden.dtype), device=hidden.device)
         entropies = torch.zeros_like(values)
-        grad_hidden = torch.zeros_like(hidden, dtype=values.dtype) if wants_hidden else None
-        for rows, logits, anchor in _chunks(head, measure):
+        grad_hidden = torch.zeros_like(hidden, dtype=values.dtype) if ctx.needs_input_grad[0] else None
+        for rows, logits, anchor in _chunks(hidden, weight, bias, measure):
             values[rows], entropies[rows], grad_logits = _fused_rows(measure, logits, anchor, rows)
-            if wants_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = _back_project(grad_logits, weight)
             if sums is not None:
                 sums.add(rows, grad_logits)
@@ -238,19 +228,18 @@ class _FusedHead(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_values: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        grad_hidden, *head = ctx.saved_tensors
+        grad_hidden, hidden, weight, bias = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad_values[:, None]).to(hidden_dtype)
         if not ctx.wants_head:
             return grad_hidden, None, None, None
-        factor = _common_factor(grad_values, ctx.measure.token_weight) if ctx.sums is not None else None
-        sums = ctx.sums
-        if factor is None:  # the loss is not a weighted sum of the values known beforehand: visit the chunks again
-            head, factor = Projection(*head), 1.0
-            sums = _HeadGradient(head, grad_values)
+        sums: _HeadGradient | None = ctx.sums
+        factor = None if sums is None else _common_factor(grad_values, sums.token_weight)
+        if sums is None or factor is None:  # the loss is no weighted sum known beforehand: visit the chunks again
+            sums, factor = _HeadGradient(hidden, weight, bias, grad_values), 1.0
             with torch.autocast(grad_values.device.type, enabled=False):
-                for rows, logits, anchor in _chunks(head, ctx.measure):
+                for rows, logits, anchor in _chunks(hidden, weight, bias, ctx.measure):
                     sums.add(rows, _fused_rows(ctx.measure, logits, anchor, rows)[2])
         grad_bias = None if sums.bias is None else (sums.bias * factor).to(weight_dtype)
         return grad_hidden, (sums.weight * factor).to(weight_dtype), grad_bias, None
@@ -260,50 +249,60 @@ class _HeadGradient:
     """Sums the gradient of the head's own weights, in float32.
 
     Args:
-        head: the head and its input.
+        hidden, weight, bias: the head's input, and the head.
         token_weight: `[N]`, the gradient of the loss with respect to each token's value.
     """
 
-    def __init__(self, head: Projection, token_weight: Tensor):
-        self.head, self.token_weight = head, token_weight
-        dtype = _at_least(head.weight.dtype)
-        self.weight = torch.zeros_like(head.weight, dtype=dtype)
-        self.bias = None if head.bias is None else torch.zeros_like(head.bias, dtype=dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, token_weight: Tensor):
+        self.hidden, self.token_weight = hidden, token_weight
+        dtype = _at_least(weight.dtype)
+        self.weight = torch.zeros_like(weight, dtype=dtype)
+        self.bias = None if bias is None else torch.zeros_like(bias, dtype=dtype)
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         grad_logits.mul_(self.token_weight[rows, None])
-        self.weight.addmm_(grad_logits.T, self.head.hidden[rows].to(grad_logits.dtype))
+        self.weight.addmm_(grad_logits.T, self.hidden[rows].to(grad_logits.dtype))
         if self.bias is not None:
             self.bias.add_(grad_logits.sum(dim=0))
 
 
-def _chunks(head: Projection, measure: Measure) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, measure: TokenMeasure
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """The logits and those of the anchor, if there is one, a few rows at a time, in at least float32.
 
     Where the anchor has the same head, both are one matrix product: the weights are read once. What is yielded is
     overwritten by the next chunk.
     """
-    limit = CHUNK_ELEMENTS if head.hidden.device.type == "cpu" else GPU_CHUNK_ELEMENTS
-    size = min(max(1, limit // head.weight.shape[0]), len(head.hidden))
+    limit = CHUNK_ELEMENTS if hidden.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    size = min(max(1, limit // len(weight)), len(hidden))
     anchor = measure.anchor if isinstance(measure, AnchorKL) and measure.tau else None
     shared = isinstance(anchor, Projection) and anchor.weight is None
-    dtype = _at_least(head.weight.dtype)
-    buffer = head.hidden.new_empty(size * (2 if shared else 1), len(head.weight), dtype=dtype)
-    for start in range(0, len(head.hidden), max(1, size)):
-        rows = slice(start, min(start + size, len(head.hidden)))
-        if shared:
-            both = torch.cat([head.hidden[rows], anchor.hidden[rows].to(head.hidden.dtype)])
-            yield rows, *_project(both, head.weight, head.bias, buffer).chunk(2)
-        elif isinstance(anchor, Projection):
-            logits = _project(head.hidden[rows], head.weight, head.bias, buffer)
-            _, weight, bias = _autocast(anchor)
-            yield rows, logits, _project(anchor.hidden[rows], weight, bias)
+    dtype = _at_least(weight.dtype)
+    buffer = hidden.new_empty(size * (2 if shared else 1), len(weight), dtype=dtype)
+    for start in range(0, len(hidden), max(1, size)):
+        rows = slice(start, min(start + size, len(hidden)))
+        if isinstance(anchor, Projection) and anchor.weight is None:
+            both = torch.cat([hidden[rows], anchor.hidden[rows].to(hidden.dtype)])
+            logits, of_anchor = _project(both, weight, bias, buffer).chunk(2)
         else:
-            logits = _project(head.hidden[rows], head.weight, head.bias, buffer)
-            yield rows, logits, None if anchor is None else anchor[rows].to(dtype, copy=True)
+            logits = _project(hidden[rows], weight, bias, buffer)
+            of_anchor = None if anchor is None else _anchor_logits(anchor, rows, dtype)
+        yield rows, logits, of_anchor
 
 
-def _fused_rows(measure: Measure, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+def _anchor_logits(anchor: Prediction, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Return the logits of an anchor with a head of its own, or a copy of logits that are there."""
+    if isinstance(anchor, Tensor):
+        return anchor[rows].to(dtype, copy=True)
+    hidden, weight, bias = _autocast(anchor.select(rows))
+    assert weight is not None
+    return _project(hidden, weight, bias)
+
+
+def _fused_rows(
+    measure: TokenMeasure, logits: Tensor, anchor: Tensor | None, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
     """`measure.fused`, on a CPU block by block, the gradient in place of the logits."""
     if logits.device.type != "cpu":
         return measure.fused(logits, anchor, rows)

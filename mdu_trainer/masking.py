@@ -70,7 +70,7 @@ def corrupt(
 def _corrupt(
     input_ids: Tensor, response_mask: Tensor, attention_mask: Tensor, mask_token_id: int, t: Tensor, noise: Tensor
 ) -> tuple[Corruption, Tensor]:
-    """The corruption, and whether the draw had masked nothing, bool `[B]`."""
+    """Return the corruption, and whether the draw had masked nothing, bool `[B]`."""
     attended = attention_mask.bool()
     response = response_mask.bool() & attended
     masked = response & (noise < t[:, None])
@@ -151,14 +151,13 @@ def pad_rows(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
 def side_by_side(batches: Sequence[Noised], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
     """Input ids, attention mask and masked positions of several batches as one, padded on the right: `[sum B, L]`."""
     width = max(noised.masked.shape[1] for noised in batches)
-    return tuple(
-        torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
-        for value, parts in (
-            (pad_token_id, [noised.input_ids for noised in batches]),
-            (0, [noised.attention_mask for noised in batches]),
-            (False, [noised.masked for noised in batches]),
-        )
-    )
+
+    def joined(parts: list[Tensor], value: int) -> Tensor:
+        return torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
+
+    ids = joined([noised.input_ids for noised in batches], pad_token_id)
+    attention_mask = joined([noised.attention_mask for noised in batches], 0)
+    return ids, attention_mask, joined([noised.masked for noised in batches], False)
 
 
 @dataclass(frozen=True)
@@ -187,29 +186,30 @@ class MaskSchedule:
         return (self.seed << 32) ^ zlib.crc32(self.stream.encode())
 
     def draw(self, visit: Tensor, row: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `row` `[B]` on `visit` `[B]`: times `[B]`, noise `[B, length]`, whether the prompt takes part `[B]`."""
-        return self.times(visit, row), self.noise(visit, row, length), self.takes_prompt(visit, row)
+        """Return times `[B]`, noise `[B, length]`, and whether the prompt takes part, bool `[B]`.
+
+        Args:
+            visit, row: `[B]` each.
+            length: positions of the longest row.
+        """
+        takes_prompt = counter_uniform(self._key + 1, visit, row) < self.prompt_mask_ratio
+        return self.times(visit, row), self.noise(visit, row, length), takes_prompt
 
     def times(self, visit: Tensor, row: Tensor) -> Tensor:
-        """Times of `row` `[B]` on `visit` `[B]`: float32 `[B]`."""
-        slices = [
-            _even_uniforms(self._key, v, self.num_rows)[r] for v, r in zip(visit.tolist(), row.tolist(), strict=True)
-        ]
+        """Return the times of `row` `[B]` on `visit` `[B]`: float32 `[B]`."""
+        places = zip(visit.tolist(), row.tolist(), strict=True)
+        slices = [_even_uniforms(self._key, v, self.num_rows)[r] for v, r in places]
         low = max(self.t_min, self.time_epsilon)
         return (low + (max(self.t_max, low) - low) * torch.stack(slices)).float().to(row.device)
 
     def noise(self, visit: Tensor, row: Tensor, length: int) -> Tensor:
-        """Noise of the first `length` positions of `row` `[B]` on `visit` `[B]`: float32 `[B, length]` in [0, 1)."""
+        """Return noise for the first `length` positions of `row` `[B]` on `visit` `[B]`: `[B, length]` in [0, 1)."""
         position = torch.arange(length, device=row.device)
         return counter_uniform(self._key, visit[:, None], row[:, None], position[None, :])
 
-    def takes_prompt(self, visit: Tensor, row: Tensor) -> Tensor:
-        """Whether the prompt takes part in the diffusion, independent of times and noise: bool `[B]`."""
-        return counter_uniform(self._key + 1, visit, row) < self.prompt_mask_ratio
-
 
 def counter_uniform(seed: int, *counters: Tensor) -> Tensor:
-    """Uniforms in [0, 1) as a hash of the counters: float32 with 24 random bits, alike on every device.
+    """Return uniforms in [0, 1) as a hash of the counters: float32 with 24 random bits, alike on every device.
 
     Args:
         seed: any integer.
@@ -232,7 +232,7 @@ def _even_uniforms(seed: int, visit: int, num_rows: int) -> Tensor:
 
 def _hash(seed: int, *counters: Tensor) -> Tensor:
     # splitmix64 (Steele, Lea and Flood, 2014), one round a counter; int64 arithmetic wraps alike on every device
-    state = _signed(seed * 0x9E3779B97F4A7C15)
+    state = torch.tensor(_signed(seed * 0x9E3779B97F4A7C15))
     for counter in counters:
         state = _mix(counter + state)
     return state

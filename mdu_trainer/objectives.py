@@ -24,9 +24,11 @@ from torch.nn.functional import logsigmoid
 
 from .files import UserError
 
+UNREAD: Any = None  # a term that the objective has not asked for
+
 
 class ForgetTerms(NamedTuple):
-    """What an objective may read of a forget batch of B examples with N masked positions in all.
+    """The terms of a forget batch of B examples with N masked positions in all, those that the objective asks for.
 
     Attributes:
         batch_index: `[N]`, the example of each masked position.
@@ -44,11 +46,11 @@ class ForgetTerms(NamedTuple):
     num_masked: Tensor
     num_response: Tensor
     weight: Tensor
-    kl: Tensor | None = None
-    nll: Tensor | None = None
-    reference_bound: Tensor | None = None
-    preferred_bound: Tensor | None = None
-    preferred_reference_bound: Tensor | None = None
+    kl: Tensor = UNREAD
+    nll: Tensor = UNREAD
+    reference_bound: Tensor = UNREAD
+    preferred_bound: Tensor = UNREAD
+    preferred_reference_bound: Tensor = UNREAD
 
 
 def sum_by_example(values: Tensor, batch_index: Tensor, num_examples: int) -> Tensor:

@@ -35,6 +35,7 @@ PROCESSES.set_forkserver_preload(
 
 STEPS, SAVE_STEPS, ACCUMULATION = 10, 3, 2  # an epoch of 16 rows has 4 updates, so every second checkpoint is amid one
 SAVES = 4  # the last at the end
+QUIET = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "use_cpu": True}
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
 KINDS = {
     "full, precomputed anchors": {"tau": 0.5, "precompute_anchor": True},
@@ -84,10 +85,7 @@ def make_trainer(folder: Path, kind: str, **options) -> MDLMTrainer:
         "save_steps": SAVE_STEPS,
         "save_total_limit": 2,
         "logging_steps": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "use_cpu": True,
+        **QUIET,
     }
     config = (MDUConfig if cls is MDUTrainer else MDLMConfig)(str(folder), **(defaults | settings))
     defaults = {

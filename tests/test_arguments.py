@@ -6,11 +6,12 @@ import logging
 
 import pytest
 import torch
+from runs import QUIET
 from transformers import TrainingArguments
 from transformers.utils.logging import warning_once
 
 from mdu_trainer import MDLMConfig, MDUConfig, MDUTrainer
-from mdu_trainer.config import IGNORED, REFUSED
+from mdu_trainer.arguments import IGNORED, REFUSED
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
 from mdu_trainer.testing import forget_retain_split, tiny_mdlm
@@ -88,17 +89,8 @@ LEFT_TO_TRANSFORMERS = {
     *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend"),
     *("ddp_timeout", "log_on_each_node", "log_level_replica", "save_on_each_node"),
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
-    *(
-        "optim_args",
-        "optim_target_modules",
-        "hub_revision",
-        "report_to",
-        "run_name",
-        "project",
-        "trackio_space_id",
-        "trackio_bucket_id",
-        "trackio_static_space_id",
-    ),
+    *("optim_args", "optim_target_modules", "hub_revision", "report_to", "run_name", "project"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("ignore_data_skip", "restore_callback_states_from_checkpoint", "resume_from_checkpoint"),
     "logging_nan_inf_filter",
     "do_eval",  # set by eval_strategy; alone it is named in a warning
@@ -164,10 +156,7 @@ def observe(rows, tokenizer, tmp_path_factory):
             "learning_rate": 1e-3,
             "max_steps": 2,
             "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            "use_cpu": True,
+            **QUIET,
         }
         config = MDUConfig(str(folder), tau=0.5, **(defaults | options))
         model = tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2)
@@ -298,6 +287,17 @@ def test_tokens_of_every_part_are_counted(rows, make_model, tokenizer, tmp_path,
         ({"report_to": "wandbb"}, "report_to 'wandbb' is unknown"),
         ({"accelerator_config": {"split_batches": True}}, "split_batches is not supported"),
         ({"accelerator_config": {"even": True}}, "unexpected keyword argument 'even'"),
+        ({"tau": -0.5}, "tau must be finite and at least 0"),
+        ({"tau": float("inf")}, "tau must be finite"),
+        ({"t_min": 0.8, "t_max": 0.5}, "t_min = 0.8 is larger than t_max = 0.5"),
+        ({"t_max": 1.5}, r"must lie in \[0, 1\]"),
+        ({"time_epsilon": 0.0}, "time_epsilon must lie between 0 and 1"),
+        ({"loss_type": "mud"}, "loss_type 'mud' is unknown; choose one of mdu, ga"),
+        ({"retain_loss_type": "ce"}, "retain_loss_type 'ce' is unknown"),
+        ({"retain_weight": -1.0}, "retain_weight must be finite and at least 0"),
+        ({"beta": 0.0}, "beta must be finite and larger than 0"),
+        ({"max_length": 1}, "max_length = 1"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "'batch_rebalance' is not supported"),
         ({"metric_for_best_model": "kl"}, "Is more or less of metric_for_best_model = 'kl' better"),
         ({"metric_for_best_model": "eval_forget_retain_loss"}, "Is more or less"),
     ],

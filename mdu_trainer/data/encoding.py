@@ -51,11 +51,21 @@ class RowEncoder:
         where = f"Row {number} of the {self.name} set"
         row = read_row(example, where, self.preferred, self.allow_blank)
         responses = {name: text for name, text in row.items() if name != "prompt"}
-        if isinstance(row["prompt"], str):
-            self._refuse_template_columns(example, where)
-            prompt_ids, encoded = self._encode_texts(row["prompt"], responses, where)
+        prompt, is_text = row["prompt"], isinstance(row["prompt"], str)
+        arguments = {} if is_text else _template_arguments(example, self.tokenizer, self.special, where)
+        given = [column for column in ("tools", "chat_template_kwargs") if is_text and example.get(column)]
+        if given:
+            raise UserError(
+                f"{where} has {' and '.join(given)}, which only a chat template reads: write the row as messages, or "
+                "remove the column."
+            )
+        prompt_ids = encode_prompt(prompt, self.tokenizer, self.special, where, **arguments)
+        if is_text:
+            encoded = [self._encode_text(text, f"{where}: {name}") for name, text in responses.items()]
         else:
-            prompt_ids, encoded = self._encode_turns(example, row["prompt"], responses, where)
+            refuse_special(responses, self.tokenizer, self.special, where)
+            turns = [prompt + response for response in responses.values()]
+            encoded = [self._encode_turns(each, prompt_ids, where, **arguments) for each in turns]
         for ids in (prompt_ids, *encoded):
             check_ids(ids, self.backbone, where)
             if self.backbone.mask_token_id in ids:
@@ -64,18 +74,11 @@ class RowEncoder:
             raise UserError(f"{where}: a response has no tokens, so there is nothing to learn. Remove the row.")
         return prompt_ids, encoded[0], encoded[1] if self.preferred else []
 
-    def _encode_texts(
-        self, prompt: str, responses: Mapping[str, str], where: str
-    ) -> tuple[list[int], list[list[int]]]:
-        with private(f"{where}: the tokenizer failed"):
-            prompt_ids = self.tokenizer(prompt)["input_ids"]
-            encoded = {n: self.tokenizer(t, add_special_tokens=False)["input_ids"] for n, t in responses.items()}
-        refuse_special({"prompt": prompt}, self.tokenizer, self.special, where)
-        return prompt_ids, [self._ended(ids, f"{where}: {name}") for name, ids in encoded.items()]
-
-    def _ended(self, ids: list[int], where: str) -> list[int]:
-        """The ids with an end token. The text may bring its own, but not go on after it."""
+    def _encode_text(self, text: str, where: str) -> list[int]:
+        """Return the ids of a text with an end token. The text may bring its own, but not go on after it."""
         ends = self.backbone.end_token_ids
+        with private(f"{where}: the tokenizer failed"):
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         first = next((i for i, token in enumerate(ids) if token in self.special), len(ids))
         if first == len(ids):
             return [*ids, ends[0]]
@@ -85,52 +88,57 @@ class RowEncoder:
             return _end(ids, ends)
         raise _holds(where, ids[first], self.tokenizer)
 
-    def _encode_turns(
-        self, example: Row, prompt: list[Row], responses: Mapping[str, list[Row]], where: str
-    ) -> tuple[list[int], list[list[int]]]:
-        refuse_special({"prompt": prompt, **responses}, self.tokenizer, self.special, where)
-        arguments = _template_arguments(example, self.tokenizer, self.special, where)
-        prompt_ids = render(prompt, self.tokenizer, where, add_generation_prompt=True, **arguments)
-        encoded = []
-        for response in responses.values():
-            ids = render(prompt + response, self.tokenizer, where, **arguments)
-            if ids[: len(prompt_ids)] != prompt_ids:
-                raise UserError(
-                    f"{where}: The chat template renders the prompt alone (with its generation prompt) differently "
-                    "from the prompt followed by a response, so the response cannot be told apart. Use a template "
-                    "whose turns do not depend on later ones."
-                )
-            encoded.append(_end(ids[len(prompt_ids) :], self.backbone.end_token_ids))
-        return prompt_ids, encoded
-
-    def _refuse_template_columns(self, example: Row, where: str) -> None:
-        given = [column for column in ("tools", "chat_template_kwargs") if example.get(column)]
-        if given:
+    def _encode_turns(self, turns: list[Row], prompt_ids: list[int], where: str, **arguments: Any) -> list[int]:
+        """Return the ids of a conversation that follow those of its prompt."""
+        ids = _render(turns, self.tokenizer, where, **arguments)
+        if ids[: len(prompt_ids)] != prompt_ids:
             raise UserError(
-                f"{where} has {' and '.join(given)}, which only a chat template reads: write the row as messages, or "
-                "remove the column."
+                f"{where}: The chat template renders the prompt alone (with its generation prompt) differently "
+                "from the prompt followed by a response, so the response cannot be told apart. Use a template "
+                "whose turns do not depend on later ones."
             )
+        return _end(ids[len(prompt_ids) :], self.backbone.end_token_ids)
 
 
-def encode_prompt(prompt: Any, tokenizer: PreTrainedTokenizerBase, backbone: Backbone, number: int) -> list[int]:
-    """Ids of a prompt to decode from: a text as it is, markers of a rendered template included, or messages.
+def encode_prompt(
+    prompt: Text,
+    tokenizer: PreTrainedTokenizerBase,
+    refused: Collection[int],
+    where: str,
+    name: str = "prompt",
+    **arguments: Any,
+) -> list[int]:
+    """Return the ids of a prompt: of a text as it is, of messages as the chat template writes them.
+
+    Args:
+        prompt: as `checked_text` returns it.
+        tokenizer: of the model.
+        refused: special tokens that no text may hold.
+        where, name: what messages call the row, and the prompt in it.
+        **arguments: of the chat template.
+    """
+    refuse_special({name: prompt}, tokenizer, refused, where)
+    if not isinstance(prompt, str):
+        return _render(prompt, tokenizer, where, add_generation_prompt=True, **arguments)
+    with private(f"{where}: the tokenizer failed"):
+        return tokenizer(prompt)["input_ids"]
+
+
+def encode_prompts(prompts: Any, tokenizer: PreTrainedTokenizerBase, backbone: Backbone) -> list[list[int]]:
+    """Return the ids of prompts to decode from: texts, which may hold markers of a rendered template, or messages.
 
     Raises:
         UserError: for anything else, for a mask token or padding in a text, and special tokens in messages.
     """
-    where = f"Prompt {number}"
-    special = special_ids(tokenizer, backbone)
-    if isinstance(prompt, str):
-        text = checked_text(prompt, where)
-        never = {backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids)
-        refuse_special({"it": text}, tokenizer, never, where)
-        with private(f"{where}: the tokenizer failed"):
-            return tokenizer(text)["input_ids"]
-    if not isinstance(prompt, list):
-        raise UserError(f"{where} is a {type(prompt).__name__}: pass a text, or a list of messages.")
-    turns = checked_text(prompt, where)
-    refuse_special({"it": turns}, tokenizer, special, where)
-    return render(turns, tokenizer, where, add_generation_prompt=True)
+    special, encoded = special_ids(tokenizer, backbone), []
+    never = {backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids)
+    for number, prompt in enumerate(prompts):
+        where = f"Prompt {number}"
+        if not isinstance(prompt, str | list):
+            raise UserError(f"{where} is a {type(prompt).__name__}: pass a text, or a list of messages.")
+        refused = never if isinstance(prompt, str) else special
+        encoded.append(encode_prompt(checked_text(prompt, where), tokenizer, refused, where, "it"))
+    return encoded
 
 
 def check_prompts(prompts: Any) -> None:
@@ -165,8 +173,8 @@ def check_prompt_ids(prompt_ids: Any, backbone: Backbone) -> None:
         check_ids(ids, backbone, f"Prompt {row}")
 
 
-def render(turns: list[Row], tokenizer: PreTrainedTokenizerBase, where: str, **arguments: Any) -> list[int]:
-    """Ids of a conversation, as the chat template writes it."""
+def _render(turns: list[Row], tokenizer: PreTrainedTokenizerBase, where: str, **arguments: Any) -> list[int]:
+    """Return the ids of a conversation, as the chat template writes it."""
     if not tokenizer.chat_template:
         raise UserError(
             f"{where} has messages, and the tokenizer has no chat template. Set tokenizer.chat_template, or write "

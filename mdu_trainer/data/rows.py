@@ -23,7 +23,6 @@ from ..masking import MaskSchedule, pad_rows, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
 from .reading import Row, check_table, read_row, read_rows
-from .reading import whole_cache as whole_cache
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +50,7 @@ class TokenizedRows:
         return [len(p) + len(r) for p, r in zip(self.prompt_ids, self.completion_ids, strict=True)]
 
     def keys(self) -> list[tuple[int, ...]]:
-        """What makes two rows the same: their ids."""
+        """Return the ids of each row, by which two rows are the same."""
         return [tuple(p + r) for p, r in zip(self.prompt_ids, self.completion_ids, strict=True)]
 
 
@@ -110,7 +109,7 @@ def tokenize_rows(
     """
     check_table(dataset, name, preferred)
     encode = RowEncoder(tokenizer, backbone, name, preferred, allow_blank)
-    limit = _length_limit(max_length, backbone.context_length)
+    limit = min(filter(None, (max_length, backbone.context_length)), default=None)
     rows = TokenizedRows([], [])
     dropped = truncated = too_long = 0
     for i, example in enumerate(read_rows(dataset, name)):
@@ -177,7 +176,11 @@ class RowPairs(torch.utils.data.Dataset):
 
     An epoch is one pass over the largest set; the smaller ones are cycled. Each pass over a set is a visit, with an
     order and masks that are functions of (seed, visit) alone, so nothing depends on batch size, processes or
-    resumption.
+    resumption. With 2 rows of "forget" and 4 of "retain", both in order, the first epoch is
+
+        counter    0       1       2       3         4 begins the second epoch
+        forget     row 0   row 1   row 0   row 1     visits 0, 0, 1, 1
+        retain     row 0   row 1   row 2   row 3     visit 0
 
     Args:
         parts: name -> rows, e.g. {"forget": ..., "retain": ...}.
@@ -329,8 +332,3 @@ class DataCollatorForUnlearning:
         if all("anchor" in row for row in rows):
             batch["anchor"] = torch.cat([row["anchor"] for row in rows])
         return batch
-
-
-def _length_limit(max_length: int | None, context_length: int | None) -> int | None:
-    limits = [limit for limit in (max_length, context_length) if limit is not None]
-    return min(limits) if limits else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ..data.encoding import check_prompt_ids, check_prompts, encode_prompt
+from ..data.encoding import check_prompt_ids, check_prompts, encode_prompts
 from ..files import UserError
 from ..masking import pad_rows
 from ..models import Backbone, evaluation_mode, logits_at, resolve_backbone
@@ -73,7 +73,7 @@ def generate(
     check_prompts(prompts)
     config = replace(generation_config or DiffusionGenerationConfig(), **overrides)
     backbone = backbone or resolve_backbone(model, tokenizer)
-    prompt_ids = [encode_prompt(prompt, tokenizer, backbone, number) for number, prompt in enumerate(prompts)]
+    prompt_ids = encode_prompts(prompts, tokenizer, backbone)
     responses = generate_ids(model, prompt_ids, config, backbone, row_ids=row_ids, show_progress=show_progress)
     return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses]
 

@@ -96,7 +96,8 @@ def _intact(checkpoint: Path) -> Path:
 
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json`, the last file of a checkpoint, once all others are on the disk."""
-    files = {str(path.relative_to(folder)): _entry(path, sync=True) for path in _files(folder)}
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {str(path.relative_to(folder)): _entry(path, sync=True) for path in paths}
     temporary = folder / f"{MANIFEST}.tmp"
     temporary.write_text(json.dumps({"schema": SCHEMA, "files": files}, indent=2) + "\n")
     _sync(temporary)
@@ -105,7 +106,7 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if every file is as it was written."""
+    """Return what is wrong with a checkpoint, in a few words; None if every file is as it was written."""
     try:
         content = json.loads((checkpoint / MANIFEST).read_text())
         files = content["files"]
@@ -220,10 +221,6 @@ def steps_of(checkpoint: str | Path) -> int:
     return json.loads((Path(checkpoint) / STATE).read_text())["global_step"]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
 def _entry(path: Path, sync: bool = False) -> dict[str, Any]:
     """Size and hash of a file; with `sync` it is on the disk afterwards."""
     digest = hashlib.sha256()
@@ -247,6 +244,7 @@ def _sync(path: Path) -> None:
 
 
 def not_written(checkpoint: Path, error: BaseException) -> str:
+    """Return the message for a checkpoint that could not be written."""
     cause = str(error).strip().splitlines()
     free = "unknown"
     with suppress(OSError):

@@ -1,4 +1,4 @@
-"""What the backends of accelerate (DDP, FSDP2, DeepSpeed ZeRO) ask of unlearning. Every branch between them is here.
+"""The backends of accelerate (DDP, FSDP2, DeepSpeed ZeRO): every branch between them is here.
 
 Under FSDP2 and ZeRO-3 a process holds a share of each weight, and the whole only while the weight's module runs.
 """

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun, EvalPrediction, IntervalStrategy, PredictionOutput
 
+from ..config import DiffusionConfig
 from ..data.rows import EpochSampler, RowPairs, TokenizedRows, in_order
 from ..files import UserError
 from ..masking import MaskSchedule
@@ -29,7 +30,7 @@ class EvalRows(RowPairs):
         name: of the set among others; None for the only one.
     """
 
-    def __init__(self, args: Any, rows: TokenizedRows, parts: list[str], name: str | None = None):
+    def __init__(self, args: DiffusionConfig, rows: TokenizedRows, parts: list[str], name: str | None = None):
         by_part = dict.fromkeys(parts, rows)
         super().__init__(by_part, 0, in_order, schedules(args, by_part, "eval-"))
         self.rows, self.name = rows, name
@@ -45,19 +46,19 @@ class Score(NamedTuple):
 Scores = dict[str, Score]
 
 
-def schedules(args: Any, parts: dict[str, TokenizedRows], prefix: str = "") -> dict[str, MaskSchedule]:
+def schedules(args: DiffusionConfig, parts: dict[str, TokenizedRows], prefix: str = "") -> dict[str, MaskSchedule]:
     """The masks of each part, which are those of its name: eval sets draw others than the rows in training."""
-    how = (args.t_min, args.t_max, args.time_epsilon, args.prompt_mask_ratio)
-    return {name: MaskSchedule(args.seed, f"{prefix}{name}", len(rows), *how) for name, rows in parts.items()}
+    options = args.mask_options
+    return {name: MaskSchedule(args.seed, f"{prefix}{name}", len(rows), **options) for name, rows in parts.items()}
 
 
 class EvaluatingTrainer(RobustTrainer):
-    """A trainer's `evaluate` and `predict`, with masks fixed by the seed: equal weights give equal figures.
+    """A trainer's `evaluate` and `predict`, with masks fixed by the seed: equal weights give equal scores.
 
-    A figure of the set `dev` is called `eval_dev_<figure>`, one of the only set `eval_<figure>`.
+    A score of the set `dev` is called `eval_dev_<score>`, one of the only set `eval_<score>`.
     """
 
-    _eval_figures = ("loss", "entropy", "masked_fraction")  # of every set
+    args: DiffusionConfig
 
     def evaluate(
         self,
@@ -65,7 +66,7 @@ class EvaluatingTrainer(RobustTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """The figures of eval sets.
+        """Return the scores of eval sets.
 
         Args:
             eval_dataset: rows, a dict of names and rows, or the name of one of the constructor's sets; all of the
@@ -74,16 +75,26 @@ class EvaluatingTrainer(RobustTrainer):
             metric_key_prefix: in place of "eval".
 
         Returns:
-            Each figure, the mean over the rows, by its name.
+            Each score, the mean over the rows, by its name.
         """
         if not isinstance(eval_dataset, str):
-            eval_dataset = self._tokenize_eval(self.args, eval_dataset)
-        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+            eval_dataset = self._tokenize_eval(eval_dataset)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        whole = self._over_sets(
+            self.eval_dataset if eval_dataset is None else eval_dataset, metrics, metric_key_prefix
+        )
+        if whole:
+            self.log(dict(whole))
+        return metrics | whole
+
+    def _over_sets(self, sets: Any, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+        """Return the scores of several sets together."""
+        return {}
 
     def predict(
         self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
     ) -> PredictionOutput:
-        """The figures of each row of a set, under the masks of an evaluation.
+        """Return the scores of each row of a set, under the masks of an evaluation.
 
         Args:
             test_dataset: rows in a format of `mdu_trainer.data.rows`.
@@ -91,24 +102,24 @@ class EvaluatingTrainer(RobustTrainer):
             metric_key_prefix: of the means' names.
 
         Returns:
-            `predictions`, a dict of figure -> float array `[rows]` in the order of the set; `metrics`, their means.
+            `predictions`, a dict of score -> float array `[rows]` in the order of the set; `metrics`, their means.
         """
         if isinstance(test_dataset, dict):
             raise UserError("predict takes one set; call it for each of them.")
-        output = super().predict(self._tokenize_eval(self.args, test_dataset), ignore_keys, metric_key_prefix)
+        output = super().predict(self._tokenize_eval(test_dataset), ignore_keys, metric_key_prefix)
         rows = _joined(output.predictions)[..., 0]
-        figures = {name: rows[:, i] for i, name in enumerate(self._eval_names)}
-        return PredictionOutput(predictions=figures, label_ids=None, metrics=output.metrics)
+        scores = {name: rows[:, i] for i, name in enumerate(self._eval_names)}
+        return PredictionOutput(predictions=scores, label_ids=None, metrics=output.metrics)
 
     # Data
 
-    def _tokenize_eval(self, args: Any, dataset: EvalSets, name: str | None = None) -> Any:
+    def _tokenize_eval(self, dataset: EvalSets, name: str | None = None) -> Any:
         if dataset is None or isinstance(dataset, RowPairs):
             return dataset
         if isinstance(dataset, dict):
-            return {name: self._tokenize_eval(args, rows, name) for name, rows in dataset.items()}
-        parts = self._eval_parts(args, name)
-        return EvalRows(args, self._tokenize(args, dataset, "eval", **self._eval_columns(args, parts)), parts, name)
+            return {name: self._tokenize_eval(rows, name) for name, rows in dataset.items()}
+        parts = self._eval_parts(name)
+        return EvalRows(self.args, self._tokenize(dataset, "eval", **self._columns(parts)), parts, name)
 
     def _renew_eval_sets(self) -> None:
         """Make the eval sets' parts and masks anew, as the configuration says now."""
@@ -116,31 +127,33 @@ class EvaluatingTrainer(RobustTrainer):
         def renewed(rows: RowPairs | None) -> RowPairs | None:
             if not isinstance(rows, EvalRows):
                 return rows
-            return EvalRows(self.args, rows.rows, self._eval_parts(self.args, rows.name), rows.name)
+            return EvalRows(self.args, rows.rows, self._eval_parts(rows.name), rows.name)
 
         sets = self.eval_dataset
         several = isinstance(sets, dict)
         self.eval_dataset = {name: renewed(rows) for name, rows in sets.items()} if several else renewed(sets)
 
-    def _eval_parts(self, args: Any, name: str | None) -> list[str]:
-        """The parts that the rows of an eval set are: each is asked for a loss."""
+    def _eval_parts(self, name: str | None) -> list[str]:
+        """Return the parts that the rows of an eval set are: each is asked for a loss."""
         return ["train"]
 
-    def _eval_columns(self, args: Any, parts: list[str]) -> dict[str, bool]:
+    def _columns(self, parts: list[str]) -> dict[str, bool]:
+        """Return which columns rows must have that are these parts of a batch."""
         return {}
 
-    def _check_eval_sets(self, args: Any, dataset: EvalSets) -> None:
-        """Refuse eval sets that are missing or whose figures would share a name, before a model is loaded."""
-        if dataset is None and args.eval_strategy != IntervalStrategy.NO:
+    def _check_eval_sets(self, dataset: EvalSets) -> None:
+        """Refuse eval sets that are missing or whose scores would share a name, before a model is loaded."""
+        strategy = IntervalStrategy(self.args.eval_strategy)
+        if dataset is None and strategy != IntervalStrategy.NO:
             raise UserError(
-                f"eval_strategy is '{args.eval_strategy.value}' but there is no eval set. Pass eval_dataset, or set "
+                f"eval_strategy is '{strategy.value}' but there is no eval set. Pass eval_dataset, or set "
                 "eval_strategy to 'no'."
             )
         if isinstance(dataset, dict):
-            names = [figure for name in dataset for figure in self._figure_names(name, self._eval_parts(args, name))]
+            names = [score for name in dataset for score in self._score_names(name, self._eval_parts(name))]
             twice = next((name for name in names if names.count(name) > 1), None)
             if twice:
-                raise UserError(f"{twice} would name a figure of two eval sets; rename one of {', '.join(dataset)}.")
+                raise UserError(f"{twice} would name a score of two eval sets; rename one of {', '.join(dataset)}.")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """As in `Trainer`; also sets which loss the set is asked for."""
@@ -177,13 +190,17 @@ class EvaluatingTrainer(RobustTrainer):
         self._eval_loss = self._loss_of(getattr(dataset, "name", None), list(dataset.parts))
 
     @property
-    def _eval_sets(self) -> dict[str, RowPairs]:
-        """The eval sets given to the constructor, by the name of their stage."""
-        if isinstance(self.eval_dataset, dict):
-            return {f"eval-{name}": dataset for name, dataset in self.eval_dataset.items()}
-        return {} if self.eval_dataset is None else {"eval": self.eval_dataset}
+    def _named_sets(self) -> dict[str | None, RowPairs]:
+        """The eval sets given to the constructor, by name; that of an only set is None."""
+        sets: Any = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
+        return {name: rows for name, rows in sets.items() if rows is not None}
 
-    # Figures
+    @property
+    def _eval_sets(self) -> dict[str, RowPairs]:
+        """The same, by the name of their stage."""
+        return {"eval" if name is None else f"eval-{name}": rows for name, rows in self._named_sets.items()}
+
+    # Scores
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -196,47 +213,46 @@ class EvaluatingTrainer(RobustTrainer):
         stacked = torch.stack([torch.stack(score, dim=1).float() for score in scores.values()], dim=1)
         return None, stacked, torch.zeros(len(stacked), device=stacked.device)
 
-    def _mean_rows(self, prediction: EvalPrediction) -> dict[str, float]:
-        figures = torch.from_numpy(_joined(prediction.predictions)).double()
-        means = (figures[..., 0] * figures[..., 1]).sum(dim=0) / figures[..., 1].sum(dim=0)
+    def _mean_scores(self, prediction: EvalPrediction) -> dict[str, float]:
+        values, weights = torch.from_numpy(_joined(prediction.predictions)).double().unbind(dim=-1)
+        means = (values * weights).sum(dim=0) / weights.sum(dim=0)
         metrics = dict(zip(self._eval_names, means.tolist(), strict=True))
         return metrics | {"loss": sum(weight * metrics[name] for name, weight in self._eval_loss.items())}
 
     def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
-        """The figures, with their weights, that `<set>_loss` is the sum of."""
+        """Return the scores, with their weights, that `<set>_loss` is the sum of."""
         return {"loss": 1.0}
 
-    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
+    def _score_names(self, name: str | None, parts: list[str]) -> list[str]:
         prefix = "eval_" if name is None else f"eval_{name}_"
-        return [prefix + figure for figure in self._eval_figures]
+        return [prefix + score for score in ("loss", "entropy", "masked_fraction")]
 
-    def _all_figure_names(self) -> list[str]:
-        """Of an evaluation of the constructor's sets."""
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
-        return [n for name, rows in sets.items() if rows is not None for n in self._figure_names(name, [*rows.parts])]
+    def _all_score_names(self) -> list[str]:
+        """Return the names of the scores of all eval sets given to the constructor."""
+        return [score for name, rows in self._named_sets.items() for score in self._score_names(name, [*rows.parts])]
 
     def _unclear_names(self) -> dict[str, str]:
-        """Of these, those that do not tell a good model, and why."""
+        """Return those of these names that do not tell a good model, and why."""
         return {}
 
     # The best model
 
     def _check_metric(self, metric: str) -> None:
-        """Refuse to choose a model by a figure that is unclear or, as far as can be known, never there.
+        """Refuse to choose a model by a score that is unclear or, as far as can be known, never there.
 
         Raises:
-            UserError: listing the figures that there are.
+            UserError: listing the scores that there are.
         """
         metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-        names, unclear = self._all_figure_names(), self._unclear_names()
+        names, unclear = self._all_score_names(), self._unclear_names()
         if metric in unclear or (metric not in names and not self._others_evaluate):
-            why = unclear.get(metric, "there is no such figure of the eval sets")
+            why = unclear.get(metric, "there is no such score of the eval sets")
             clear = ", ".join(name for name in names if name not in unclear)
             raise UserError(f"'{metric}' cannot choose a model: {why}. There are: {clear}.")
 
     @property
     def _others_evaluate(self) -> bool:
-        """Whether callbacks may add figures to an evaluation's."""
+        """Whether callbacks may add scores to an evaluation's."""
         return any(
             type(callback).on_evaluate is not TrainerCallback.on_evaluate
             and not type(callback).__module__.startswith("transformers.")
@@ -258,8 +274,8 @@ class EvaluatingTrainer(RobustTrainer):
 
         Args:
             hp_space: as in `Trainer`.
-            compute_objective: of the figures of an evaluation, to be minimised unless `direction` says otherwise.
-                `eval_loss` if not given, where there is one; `Trainer` would add up all figures.
+            compute_objective: of the scores of an evaluation, to be minimised unless `direction` says otherwise.
+                `eval_loss` if not given, where there is one; `Trainer` would add up all scores.
             *args, **kwargs: as in `Trainer`.
         """
         if self.model_init is None:
@@ -280,11 +296,11 @@ def _eval_loss(metrics: dict[str, float]) -> float:
 
 @contextmanager
 def _naming(metrics: dict[str, float], wanted: str | None) -> Iterator[None]:
-    """Say which figures there are where the wanted one is not among them."""
+    """Say which scores there are where the wanted one is not among them."""
     try:
         yield
     except KeyError:
-        raise UserError(f"There is no figure '{wanted}'; an evaluation gave {', '.join(metrics)}.") from None
+        raise UserError(f"There is no score '{wanted}'; an evaluation gave {', '.join(metrics)}.") from None
 
 
 def _joined(predictions: np.ndarray | list[np.ndarray]) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from datasets import Dataset
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..config import MDLMConfig
+from ..config import DiffusionConfig, MDLMConfig
 from ..data.rows import (
     DataCollatorForUnlearning,
     EpochSampler,
@@ -25,9 +25,9 @@ from ..data.rows import (
     shuffled,
     tokenize_rows,
 )
-from ..divergence import Joint, Measure, TokenNLL, TokenValues
+from ..divergence import TokenNLL
 from ..files import UserError
-from ..masking import Noised, forward_process, side_by_side
+from ..masking import forward_process
 from ..models import (
     Backbone,
     base_of,
@@ -43,13 +43,15 @@ from ..models.checks import check_finite
 from ..models.refusals import refuse_adapter
 from ..objectives import mean_by_example, sum_by_example
 from .checkpoints import make_writable
-from .checks import check_source
 from .distributed import DistributedBackend
 from .evaluating import EvaluatingTrainer, Score, Scores, schedules
+from .reference import Reference
+from .run_record import RunRecord, start_digest
 
 logger = logging.get_logger(__name__)
 
 Batch = dict[str, Tensor]
+C = TypeVar("C", bound=DiffusionConfig)
 READ_ONCE = ("max_length", "pad_with_end_tokens")  # arguments that a search cannot vary
 # adapters whose targets are no linear layers; PEFT knows which
 OTHER_TARGETS = (PeftType.ADAPTION_PROMPT, PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
@@ -79,14 +81,17 @@ class MDLMTrainer(EvaluatingTrainer):
         trainer.train()
     """
 
-    config_class = MDLMConfig
+    model: PreTrainedModel | PeftModel
+    train_dataset: RowPairs | None
+    config_class: type[DiffusionConfig] = MDLMConfig
+    reference: Reference | None = None  # theta_0, where the loss compares with it
     # compute_loss returns a mean over a micro-batch, so the Trainer divides it by the number of micro-batches
     loss_is_scaled_for_ga = False
 
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel | None = None,
-        args: MDLMConfig | None = None,
+        args: DiffusionConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -96,55 +101,53 @@ class MDLMTrainer(EvaluatingTrainer):
         optimizers: tuple = (None, None),
         model_init: Callable[..., PreTrainedModel] | None = None,
     ):
-        args = self._config(args)
-        check_source(model, model_init, optimizers)
-        self._check_eval_sets(args, eval_dataset)
+        self.args = args = self._config(args)
+        _check_source(model, model_init, optimizers)
+        self._check_eval_sets(eval_dataset)
         if args.should_save and train_dataset is not None:
-            make_writable(args.output_dir)
+            make_writable(str(args.output_dir))
         if args.n_gpu > 1:
             logger.warning(f"{args.n_gpu} GPUs are visible and one is used; `accelerate launch` uses all of them.")
             args._n_gpu = 1
         set_seed(args.seed)  # the Trainer does so too, but after the adapter's first weights are drawn
         if model is None:
             self.model_init = model_init
-            model = super().call_model_init()
+            model = cast(PreTrainedModel, super().call_model_init())
         processing_class = processing_class or _load_tokenizer_of(model, args)
         if isinstance(model, str):  # a long load comes after what can be refused without it
-            self._check_rows(args, train_dataset, eval_dataset)
+            self._check_rows(train_dataset, eval_dataset)
         model = _load(model, args, peft_config)
         self.backbone = resolve_backbone(model, processing_class)
         self._tokenizer, self._peft_config = processing_class, peft_config
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
-        parts = self._tokenize_train(args, train_dataset)
-        collator = DataCollatorForUnlearning(
-            self.backbone.pad_token_id, self.backbone.end_token_ids[0] if args.pad_with_end_tokens else None
-        )
+        parts = self._tokenize_train(train_dataset)
+        filler = self.backbone.end_token_ids[0] if isinstance(args, MDLMConfig) and args.pad_with_end_tokens else None
         super().__init__(
             model=_with_adapter(model, peft_config, args, self.backbone),
             args=args,
-            data_collator=data_collator or collator,
+            data_collator=data_collator or DataCollatorForUnlearning(self.backbone.pad_token_id, filler),
             train_dataset=_pairs(parts, args) if parts else None,
-            eval_dataset=self._tokenize_eval(args, eval_dataset),
+            eval_dataset=self._tokenize_eval(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
-            compute_metrics=self._mean_rows,
+            compute_metrics=self._mean_scores,
             optimizers=optimizers,
         )
         self.model_init = model_init  # the Trainer would make another model at once
-        self._read_once = {name: getattr(args, name) for name in READ_ONCE}
+        self._read_once = {name: value for name, value in vars(args).items() if name in READ_ONCE}
         self.model_accepts_loss_kwargs = False
         self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
 
     @classmethod
-    def _config(cls, args: MDLMConfig | None) -> MDLMConfig:
-        args = args if args is not None else cls.config_class("trainer_output")
-        if not isinstance(args, cls.config_class):
+    def _config(cls, args: C | None) -> C:
+        config: Any = cls.config_class("trainer_output") if args is None else args
+        if not isinstance(config, cls.config_class):
             raise TypeError(f"args must be a {cls.config_class.__name__}, got a {type(args).__name__}.")
-        return args
+        return cast(C, config)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A new model, with a new adapter if there is to be one."""
-        model = super().call_model_init(trial)
+        model = cast(PreTrainedModel, super().call_model_init(trial))
         return _with_adapter(model, self._peft_config, self.args, self.backbone)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -164,8 +167,7 @@ class MDLMTrainer(EvaluatingTrainer):
         self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
         self._metrics.clear()
         if self.train_dataset is not None:
-            parts = self.train_dataset.parts
-            self.train_dataset = _pairs(parts, args)
+            self.train_dataset = _pairs(self.train_dataset.parts, args)
         self._renew_eval_sets()
 
     def _check_run(self) -> None:
@@ -193,58 +195,51 @@ class MDLMTrainer(EvaluatingTrainer):
         Args:
             num_items_in_batch: name of a loss -> weight of the examples in its mean, as `get_batch_samples` counts it.
         """
+        assert isinstance(self.args, MDLMConfig)
         # 1. The forward process: y_t is y with the positions M_t masked, N in all
-        batch = inputs["train"]
-        noised = forward_process(batch, self.backbone.mask_token_id)
+        noised, weight = forward_process(inputs["train"], self.backbone.mask_token_id), inputs["train"]["weight"]
 
         # 2. The prediction p_theta(. | x, y_t): of each masked token -log p and the entropy, [N]
-        weight = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked  # [B]
-        measure = TokenNLL(noised.targets, weight[noised.batch_index])
-        nll, entropy = self._measure(model, [noised], [measure])[0]
+        share = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked  # [B]
+        where = (noised.input_ids, noised.attention_mask, noised.masked)  # [B, L]
+        measure = TokenNLL(noised.targets, share[noised.batch_index])
+        nll, entropy = measure_at(model, *where, measure, logit_shift=self.backbone.logit_shift)
 
         # 3. One loss an example [B], then the mean over the update
-        loss = weight * sum_by_example(nll, noised.batch_index, len(weight))
-        scores = {"loss": Score(loss, batch["weight"])} | prediction_scores(noised, entropy, batch["weight"])
-        loss = self._mean("loss", scores, num_items_in_batch)
+        loss = share * sum_by_example(nll, noised.batch_index, len(share))
+        entropy = mean_by_example(entropy, noised.batch_index, noised.num_masked)
+        fraction = noised.num_masked / noised.num_response
+        values = {"loss": loss, "entropy": entropy, "masked_fraction": fraction}
+        scores = {name: Score(value, weight) for name, value in values.items()}
+        loss = (loss * weight).sum() / (num_items_in_batch or {"loss": weight.sum()})["loss"]
         self._record(loss, scores)
         return (loss, scores) if return_outputs else loss
 
-    def _measure(self, model: nn.Module, batches: Sequence[Noised], measures: Sequence[Measure]) -> list[TokenValues]:
-        """One forward pass over all batches, and of each what its measure asks of the masked tokens: `[N]`."""
-        counts = [len(noised.targets) for noised in batches]
-        where = side_by_side(batches, self.backbone.pad_token_id)
-        measured = measure_at(model, *where, Joint(counts, measures), logit_shift=self.backbone.logit_shift)
-        return [TokenValues(*part) for part in zip(*(column.split(counts) for column in measured), strict=True)]
-
-    def _mean(self, name: str, scores: Scores, sizes: dict[str, Tensor] | None) -> Tensor:
-        """Mean of a score over examples; `sizes` holds the mean weight of the micro-batches of the update."""
-        value, weight = scores[name]
-        return (value * weight).sum() / (sizes[name] if sizes else weight.sum())
-
     # Data
 
-    def _check_rows(
-        self, args: MDLMConfig, dataset: Dataset | None, evaluated: Dataset | dict[str, Dataset] | None
-    ) -> None:
+    def _check_rows(self, dataset: Dataset | None, evaluated: Dataset | dict[str, Dataset] | None) -> None:
         sets = [(name, rows, [name]) for name, rows in self._train_sets(dataset).items()]
         several = evaluated if isinstance(evaluated, dict) else {None: evaluated}
-        sets += [("eval", rows, self._eval_parts(args, name)) for name, rows in several.items()]
+        sets += [("eval", rows, self._eval_parts(name)) for name, rows in several.items()]
         for name, rows, parts in sets:
             if rows is not None and not isinstance(rows, RowPairs):
-                check_rows(rows, name, **self._eval_columns(args, parts))
+                check_rows(rows, name, **self._columns(parts))
 
     def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
         return {"train": dataset}
 
-    def _tokenize_train(self, args: MDLMConfig, dataset: Dataset | None) -> dict[str, TokenizedRows]:
-        return {} if dataset is None else {"train": self._tokenize(args, dataset, "train")}
+    def _tokenize_train(self, dataset: Dataset | None) -> dict[str, TokenizedRows]:
+        sets = {} if dataset is None else self._train_sets(dataset)
+        given = {name: rows for name, rows in sets.items() if rows is not None}
+        return {name: self._tokenize(rows, name, **self._columns([name])) for name, rows in given.items()}
 
-    def _tokenize(self, args: MDLMConfig, dataset: Dataset, name: str, **kwargs: bool) -> TokenizedRows:
-        return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=args.max_length, **kwargs)
+    def _tokenize(self, dataset: Dataset, name: str, preferred: bool = False) -> TokenizedRows:
+        limit = self.args.max_length
+        return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=limit, preferred=preferred)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in
-        size, several = len(train_dataset or self.train_dataset), self.args.world_size > 1
+        size, several = len(train_dataset or self.train_dataset or ()), self.args.world_size > 1
         rows = self.args.train_batch_size * self.args.world_size
         filled = several and not self.args.dataloader_drop_last
         return EpochSampler(size, epoch=lambda: int(self.state.epoch or 0), multiple=rows if filled else 1)
@@ -260,11 +255,11 @@ class MDLMTrainer(EvaluatingTrainer):
         return batches, self._update_sizes(batches) if batches else {}
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
-        rows = sum(batch["train"]["weight"].sum() for batch in batches)
-        return {"loss": self._mean_over_update(rows, len(batches))}
+        return {"loss": self._mean_over_update([batch["train"]["weight"].sum() for batch in batches])}
 
-    def _mean_over_update(self, total: Tensor, num_batches: int) -> Tensor:
-        return self.accelerator.reduce(total.float().to(self.args.device), "mean") / num_batches
+    def _mean_over_update(self, counts: list[Tensor]) -> Tensor:
+        total = torch.stack(counts).sum().float().to(self.args.device)
+        return cast(Tensor, self.accelerator.reduce(total, "mean")) / len(counts)
 
     def floating_point_ops(self, inputs: dict[str, Batch]) -> int:
         """Estimate of the forward and backward passes on every part of a batch."""
@@ -280,9 +275,19 @@ class MDLMTrainer(EvaluatingTrainer):
             if self.args.include_num_input_tokens_seen == "all":
                 tokens = torch.ones_like(tokens)
             total += tokens[part["weight"] > 0].sum().to(total.device)
-        self.state.num_input_tokens_seen += self.accelerator.reduce(total, "sum").item()
+        self.state.num_input_tokens_seen += int(cast(Tensor, self.accelerator.reduce(total, "sum")))
 
-    # Logging
+    # The record of the run, and logging
+
+    @property
+    def loss_options(self) -> dict[str, float]:
+        """The constants of the loss."""
+        return {}
+
+    def _current_record(self, key: str | None = None) -> RunRecord:
+        self._start_digest = self._start_digest or start_digest(self.model, self.reference)
+        model, sets = self.accelerator.unwrap_model(self.model), {"train": self.train_dataset} | self._eval_sets
+        return RunRecord.of(self.args, model, sets, self.loss_options, self._start_digest, key)
 
     @torch.no_grad()
     def _record(self, loss: Tensor, scores: Scores) -> None:
@@ -297,7 +302,7 @@ class MDLMTrainer(EvaluatingTrainer):
                 self._metrics[name] += torch.where(keep, total, 0.0)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `Trainer`, with the means of the figures since the last training log."""
+        """As in `Trainer`, with the means of the scores since the last training log."""
         if "loss" in logs and self._metrics:
             totals = self.accelerator.reduce(torch.stack(list(self._metrics.values())), "sum")
             logs |= {name: (total / count).item() for name, (total, count) in zip(self._metrics, totals, strict=True)}
@@ -305,19 +310,19 @@ class MDLMTrainer(EvaluatingTrainer):
         super().log(logs, start_time)
 
 
-def prediction_scores(noised: Noised, entropy: Tensor, weight: Tensor) -> Scores:
-    """What is logged of every prediction: its entropy `[N]`, and the share of the response that was masked."""
-    return {
-        "entropy": Score(mean_by_example(entropy, noised.batch_index, noised.num_masked), weight),
-        "masked_fraction": Score(noised.num_masked / noised.num_response, weight),
-    }
+def _check_source(model: Any, model_init: Callable | None, optimizers: tuple) -> None:
+    """Refuse a model that is given twice or not at all, and optimizers of one that is made anew for each run."""
+    if (model is None) == (model_init is None):
+        raise UserError("Pass the model to train, or as model_init a function that makes it; one of the two.")
+    if model_init is not None and any(part is not None for part in optimizers):
+        raise UserError("optimizers are of one model, and model_init makes a new one for each run. Leave them out.")
 
 
 def _load(
-    model: str | PreTrainedModel | PeftModel, args: MDLMConfig, peft_config: PeftConfig | None
+    model: str | PreTrainedModel | PeftModel, args: DiffusionConfig, peft_config: PeftConfig | None
 ) -> PreTrainedModel | PeftModel:
     if isinstance(model, str):
-        how = {"trust_remote_code": args.trust_remote_code} | (args.model_init_kwargs or {})
+        how = args.load_options
         if is_adapter(model):
             return load_checkpoint(model, is_trainable=True, **how)[0]
         given = {"dtype", "torch_dtype", "quantization_config", "load_in_8bit", "load_in_4bit"} & how.keys()
@@ -333,7 +338,7 @@ def _load(
     return model
 
 
-def _warn_of_rounding(model: PreTrainedModel, args: MDLMConfig) -> None:
+def _warn_of_rounding(model: PreTrainedModel, args: DiffusionConfig) -> None:
     """Say so if all weights are trained in half precision, where most updates round to nothing."""
     trained = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
     if trained and not args.deepspeed:  # which keeps float32 copies of its own
@@ -344,16 +349,16 @@ def _warn_of_rounding(model: PreTrainedModel, args: MDLMConfig) -> None:
         )
 
 
-def _load_tokenizer_of(model: str | PreTrainedModel | PeftModel, args: MDLMConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer_of(model: str | PreTrainedModel | PeftModel, args: DiffusionConfig) -> PreTrainedTokenizerBase:
     name = base_of(model) if isinstance(model, str) else model.config._name_or_path
     if not name:
         raise UserError("The model was not loaded from a name or path, so pass its tokenizer as processing_class.")
-    revision = (args.model_init_kwargs or {}).get("revision")
-    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision or "main")
+    revision = args.load_options.get("revision") or "main"
+    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
 
 
 def _with_adapter(
-    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: MDLMConfig, backbone: Backbone
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: DiffusionConfig, backbone: Backbone
 ) -> PreTrainedModel | PeftModel:
     if peft_config is not None:
         if isinstance(model, PeftModel):
@@ -369,13 +374,15 @@ def _with_adapter(
     return model
 
 
-def _pairs(parts: dict[str, TokenizedRows], args: MDLMConfig) -> RowPairs:
+def _pairs(parts: dict[str, TokenizedRows], args: DiffusionConfig) -> RowPairs:
+    by_length = length_grouped(args.train_batch_size * args.world_size)
+    orders = {"random": shuffled, "sequential": in_order, "group_by_length": by_length}
     seed = args.seed if args.data_seed is None else args.data_seed
-    return RowPairs(parts, seed, _order(args), schedules(args, parts))
+    return RowPairs(parts, seed, orders[args.train_sampling_strategy], schedules(args, parts))
 
 
-def _with_targets(peft_config: PeftConfig, backbone: Backbone) -> PeftConfig:
-    """The backbone's linear layers, unless the config names others or is of a kind that adapts no linear layers."""
+def _with_targets(peft_config: Any, backbone: Backbone) -> PeftConfig:
+    """Make the backbone's linear layers the targets, unless the config has others or is of a kind without any."""
     if getattr(peft_config, "target_modules", None) is not None or peft_config.peft_type in OTHER_TARGETS:
         return peft_config
     if backbone.lora_target_modules is None:
@@ -385,8 +392,3 @@ def _with_targets(peft_config: PeftConfig, backbone: Backbone) -> PeftConfig:
     if layers is not None and isinstance(peft_config.target_modules, str):
         peft_config.layers_to_transform = peft_config.layers_pattern = None
     return peft_config
-
-
-def _order(args: MDLMConfig) -> Callable:
-    strategies = {"random": shuffled, "sequential": in_order}
-    return strategies.get(args.train_sampling_strategy) or length_grouped(args.train_batch_size * args.world_size)

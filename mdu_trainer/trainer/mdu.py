@@ -1,29 +1,28 @@
 """Unlearning of masked diffusion language models: the loss, step by step."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from huggingface_hub import CommitInfo
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import MDUConfig
 from ..data.rows import TokenizedRows, count_overlap
-from ..divergence import AnchorKL, Measure, Prediction, Projection, TokenNLL
+from ..divergence import AnchorKL, Joint, Prediction, Projection, TokenNLL
 from ..files import UserError
-from ..masking import Noised, forward_process
-from ..models import evaluation_mode, hidden_at
+from ..masking import Noised, forward_process, side_by_side
+from ..models import evaluation_mode, hidden_at, measure_at
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
-from .checks import check_prompts, check_retain
 from .evaluating import Score, Scores, has_both
-from .mdlm import Batch, MDLMTrainer, prediction_scores
+from .mdlm import Batch, MDLMTrainer
 from .precompute import precompute_anchors
 from .reference import Reference
 
@@ -47,7 +46,7 @@ class MDUTrainer(MDLMTrainer):
     Logs means over the rows since the last log: `loss`, `forget_loss`, `retain_loss`, and of the forget rows `kl` (to
     the anchor; to the uniform distribution for objectives without one), `entropy` and `masked_fraction`.
 
-    An evaluation computes them on each eval set, as `eval_<figure>`, or `eval_<set>_<figure>` for a set of a dict:
+    An evaluation computes them on each eval set, as `eval_<score>`, or `eval_<set>_<score>` for a set of a dict:
 
     - The set named "retain" is asked for the retain loss only: `eval_retain_loss`.
     - The set named "forget" is asked for the forget loss, `eval_forget_loss`, and (unless `retain_weight` is 0) for
@@ -63,6 +62,7 @@ class MDUTrainer(MDLMTrainer):
         trainer.train()
     """
 
+    args: MDUConfig
     config_class = MDUConfig
     _publishes_by_list = True
 
@@ -72,29 +72,13 @@ class MDUTrainer(MDLMTrainer):
         args: MDUConfig | None = None,
         train_dataset: Dataset | None = None,
         retain_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
-        processing_class: PreTrainedTokenizerBase | None = None,
-        peft_config: PeftConfig | None = None,
-        data_collator: Callable | None = None,
-        callbacks: list[TrainerCallback] | None = None,
-        optimizers: tuple = (None, None),
-        model_init: Callable[..., PreTrainedModel] | None = None,
+        *others: Any,
+        **options: Any,
     ):
         args = self._config(args)
-        check_retain(args, train_dataset, retain_dataset)
+        _check_retain(args, train_dataset is not None, retain_dataset is not None)
         self._retain_dataset = retain_dataset
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            data_collator=data_collator,
-            callbacks=callbacks,
-            optimizers=optimizers,
-            model_init=model_init,
-        )
+        super().__init__(model, args, train_dataset, *others, **options)
         self._anchor_head: Projection | None = None  # of the anchors computed before training
         self.reference = self._make_reference()
         self.provenance = self._open_provenance(train_dataset, retain_dataset)
@@ -107,11 +91,11 @@ class MDUTrainer(MDLMTrainer):
     @property
     def loss_options(self) -> dict[str, float]:
         """The constants of the forget loss: those of the configuration, or the objective's own."""
-        return self.forget_objective.chosen(vars(self.args) | (self.args.loss_options or {}))
+        return self.forget_objective.chosen(vars(self.args) | cast(dict, self.args.loss_options or {}))
 
     def _start_over(self) -> None:
         super()._start_over()
-        check_retain(self.args, self.train_dataset, self._retain_dataset)
+        _check_retain(self.args, self.train_dataset is not None, self._retain_dataset is not None)
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
         self._anchor_head = None
@@ -151,35 +135,46 @@ class MDUTrainer(MDLMTrainer):
         """
         # 1. The forward process: y_t is y with the positions M_t masked, N in all; m is a prompt of masks
         noised = {name: forward_process(batch, self.backbone.mask_token_id) for name, batch in inputs.items()}
-        weight = {name: batch["weight"] for name, batch in inputs.items()}  # [B] 0 for pairs that fill up a batch
+        weight = {name: batch["weight"] for name, batch in inputs.items()}  # [B], 0 for pairs that fill up a batch
+        forget, retain = noised.get("forget"), noised.get("retain")
 
         # 2. The anchor: theta_0 on (m, y_t) at M_t, [N, V] before its head; at tau = 0 it is uniform, without a pass
-        anchored = self.forget_objective.anchor and self.args.tau > 0 and "forget" in noised
+        anchored = forget is not None and self.forget_objective.anchor and self.args.tau > 0
         anchor = self._anchor(model, inputs["forget"], noised["forget"]) if anchored else None
 
         # 3. One conditional pass for all sets, p_theta(. | x, y_t): of each masked token KL or -log p, [N]
-        measures = {name: self._asked_of(name, noised[name], anchor, model) for name in noised}
-        measured = self._measure(model, list(noised.values()), list(measures.values()))
-        values = {name: one.value for name, one in zip(noised, measured, strict=True)}
+        counts = [len(one.targets) for one in noised.values()]  # N of each set
+        measure = Joint(counts, [self._asked_of(name, one, anchor, model) for name, one in noised.items()])
+        where = side_by_side(list(noised.values()), self.backbone.pad_token_id)  # ids, attention mask, M_t: [sum B, L]
+        measured = measure_at(model, *where, measure, logit_shift=self.backbone.logit_shift)  # [sum N]
+        values, entropies = (dict(zip(noised, column.split(counts), strict=True)) for column in measured)
 
         # 4. One loss an example, [B], and the mean over the examples of the update
-        scores = {}
-        if "forget" in noised:
+        scores: Scores = {}
+        if forget is not None:
             loss = self.forget_objective.loss(self._forget_terms(model, noised, values), **self.loss_options)
-            scores["forget_loss"] = Score(loss, weight["forget"] * self._in_the_mean(noised["forget"]))
-            scores["kl"] = self._kl(noised["forget"], values["forget"], measured[0].entropy, weight["forget"])
-        if "retain" in noised:
-            scores["retain_loss"] = Score(self._retain_loss(noised["retain"], values["retain"]), weight["retain"])
-        first = next(iter(noised))
-        scores |= prediction_scores(noised[first], measured[0].entropy, weight[first])
+            counted = weight["forget"] * (forget.num_masked if self._pools_tokens else 1)  # as the mean counts each
+            uniform = math.log(self.backbone.vocab_size) - entropies["forget"]  # KL to the uniform distribution, [N]
+            kl = values["forget"].detach() if self.forget_objective.anchor else uniform
+            scores["forget_loss"] = Score(loss, counted)
+            scores["kl"] = Score(mean_by_example(kl, forget.batch_index, forget.num_masked), counted)
+        if retain is not None:
+            scores["retain_loss"] = Score(self._retain_loss(retain, values["retain"]), weight["retain"])
+        name, first = next(iter(noised.items()))
+        entropy = mean_by_example(entropies[name], first.batch_index, first.num_masked)
+        scores["entropy"] = Score(entropy, weight[name])
+        scores["masked_fraction"] = Score(first.num_masked / first.num_response, weight[name])
+        sizes = num_items_in_batch or {name: score.weight.sum() for name, score in scores.items()}
         shares = {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
-        loss = sum(shares[n] * self._mean(n, scores, num_items_in_batch) for n in shares if n in scores)
+        terms = [shares[n] * ((scores[n].value * scores[n].weight).sum() / sizes[n]) for n in shares if n in scores]
+        loss = torch.stack(terms).sum()
         self._record(loss, scores)
         return (loss, scores) if return_outputs else loss
 
     def _anchor(self, model: nn.Module, batch: Batch, noised: Noised) -> Prediction:
-        """The prompt-masked prediction at the masked positions, without gradient."""
+        """Return the prompt-masked prediction at the masked positions, without gradient."""
         if "anchor" in batch:  # computed before training
+            assert self._anchor_head is not None
             return self._anchor_head._replace(hidden=batch["anchor"])
         where = (noised.anchor_ids, noised.attention_mask, noised.masked)
         if self.args.anchor_source == "initial":
@@ -187,23 +182,23 @@ class MDUTrainer(MDLMTrainer):
         with evaluation_mode(model):
             return hidden_at(model, *where, logit_shift=self.backbone.logit_shift)
 
-    def _asked_of(self, name: str, noised: Noised, anchor: Prediction | None, model: nn.Module) -> Measure:
-        """What is asked of the prediction on a set, with the tokens' shares in the loss where they are known."""
-        by_bound = (noised.weight / noised.num_response)[noised.batch_index]
+    def _asked_of(self, name: str, noised: Noised, anchor: Prediction | None, model: nn.Module) -> AnchorKL | TokenNLL:
+        """Return the measure of a set's prediction, with the tokens' shares in the loss where they are known."""
+        mean, by_bound = 1 / noised.num_masked, noised.weight / noised.num_response  # [B]
         if name == "forget" and self.forget_objective.anchor:
-            share = self._in_the_mean(noised) / noised.num_masked
+            share = torch.ones_like(mean) if self._pools_tokens else mean
             return AnchorKL(self.args.tau, anchor, token_weight=share[noised.batch_index])
         if name == "retain" and self._retain_loss_type == "kl":
             where = (noised.input_ids, noised.attention_mask, noised.masked)
             initial = self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
-            return AnchorKL(1.0, initial, token_weight=(1 / noised.num_masked)[noised.batch_index])
+            return AnchorKL(1.0, initial, token_weight=mean[noised.batch_index])
         known = name == "retain" or (name == "forget" and self.forget_objective.linear)
-        return TokenNLL(noised.targets, token_weight=by_bound if known else None)
+        return TokenNLL(noised.targets, token_weight=by_bound[noised.batch_index] if known else None)
 
     def _forget_terms(self, model: nn.Module, noised: dict[str, Noised], values: dict[str, Tensor]) -> ForgetTerms:
-        """What the objective reads: the prediction, and theta_0's on the same masks where it is compared with that."""
+        """Return what the objective reads: the prediction, and theta_0's on the same masks where it compares them."""
         forget, preferred = noised["forget"], noised.get("preferred")
-        terms: dict[str, Tensor] = {"kl" if self.forget_objective.anchor else "nll": values["forget"]}
+        terms = {"kl" if self.forget_objective.anchor else "nll": values["forget"]}
         if self.forget_objective.reference:
             terms["reference_bound"] = self._reference_bound(model, forget)
         if preferred is not None:
@@ -211,17 +206,10 @@ class MDUTrainer(MDLMTrainer):
             terms["preferred_reference_bound"] = self._reference_bound(model, preferred)
         return ForgetTerms(forget.batch_index, forget.num_masked, forget.num_response, forget.weight, **terms)
 
-    def _in_the_mean(self, noised: Noised) -> Tensor:
-        """What an example weighs in the forget loss, [B]: 1, or its masked tokens where the KL is pooled over all."""
-        return noised.num_masked.float() if self._pools_tokens else torch.ones_like(noised.weight)
-
-    def _kl(self, noised: Noised, value: Tensor, entropy: Tensor, weight: Tensor) -> Score:
-        """KL to the anchor, for the log; to the uniform distribution of objectives without one."""
-        if self.forget_objective.anchor:
-            kl, weight = value.detach(), weight * self._in_the_mean(noised)
-        else:
-            kl = math.log(self.backbone.vocab_size) - entropy
-        return Score(mean_by_example(kl, noised.batch_index, noised.num_masked), weight)
+    def _reference_bound(self, model: nn.Module, noised: Noised) -> Tensor:
+        where = (noised.input_ids, noised.attention_mask, noised.masked, noised.targets)
+        nll = self._theta_0.nll(model, *where, logit_shift=self.backbone.logit_shift)
+        return diffusion_bound(nll, noised.batch_index, noised.weight)
 
     def _retain_loss(self, noised: Noised, value: Tensor) -> Tensor:
         if self._retain_loss_type == "nelbo":
@@ -233,10 +221,10 @@ class MDUTrainer(MDLMTrainer):
         """Without a retain loss in training, theta_0 is not kept for the scores of an eval set."""
         return self.args.retain_loss_type if self.args.retain_weight else "nelbo"
 
-    def _reference_bound(self, model: nn.Module, noised: Noised) -> Tensor:
-        where = (noised.input_ids, noised.attention_mask, noised.masked, noised.targets)
-        nll = self._theta_0.nll(model, *where, logit_shift=self.backbone.logit_shift)
-        return diffusion_bound(nll, noised.batch_index, noised.weight)
+    @property
+    def _pools_tokens(self) -> bool:
+        """Whether the KL is averaged over the masked tokens of the update, and not first over each example's."""
+        return self.forget_objective.anchor and self.args.kl_reduction == "token"
 
     @property
     def _theta_0(self) -> Reference:
@@ -247,69 +235,51 @@ class MDUTrainer(MDLMTrainer):
             )
         return self.reference
 
-    @property
-    def _pools_tokens(self) -> bool:
-        """Whether the KL is averaged over the masked tokens of the update, and not first over each example's."""
-        return self.forget_objective.anchor and self.args.kl_reduction == "token"
-
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
-        forget = [batch["forget"] for batch in batches]
-        examples = self._mean_over_update(sum(batch["weight"].sum() for batch in forget), len(batches))
-        if not self._pools_tokens:
-            return {"forget_loss": examples, "retain_loss": examples}
-        mask = self.backbone.mask_token_id
-        masked = sum((forward_process(batch, mask).num_masked * batch["weight"]).sum() for batch in forget)
-        return {"forget_loss": self._mean_over_update(masked, len(batches)), "retain_loss": examples}
+        counts = [batch["forget"]["weight"].sum() for batch in batches]
+        sizes: dict[str, Tensor] = dict.fromkeys(("forget_loss", "retain_loss"), self._mean_over_update(counts))
+        if self._pools_tokens:
+            noised = [forward_process(batch["forget"], self.backbone.mask_token_id) for batch in batches]
+            pairs = zip(noised, batches, strict=True)
+            masked = [(one.num_masked * batch["forget"]["weight"]).sum() for one, batch in pairs]
+            sizes["forget_loss"] = self._mean_over_update(masked)
+        return sizes
 
     # Data
 
     def _train_sets(self, dataset: Dataset | None) -> dict[str, Dataset | None]:
         return {"forget": dataset, "retain": self._retain_dataset}
 
-    def _tokenize_train(self, args: MDUConfig, dataset: Dataset | None) -> dict[str, TokenizedRows]:
-        retain = self._retain_dataset
-        if dataset is None:
-            return {}
-        parts = {"forget": self._tokenize(args, dataset, "forget", preferred=OBJECTIVES[args.loss_type].preferred)}
-        if retain is not None:
-            parts["retain"] = self._tokenize(args, retain, "retain")
-            overlap = count_overlap(parts["forget"], parts["retain"])
-            if overlap:
-                logger.warning(
-                    f"{overlap} of {len(parts['forget'])} forget rows are in the retain set too: they are trained to "
-                    "be forgotten and kept at once. Remove them from the retain set."
-                )
+    def _tokenize_train(self, dataset: Dataset | None) -> dict[str, TokenizedRows]:
+        parts = super()._tokenize_train(dataset)
+        overlap = count_overlap(parts["forget"], parts["retain"]) if "retain" in parts else 0
+        if overlap:
+            logger.warning(
+                f"{overlap} of {len(parts['forget'])} forget rows are in the retain set too: they are trained to be "
+                "forgotten and kept at once. Remove them from the retain set."
+            )
         return parts
 
     def _check_run(self) -> None:
         super()._check_run()
-        if self.args.loss_type == "mdu" and self.args.tau == 1:
-            check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
+        if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1:
+            _check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
 
     # Evaluation: rows to forget are asked for another loss than rows to keep
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset | dict[str, Dataset] | str | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """As in `EvaluatingTrainer`; with a "forget" and a "retain" set also L, the sum of the two losses."""
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if has_both(self.eval_dataset if eval_dataset is None else eval_dataset):
-            forget, retain = (metrics[f"{metric_key_prefix}_{name}_loss"] for name in ("forget", "retain"))
-            whole = {f"{metric_key_prefix}_loss": forget + self.args.retain_weight * retain}
-            self.log(dict(whole))
-            metrics |= whole
-        return metrics
+    def _over_sets(self, sets: Any, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+        if not has_both(sets):
+            return {}
+        forget, retain = (metrics[f"{prefix}_{name}_loss"] for name in ("forget", "retain"))
+        return {f"{prefix}_loss": forget + self.args.retain_weight * retain}
 
-    def _eval_parts(self, args: Any, name: str | None) -> list[str]:
+    def _eval_parts(self, name: str | None) -> list[str]:
         if name == "retain":
             return ["retain"]
-        return ["forget", "retain"] if args.retain_weight else ["forget"]
+        return ["forget", "retain"] if self.args.retain_weight else ["forget"]
 
-    def _eval_columns(self, args: Any, parts: list[str]) -> dict[str, bool]:
-        return {"preferred": "forget" in parts and OBJECTIVES[args.loss_type].preferred}
+    def _columns(self, parts: list[str]) -> dict[str, bool]:
+        return {"preferred": "forget" in parts and self.forget_objective.preferred}
 
     def _loss_of(self, name: str | None, parts: list[str]) -> dict[str, float]:
         if name == "forget" or "retain" not in parts:
@@ -318,21 +288,17 @@ class MDUTrainer(MDLMTrainer):
             return {"retain_loss": 1.0}
         return {"forget_loss": 1.0, "retain_loss": self.args.retain_weight}
 
-    def _figure_names(self, name: str | None, parts: list[str]) -> list[str]:
+    def _score_names(self, name: str | None, parts: list[str]) -> list[str]:
         losses = {"forget": ["forget_loss", "kl"], "retain": ["retain_loss"]}
         prefix = "eval_" if name is None else f"eval_{name}_"
-        own = [prefix + figure for part in parts for figure in losses[part]]
-        return own + super()._figure_names(name, parts)
+        return [prefix + score for part in parts for score in losses[part]] + super()._score_names(name, parts)
 
-    def _all_figure_names(self) -> list[str]:
-        return super()._all_figure_names() + (["eval_loss"] if has_both(self.eval_dataset) else [])
+    def _all_score_names(self) -> list[str]:
+        return super()._all_score_names() + (["eval_loss"] if has_both(self.eval_dataset) else [])
 
     def _unclear_names(self) -> dict[str, str]:
-        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {None: self.eval_dataset}
         why = "it adds the forget and the retain loss of the same rows, and no model is good at both"
-        mixed = [
-            name for name, rows in sets.items() if rows is not None and len(self._loss_of(name, [*rows.parts])) > 1
-        ]
+        mixed = [name for name, rows in self._named_sets.items() if len(self._loss_of(name, [*rows.parts])) > 1]
         return {"eval_loss" if name is None else f"eval_{name}_loss": why for name in mixed}
 
     # Saving and publishing. What stands above the trainer is imported where its own hooks call it
@@ -392,3 +358,27 @@ class MDUTrainer(MDLMTrainer):
 
         if self._staging is None:  # a checkpoint without its name is not whole yet
             push_checkpoint(self, checkpoint_folder)
+
+
+def _check_retain(args: MDUConfig, has_forget: bool, has_retain: bool) -> None:
+    """Refuse a retain set that would not be read, and a retain loss without one, before a model is loaded."""
+    if has_forget and args.retain_weight > 0 and not has_retain:
+        raise UserError(
+            f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
+            "retain_weight=0 to unlearn without one."
+        )
+    if args.retain_weight == 0 and has_retain:
+        raise UserError(
+            "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
+            "use 1), or leave the retain set out."
+        )
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], mask_token_id: int) -> None:
+    """Refuse empty prompts where theta_0's own prediction is the anchor."""
+    bare = sum(all(token == mask_token_id for token in prompt) for prompt in prompts)
+    if bare:
+        raise UserError(
+            f"{bare} of {len(prompts)} forget rows have an empty prompt. At tau = 1 the model's own prediction is "
+            "their anchor, so they would never be forgotten. Take a smaller tau, or give them a prompt."
+        )

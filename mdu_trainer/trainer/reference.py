@@ -1,4 +1,4 @@
-"""Who answers for theta_0, the weights at the start."""
+"""Predictions of theta_0, the model with its weights at the start."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -147,8 +147,11 @@ class Reference:
 
 @contextmanager
 def _adapters_off(model: PeftModel) -> Iterator[None]:
-    """PEFT also marks adapters that are off as not trained, which FSDP would take over for the passes that follow, and
-    afterwards those that are on as trained, though the user may have frozen some."""
+    """Switch the adapters off, and leave alone which of them are trained.
+
+    PEFT marks those that are off as not trained, which FSDP would take over for the passes that follow, and afterwards
+    those that are on as trained, though the user may have frozen some.
+    """
     trained = [(p, p.requires_grad) for p in model.parameters()]
     try:
         with model.disable_adapter():
@@ -225,8 +228,10 @@ def _to_8bit(model: nn.Module) -> None:
 
 
 def _adapter_is_identity(model: PeftModel) -> bool:
-    """Whether the adapters, frozen ones among them, change nothing yet: LoRA layers, one factor of which is zero (A in
-    embeddings), and copies of modules that are still equal to them."""
+    """Whether the adapters change nothing yet, frozen ones among them.
+
+    These are LoRA layers with one factor that is zero (A in embeddings), and copies that still equal their modules.
+    """
     named = list(model.named_parameters())
     is_lora = all("lora_" in name or "modules_to_save" in name for name, p in named if p.requires_grad)
     zero_at_first = [p for name, p in named if "lora_B" in name or "lora_embedding_A" in name]

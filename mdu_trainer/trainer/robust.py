@@ -32,8 +32,8 @@ from .checkpoints import (
     write_manifest,
 )
 from .guard import RunGuard, check_weights
-from .run_lock import holding_lock
-from .run_record import RUN_FILE, RunRecord, start_digest
+from .run_lock import sole_run
+from .run_record import RUN_FILE, RunRecord
 from .updates import TrainedTensors, check_trainable
 
 logger = logging.get_logger(__name__)
@@ -63,7 +63,6 @@ class RobustTrainer(Trainer):
         self.guard = RunGuard(self.accelerator)
         self.add_callback(self.guard)
 
-    @holding_lock
     def train(self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`, from whole checkpoints only, with finite updates only, and obeying signals.
 
@@ -82,17 +81,19 @@ class RobustTrainer(Trainer):
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        self._finish_current_push()  # of an earlier call
-        if self.args.should_save:
-            clear_leftovers(Path(self._get_output_dir(trial)))
-        self.accelerator.wait_for_everyone()
-        self._resumed_from = checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
-        if self.model_init is None:  # or else the Trainer makes the model first
-            self._begin()
-        self._written = Path(checkpoint) if checkpoint else None
-        with self._reporting_failure(), self.guard.listening():
-            output = super().train(checkpoint, trial, **kwargs)
-            self._check_changed()
+        folder = Path(self._get_output_dir(trial))  # a trial of a search has one of its own
+        with sole_run(folder):
+            self._finish_current_push()  # of an earlier call
+            if self.args.should_save:
+                clear_leftovers(folder)
+            self.accelerator.wait_for_everyone()
+            self._resumed_from = checkpoint = choose(self.args.output_dir, resume_from_checkpoint)
+            if self.model_init is None:  # or else the Trainer makes the model first
+                self._begin()
+            self._written = Path(checkpoint) if checkpoint else None
+            with self._reporting_failure(), self.guard.listening():
+                output = super().train(checkpoint, trial, **kwargs)
+                self._check_changed()
         return output
 
     def _begin(self) -> None:
@@ -127,7 +128,7 @@ class RobustTrainer(Trainer):
             )
 
     def _prepare_training(self) -> None:
-        """What is to be done while the weights are those at the start."""
+        """Do what needs the weights at the start."""
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As in `Trainer`, but nothing once training is to stop: a resumed run may have made all its updates."""
@@ -224,7 +225,7 @@ class RobustTrainer(Trainer):
     # Going on from a checkpoint
 
     def _why_ended(self) -> str | None:
-        """Why a callback ends training by the figures that it saw, as it would again."""
+        """Return why a callback ends training by the scores that it saw, as it would again."""
         reasons = (getattr(callback, "stopped_because", None) for callback in self.callback_handler.callbacks)
         return next(filter(None, reasons), None) if self.control.should_training_stop else None
 
@@ -258,13 +259,8 @@ class RobustTrainer(Trainer):
         return None if self.args.force_resume else ended
 
     def _current_record(self, key: str | None = None) -> RunRecord:
-        """What this run is made of, its data sets' digests under the key, or under a new one."""
-        reference, loss_options = getattr(self, "reference", None), getattr(self, "loss_options", {})
-        self._start_digest = self._start_digest or start_digest(self.model, reference)
-        model = self.accelerator.unwrap_model(self.model)
-        return RunRecord.of(
-            self.args, model, self.train_dataset, self._eval_sets, loss_options, self._start_digest, key
-        )
+        """Return the record of this run, its data sets' digests under the key, or under a new one."""
+        raise NotImplementedError
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As in `Trainer`, which takes learning rate and decay from the checkpoint; forced, from the new settings."""
@@ -285,7 +281,7 @@ class RobustTrainer(Trainer):
 
     @contextmanager
     def _reporting_failure(self) -> Iterator[None]:
-        """Whatever ends training, say where it can go on."""
+        """Say where training can go on, whatever ends it."""
         try:
             yield
         except BaseException as error:

@@ -1,12 +1,10 @@
 """One run an output folder: a lock that a process holds while it trains, and loses when it dies."""
 
-import functools
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -46,17 +44,6 @@ def sole_run(folder: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()  # where it is held
-
-
-def holding_lock(train: Callable) -> Callable:
-    """A trainer's `train` that holds the lock of its output folder; a trial of a search has one of its own."""
-
-    @functools.wraps(train)
-    def locked(self: Any, resume_from_checkpoint: Any = None, trial: Any = None, **kwargs: Any) -> Any:
-        with sole_run(self._get_output_dir(trial)):
-            return train(self, resume_from_checkpoint, trial, **kwargs)
-
-    return locked
 
 
 def check_free(folder: str | Path) -> None:

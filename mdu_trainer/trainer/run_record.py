@@ -1,4 +1,4 @@
-"""What a run is made of, kept in its checkpoints: a run that goes on from one must be the same run.
+"""The record of a run, kept in its checkpoints: a run that goes on from one must be the same run.
 
 `run.json` holds every setting that can change the weights, a digest of each data set, and one of the model at the
 start. The data sets' digests are keyed, and each is of the whole set: it says whether the rows are the same ones in
@@ -12,6 +12,7 @@ import json
 import math
 import secrets
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..config import MDLMConfig
+from ..config import DiffusionConfig, MDLMConfig, MDUConfig
 from ..data.rows import RowPairs, TokenizedRows
 from ..files import Record
 from ..objectives import OBJECTIVES
@@ -52,14 +53,7 @@ UNCOMPARED = frozenset(
 )
 # Those that are compared as what they come to: the rows of an update, and the updates
 DERIVED = frozenset(
-    (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_steps",
-        "num_train_epochs",
-        "beta",
-        "loss_options",
-    )
+    "per_device_train_batch_size gradient_accumulation_steps max_steps num_train_epochs beta loss_options".split()
 )
 # Those that decide which weights are kept, where the best ones are loaded at the end
 SELECTION = frozenset(
@@ -76,7 +70,7 @@ NOT_OF_AN_ADAPTER = ("base_model_name_or_path", "revision", "inference_mode", "a
 
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """What decides the weights of a run.
+    """The settings and data that decide the weights of a run.
 
     Attributes:
         settings: values by name, as JSON has them.
@@ -102,10 +96,9 @@ class RunRecord(Record):
     @classmethod
     def of(
         cls,
-        args: MDLMConfig,
+        args: DiffusionConfig,
         model: nn.Module,
-        train_set: RowPairs | None,
-        eval_sets: dict[str, Any],
+        sets: Mapping[str, RowPairs | None],
         loss_options: dict[str, Any],
         start: str | None,
         key: str | None = None,
@@ -115,20 +108,20 @@ class RunRecord(Record):
         Args:
             args: its configuration.
             model: the model in training, unwrapped.
-            train_set: the rows that it learns from.
-            eval_sets: those that it is evaluated on, by name; they count where evaluations have a say in the weights.
+            sets: "train" -> the rows that it learns from, and those that it is evaluated on, by name. They count where
+                evaluations have a say in the weights.
             loss_options: what the loss reads beside the configuration's own fields.
             start: see `start_digest`.
             key: of the record that this one is compared with; a new one if None.
         """
         key = key or secrets.token_hex(16)
-        sets = {"train": train_set} | (eval_sets if _selects(args) else {})
         data = {}
-        for stage, dataset in sets.items():
+        for stage in sets if _selects(args) else ["train"]:
+            dataset = sets[stage]
             for name, rows in dataset.parts.items() if isinstance(dataset, RowPairs) else ():
                 name = name if stage == "train" else f"{stage} {name}"
                 data[name] = {"rows": len(rows), "digest": rows_digest(rows, key)}
-        return cls(_settings(args, model, loss_options), _updates(args, len(train_set or ())), data, start, key)
+        return cls(_settings(args, model, loss_options), _updates(args, len(sets["train"] or ())), data, start, key)
 
     @classmethod
     def of_checkpoint(cls, folder: str | Path) -> "RunRecord | None":
@@ -141,7 +134,7 @@ class RunRecord(Record):
         return cls.load(path) if path.is_file() else None
 
     def differences(self, now: "RunRecord", step: int) -> list[str]:
-        """What would make another run of this one, each named with what it was and is. No text of any row.
+        """Return what differs from another run, each difference with its two values. No text of any row.
 
         Args:
             now: the run that is to go on, its digests under this record's key.
@@ -222,7 +215,7 @@ def _selects(args: Any) -> bool:
     return args.load_best_model_at_end or best or _plain(args.lr_scheduler_type) in WATCHES_METRICS
 
 
-def _settings(args: MDLMConfig, model: nn.Module, loss_options: dict[str, Any]) -> dict[str, Any]:
+def _settings(args: DiffusionConfig, model: nn.Module, loss_options: dict[str, Any]) -> dict[str, Any]:
     unread = _unread_options(args)
     left_out = UNCOMPARED | DERIVED | unread | (frozenset() if _selects(args) else SELECTION)
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in left_out}
@@ -230,7 +223,7 @@ def _settings(args: MDLMConfig, model: nn.Module, loss_options: dict[str, Any]) 
     settings[ROWS_AN_UPDATE] = micro_batch * args.gradient_accumulation_steps
     if args.train_sampling_strategy == "group_by_length" or args.dataloader_drop_last:
         settings["rows a micro-batch (per_device_train_batch_size x processes)"] = micro_batch
-    if args.pad_with_end_tokens:  # a row's loss depends on the rows beside it
+    if isinstance(args, MDLMConfig) and args.pad_with_end_tokens:  # a row's loss depends on the rows beside it
         settings["per_device_train_batch_size"] = args.train_batch_size
     settings |= loss_options
     settings["precision of the weights"] = str(model.dtype)
@@ -244,16 +237,16 @@ def _settings(args: MDLMConfig, model: nn.Module, loss_options: dict[str, Any]) 
     return json.loads(json.dumps({name: _plain(value) for name, value in settings.items()}))
 
 
-def _unread_options(args: Any) -> frozenset[str]:
+def _unread_options(args: DiffusionConfig) -> frozenset[str]:
     """Options that the forget and retain losses of this run do not read."""
-    objective = OBJECTIVES.get(getattr(args, "loss_type", None))
-    unread = set()
-    if objective is not None:
-        unread = OF_OBJECTIVES - {*objective.options, *objective.settings, *(["tau"] if objective.anchor else [])}
-    return frozenset(unread | (set() if getattr(args, "retain_weight", 0) else {"retain_loss_type"}))
+    if not isinstance(args, MDUConfig):
+        return frozenset()
+    objective = OBJECTIVES[args.loss_type]
+    unread = OF_OBJECTIVES - {*objective.options, *objective.settings, *(["tau"] if objective.anchor else [])}
+    return unread | (frozenset() if args.retain_weight else {"retain_loss_type"})
 
 
-def _updates(args: MDLMConfig, size: int) -> int:
+def _updates(args: DiffusionConfig, size: int) -> int:
     batches = size / (args.train_batch_size * args.world_size)
     batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
     an_epoch = max(math.ceil(batches / args.gradient_accumulation_steps), 1)

@@ -1,4 +1,4 @@
-"""Whether a run changed what it trained. One that did not is an error, however smoothly it went."""
+"""A check that a run changed what it trained. One that did not is an error, however smoothly it went."""
 
 import torch
 from accelerate import Accelerator

@@ -2,12 +2,12 @@
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from datasets import Dataset
 from runs import die_at, status
 
@@ -148,13 +148,7 @@ def test_text_is_shown_on_request_only(folder, tmp_path):
     for flag in ((), ("--show-forget-text",)):
         output = tmp_path / "leak.json"
         arguments = check(folder, "full", "rows.jsonl", "--max-leak", 0.5, "--output", output, *flag)
-        run = subprocess.run(
-            [sys.executable, "-m", "mdu_trainer.leak_check", *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=200,
-        )
+        run = warm.run([sys.executable, "-m", "mdu_trainer.leak_check", *arguments], cwd=tmp_path, timeout=200)
         assert run.returncode == 1, run.stderr[-2000:]
         assert output.read_text() == run.stdout and len(run.stdout.splitlines()) == 1
         assert (PLANTED in run.stdout) == bool(flag) and PLANTED not in run.stderr

@@ -2,13 +2,13 @@
 
 import json
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from peft import LoraConfig, get_peft_model
 from runs import die_at, draw_moment, status
 
@@ -302,7 +302,7 @@ def command(*arguments) -> list[str]:
 
 
 def recover(*arguments, expect: int = 0) -> str:
-    run = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=ROOT, timeout=280)
+    run = warm.run(command(*arguments), cwd=ROOT, timeout=280)
     assert run.returncode == expect, run.stderr[-3000:]
     return run.stdout + run.stderr
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'mdu-trainer[eval]'")
@@ -280,6 +281,6 @@ def test_command_line(rows, checkpoint, tmp_path):
         "cpu",
     ]
     command = [sys.executable, "-m", "mdu_trainer.evaluation", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    done = warm.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "local_choices" in done.stdout and "acc_norm" in done.stdout

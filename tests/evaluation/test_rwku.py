@@ -1,11 +1,11 @@
 """RWKU: rows of our own in its schema."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
@@ -214,13 +214,7 @@ def test_the_script_forgets_without_a_retain_set(folder, roomy, tokenizer, tmp_p
         *("--decoding_steps", "2", "--likelihood_draws", "2", "--max_steps", "2", "--report_to", "none"),
         *("--dtype", "float32", "--use_cpu", "true", "--output_dir", tmp_path / "out"),
     ]
-    run = subprocess.run(
-        [sys.executable, ROOT / "examples" / "rwku.py", *map(str, options)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=280,
-    )
+    run = warm.run([sys.executable, ROOT / "examples" / "rwku.py", *options], cwd=ROOT, timeout=280)
     assert run.returncode == 0, run.stderr[-3000:]
     results = Results.load(tmp_path / "out" / "results.json")
     assert [one.name for one in results.runs] == ["base", "mdu tau=0"] and results.runs[1].train_seconds > 0

@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import warm
 
 from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
 from mdu_trainer.evaluation.results import Estimate, Results, markdown_table
@@ -268,7 +269,7 @@ def test_selection_of_a_sweep_is_named(folder):
 
 def test_command_line(folder, authors, tmp_path):
     script = [sys.executable, ROOT / "examples" / "report.py", folder, "--show_forget_text"]
-    run = subprocess.run([*script, "--output", tmp_path / "page.html"], capture_output=True, text=True, timeout=200)
+    run = warm.run([*script, "--output", tmp_path / "page.html"], timeout=200)
     log = run.stdout + run.stderr
     assert run.returncode == 0 and f"Written to {tmp_path / 'page.html'}" in log, log[-3000:]
     forgotten = [row for row in authors if row["author"] >= 10]

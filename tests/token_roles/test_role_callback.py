@@ -1,11 +1,11 @@
 """Token roles watched in training, and the script that compares models."""
 
-import subprocess
 import sys
 from pathlib import Path as FilePath
 
 import pytest
 import torch
+import warm
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.callbacks import TokenRoleCallback
@@ -84,13 +84,7 @@ def test_callback_that_cannot_work(make_trainer, sets):
 
 def script(*arguments, expect=0):
     root = FilePath(__file__).resolve().parents[2]
-    run = subprocess.run(
-        [sys.executable, str(root / "examples" / "roles.py"), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=root,
-        timeout=120,
-    )
+    run = warm.run([sys.executable, root / "examples" / "roles.py", *arguments], cwd=root, timeout=120)
     assert run.returncode == expect, run.stderr[-3000:]
     return run.stdout + run.stderr
 

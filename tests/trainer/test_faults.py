@@ -18,7 +18,8 @@ from runs import PROCESSES, make_trainer, run, train
 from transformers import Trainer, TrainerCallback
 
 from mdu_trainer import CheckpointError, MDLMConfig, MDLMTrainer, NonFiniteLossError, TrainingInterrupted
-from mdu_trainer.data.rows import tokenize_rows, whole_cache
+from mdu_trainer.data.reading import whole_cache
+from mdu_trainer.data.rows import tokenize_rows
 from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.trainer.checkpoints import WRITING, complete_checkpoints, damage, newest_intact
 

@@ -1,0 +1,92 @@
+"""The losses by their formulas: one row at a time, without padding, hooks or shared code."""
+
+import torch
+from torch.nn.functional import logsigmoid
+
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+def batch_of(trainer, epoch=0):
+    trainer.state.epoch = epoch
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def perturb(model, scale=0.05):
+    """Move trained weights, so that the live model differs from theta_0."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
+
+
+def log_probs(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+
+
+def expected_row(trainer, initial, name, batch, i, loss_type):
+    """One row of the forget loss (or of a retain loss) by its formula; also the weight of the row."""
+    args = trainer.args
+    part = batch[name]
+    length = int(part["attention_mask"][i].sum())
+    ids, response = part["input_ids"][i, :length], part["completion_mask"][i, :length].bool()
+    t, noise = part["t"][i].double().item(), part["noise"][i, :length]
+    drawn = response & (noise < t)
+    masked = drawn.clone()
+    if not masked.any():
+        masked[torch.where(response, noise, torch.tensor(2.0)).argmin()] = True
+    noisy = torch.where(masked, trainer.backbone.mask_token_id, ids)
+    anchor_ids = torch.where(response, noisy, trainer.backbone.mask_token_id)
+    model = trainer.model.eval()
+    p = log_probs(model, noisy)[masked]
+    weight = 1 / t if drawn.any() else 0.0
+
+    def bound(log_p):
+        return -weight * log_p.gather(1, ids[masked][:, None]).sum()
+
+    if loss_type == "mdu":
+        live = model if args.anchor_source == "current" else initial
+        q = (args.tau * log_probs(live, anchor_ids)[masked]).log_softmax(-1)
+        return (p.exp() * (p - q)).sum() / masked.sum(), masked.sum()
+    if loss_type == "kl":
+        q = log_probs(initial, noisy)[masked]
+        return (p.exp() * (p - q)).sum() / masked.sum(), 1
+    if loss_type in ("nelbo", "ga"):
+        return (bound(p) if loss_type == "nelbo" else -bound(p)) / response.sum(), 1
+    if loss_type == "simnpo":
+        return -2 / 2.5 * logsigmoid(2.5 * bound(p) / response.sum() - args.gamma), 1
+    if loss_type == "wga":
+        truth = p.gather(1, ids[masked][:, None])
+        return weight * ((args.alpha * truth).exp() * truth).sum() / response.sum(), 1
+    log_ratio = bound(log_probs(initial, noisy)[masked]) - bound(p)
+    if loss_type == "log_ratio":
+        return log_ratio, 1
+    if loss_type == "npo":
+        return -2 / 0.2 * logsigmoid(-0.2 * log_ratio), 1
+    preferred, _ = expected_row(trainer, initial, "preferred", batch, i, "log_ratio")
+    return -logsigmoid(0.1 * (preferred - log_ratio)), 1
+
+
+def expected_loss(trainer, initial, batch):
+    rows = range(len(batch["forget"]["t"]))
+    forget = [expected_row(trainer, initial, "forget", batch, i, trainer.args.loss_type) for i in rows]
+    if trainer.args.kl_reduction == "token":
+        total = sum(value * weight for value, weight in forget) / sum(weight for _, weight in forget)
+    else:
+        total = sum(value for value, _ in forget) / len(forget)
+    if "retain" in batch:
+        kind = trainer.args.retain_loss_type
+        retain = [expected_row(trainer, initial, "retain", batch, i, kind)[0] for i in rows]
+        total = total + trainer.args.retain_weight * sum(retain) / len(retain)
+    return total
+
+
+def weights(trainer):
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
+
+
+def trained(trainer):
+    """The weights at the end of a run."""
+    trainer.train()
+    return weights(trainer)
