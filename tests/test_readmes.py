@@ -44,7 +44,8 @@ NOT_RUN = {  # how a command begins, and why it is not run here
 }
 TASKS = {  # script or module -> the same as a subcommand of mdu
     "examples/tofu.py": "compare",
-    **{f"examples/{n}.py": n for n in ("unlearn", "score", "attack", "roles", "sweep", "report", "publish")},
+    **{f"examples/{n}.py": n for n in ("unlearn", "score", "attack", "roles", "sweep", "report")},
+    **{f"examples/{n}.py": n for n in ("publish", "sequential", "rwku")},
     "mdu_trainer.leak_check": "leak-check",
     "mdu_trainer.models": "models",
     "mdu_trainer.model_card": "card",
@@ -73,17 +74,17 @@ QUICK = {  # options that are added
     "unlearn": TRAINING,
     "compare": [*TRAINING, *SCORING, "--overwrite_output_dir"],
     "sweep": [*TRAINING, *SCORING, "--learning_rate", "1e-4", "--select", "retain>=0*base"],
-    "score": shlex.split("--max_rows 2 --likelihood_draws 2 --decoding_steps 2"),
-    "attack": shlex.split("--attacks prefix quantise-8 --max_rows 2 --decoding_steps 2"),
-    "roles": shlex.split("--max_rows 2 --num_steps 2 --num_paths 1"),
+    "score": shlex.split("--max_eval_rows 2 --likelihood_draws 2 --decoding_steps 2"),
+    "attack": shlex.split("--attacks prefix quantise-8 --max_eval_rows 2 --decoding_steps 2"),
+    "roles": shlex.split("--max_eval_rows 2 --num_steps 2 --num_paths 1"),
     "report": [],
     "publish": ["--dry_run"],
     "leak-check": [],
     "audit": [],
     "models": [],
     "card": [],
-    "examples/sequential.py": [*TRAINING, *SCORING],
-    "examples/rwku.py": [*TRAINING, *SCORING, "--dataset_name", "../shared/rwku", "--configs", "forget_level1"],
+    "sequential": [*TRAINING, *SCORING],
+    "rwku": [*TRAINING, *SCORING, "--dataset_name", "../shared/rwku", "--configs", "forget_level1"],
     "mdu_trainer.evaluation": shlex.split("--include_path tasks --limit 2 --device cpu"),
     "examples/benchmarks/step.py": shlex.split("--shape tiny --repeats 1"),
     "examples/benchmarks/likelihood.py": shlex.split("--num_rows 1 --num_seeds 2 --num_draws 8"),
@@ -143,8 +144,8 @@ def program(command: str) -> tuple[str, list[str]]:
     """What a command starts, "mdu TASK", a script or a module, and its arguments; of a launch, what is launched."""
     words = shlex.split(substituted(command))
     if words[:2] == ["accelerate", "launch"]:
-        script = next(number for number, word in enumerate(words) if word.endswith(".py"))
-        words = ["python", *words[script:]]
+        start = next(number for number, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+        words = ["python", *words[start:]]
     if words[:2] == ["python", "-m"]:
         return words[2], words[3:]
     if words[0] == "mdu":
@@ -164,7 +165,7 @@ def quick(command: str) -> tuple[str, list[str], tuple[int, ...]]:
     if left:
         pytest.fail(f"What stands for {', '.join(left)} in {command!r}? Say so in SUBSTITUTES.")
     arguments += QUICK[task]
-    if task in ("compare", "sweep", "examples/sequential.py") and "--model" not in arguments:
+    if task in ("compare", "sweep", "sequential") and "--model" not in arguments:
         arguments += SCRATCH
     if task in ("compare", "sweep") and command != DEMO:
         arguments += ONE_RUN
@@ -200,6 +201,7 @@ def start(name: str, arguments: list[str]) -> None:
         lambda method=None: fork,
     )  # imports no more
     if name.startswith("mdu "):
+        sys.path.insert(0, str(ROOT))
         sys.argv = ["mdu", name.removeprefix("mdu "), *arguments]
         (entry,) = re.findall(r'"mdu = ([\w.:]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
         sys.exit(pkgutil.resolve_name(entry)())
