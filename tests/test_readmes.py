@@ -41,6 +41,7 @@ NOT_RUN = {  # how a command begins, and why it is not run here
     "hf jobs ": "starts a machine somewhere else",
     "export ": "sets the environment of a shell",
     ".venv/bin/python -m pytest ": "runs tests, as this does",
+    "python -m mdu_trainer.evaluation ": "tests/evaluation/test_harness.py runs it; imports take 15 s",
 }
 TASKS = {  # script or module -> the same as a subcommand of mdu
     "examples/tofu.py": "compare",
@@ -54,11 +55,9 @@ SUBSTITUTES = {  # what stands for something that a reader has
     "PATH": "outputs/demo/base",
     "NAME_OR_PATH": "outputs/demo/base",
     "MODEL": "outputs/demo/mdu-tau0",
-    "ADAPTER": "outputs/adapter",
     "ORG/NAME": "nobody/nothing",
     "GSAI-ML/LLaDA-8B-Instruct": "outputs/demo/base",
     "locuslab/TOFU": "../shared/tofu",
-    "mmlu": "riddles",
     "bf16=True": "bf16=True, use_cpu=True",
 }
 if "activation_checkpointing" not in TrainingArguments.__dataclass_fields__:  # before transformers 5.23
@@ -85,24 +84,12 @@ QUICK = {  # options that are added
     "card": [],
     "sequential": [*TRAINING, *SCORING],
     "rwku": [*TRAINING, *SCORING, "--dataset_name", "../shared/rwku", "--configs", "forget_level1"],
-    "mdu_trainer.evaluation": shlex.split("--include_path tasks --limit 2 --device cpu"),
     "examples/benchmarks/step.py": shlex.split("--shape tiny --repeats 1"),
     "examples/benchmarks/likelihood.py": shlex.split("--num_rows 1 --num_seeds 2 --num_draws 8"),
     "examples/benchmarks/evaluation.py": shlex.split("--num_rows 2 --batch_size 2 --num_draws 2 --turns 1"),
 }
 STATUS = {"leak-check": (0, 1)}  # of the others 0; an untrained model may give something away by chance
 
-RIDDLES = """\
-task: riddles
-dataset_path: json
-dataset_kwargs: {data_files: {test: tasks/riddles.jsonl}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{question}}"
-doc_to_choice: "{{choices}}"
-doc_to_target: "{{label}}"
-metric_list: [{metric: acc}]
-"""
 PRELOADED = [  # by the process that the others are forked from
     __name__,
     *("matplotlib.pyplot", "peft", "trl", "mdu_trainer.trainer.mdu", "mdu_trainer.evaluation.tofu"),
@@ -167,7 +154,7 @@ def quick(command: str) -> tuple[str, list[str], tuple[int, ...]]:
     arguments += QUICK[task]
     if task in ("compare", "sweep", "sequential") and "--model" not in arguments:
         arguments += SCRATCH
-    if task in ("compare", "sweep") and command != DEMO:
+    if task in ("compare", "sweep"):
         arguments += ONE_RUN
     return name, arguments, STATUS.get(task, (0,))
 
@@ -244,14 +231,10 @@ def clone(tmp_path_factory, authors):
         part.select_columns(["question", "answer"]).to_json(folder / f"{name}.jsonl")
     (folder / "intros").mkdir()
     shutil.copy(folder / "rows.jsonl", folder / "intros" / "0_Stephen_King.jsonl")
-    (folder / "tasks").mkdir()
-    (folder / "tasks" / "riddles.yaml").write_text(RIDDLES)
-    riddle = {"question": "What has keys but no locks?", "choices": ["A piano.", "A door."], "label": 0}
-    (folder / "tasks" / "riddles.jsonl").write_text(f"{json.dumps(riddle)}\n" * 2)
     status, log = in_process(folder, start, *quick(DEMO)[:2])
     assert status == 0, log[-3000:]
-    status, log = in_process(folder, make_adapter)
-    assert status == 0, log[-3000:]
+    for name in ("mdu-tau0", "mdu-tau1", "npo", "ga"):
+        shutil.copytree(folder / "outputs" / "demo" / "mdu-tau0.5", folder / "outputs" / "demo" / name)
     (folder / "outputs" / "base").mkdir()
     shutil.copy(folder / "outputs" / "demo" / "results.json", folder / "outputs" / "base")
     return folder
@@ -266,13 +249,6 @@ def write_data(folder: Path, authors: Dataset) -> None:
     (folder / "rwku").mkdir()
     probe = {"subject": "Stephen King", "query": "___ wrote it.", "answer": "He", "level": "1", "type": "fill"}
     (folder / "rwku" / "forget_level1.json").write_text(json.dumps([probe]))
-
-
-def make_adapter() -> None:
-    from peft import LoraConfig, get_peft_model
-
-    model = mdu_trainer.load_model("outputs/demo/base")
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained("outputs/adapter")
 
 
 @pytest.fixture
@@ -290,8 +266,6 @@ def test_command(copy, command):
     name, arguments, right = quick(command)
     if command == DEMO:
         return  # the folder was made by it
-    if name == "mdu_trainer.evaluation":
-        pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness: pip install 'mdu-trainer[eval]'")
     status, log = in_process(copy, start, name, arguments)
     assert status in right, f"{name} {shlex.join(arguments)}\n{log[-3000:]}"
 
