@@ -36,8 +36,8 @@ setup(
     license_expression="MIT",
     license_files=["LICENSE"],
     packages=[*find_packages(include=["mdu_trainer", "mdu_trainer.*"]), *BESIDE],
-    package_dir=BESIDE,
-    py_modules=["mdu"],
+    package_dir={"": "mdu_trainer/commands", "mdu_trainer": "mdu_trainer", **BESIDE},
+    py_modules=["mdu"],  # the command: outside the package, whose import takes seconds
     package_data={
         "mdu_trainer": ["py.typed", "*.pyi"],
         "mdu_trainer.examples": ["configs/*.yaml", "accelerate_configs/*.yaml"],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import mdu
+from mdu_trainer.commands import mdu
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.testing import tiny_mdlm
 
@@ -50,7 +50,7 @@ def test_the_list(call, words):
 
 def test_the_list_is_quick():
     code = "import sys, mdu; mdu.main(); sys.exit('torch' in sys.modules or 'mdu_trainer' in sys.modules)"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "mdu_trainer" / "commands")}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=60)
 
 
@@ -111,7 +111,7 @@ def test_from_end_to_end(tmp_path, tokenizer):
         part.save_pretrained(tmp_path / "model")
     quick = ["--max_eval_rows", "2", "--likelihood_draws", "1", "--decoding-steps", "1", "--dtype=float32"]
     run = subprocess.run(
-        [sys.executable, "-m", "mdu", "score", "--model", "model", "--output_dir", "scored", *quick],
+        [sys.executable, "-m", "mdu_trainer.mdu", "score", "--model", "model", "--output_dir", "scored", *quick],
         capture_output=True,
         text=True,
         cwd=tmp_path,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from published import write_dream, write_llada
 from safetensors import safe_open
@@ -30,13 +31,7 @@ def tofu(*arguments, expect=0):
 
 
 def script(name, *arguments, expect=0):
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=280,
-    )
+    run = warm.run([sys.executable, ROOT / "examples" / name, *arguments], cwd=ROOT, timeout=280)
     assert run.returncode == expect, run.stderr[-3000:]
     return run.stdout + run.stderr
 
@@ -207,7 +202,7 @@ def test_readme_script(tofu_path, tmp_path):
     for printed, here in changes.items():
         assert printed in script
         script = script.replace(printed, here)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    run = warm.run([sys.executable, "-c", script], cwd=ROOT)
     assert run.returncode == 0, run.stderr[-3000:]
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 

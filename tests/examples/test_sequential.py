@@ -2,11 +2,11 @@
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 from datasets import concatenate_datasets
 
 from mdu_trainer import MDUConfig, MDUTrainer, load_model, question_answer_rows
@@ -70,7 +70,7 @@ def script(*arguments):
     quick += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1", "--decoding_steps", "2"]
     quick += ["--max_eval_rows", "2", "--likelihood_draws", "1", "--report_to", "none", "--use_cpu", "true"]
     command = [sys.executable, str(ROOT / "examples" / "sequential.py"), *quick, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    return warm.run(command, cwd=ROOT)
 
 
 def test_script_scores_all_earlier_requests(tmp_path):

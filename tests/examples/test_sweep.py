@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from trl import ModelConfig
 
@@ -42,10 +43,9 @@ def start(*arguments):
 
 
 def sweep(*arguments, expect=0):
-    process = start(*arguments)
-    log = process.communicate(timeout=280)[0]
-    assert process.returncode == expect, log[-3000:]
-    return log
+    run = warm.run([sys.executable, ROOT / "examples" / "sweep.py", *arguments], cwd=ROOT, timeout=280)
+    assert run.returncode == expect, run.stderr[-3000:]
+    return run.stdout + run.stderr
 
 
 def trainings(log):

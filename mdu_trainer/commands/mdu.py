@@ -1,6 +1,7 @@
 """The `mdu` command: each subcommand is an example, run as it lies there, or a module of `mdu_trainer`.
 
-It stands outside the package, for importing that loads torch, and a list of subcommands should not take seconds.
+It is installed as a module of its own (see setup.py), for importing `mdu_trainer` loads torch, and a list of
+subcommands should not take seconds. So it imports nothing of the package before a subcommand runs.
 """
 
 import difflib
@@ -9,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-HERE = Path(__file__).parent
 COMMANDS = {  # name -> what it runs, and what that does
     "unlearn": ("unlearn.py", "make a model forget rows of your own; score it before and after"),
     "compare": ("tofu.py", "unlearn with several methods and compare them; without options, the demo"),
@@ -61,8 +61,10 @@ def run_example(name: str) -> None:
 
 def find_examples() -> Path:
     """The folder of the examples: inside the package when installed from a wheel, beside it in a clone."""
-    installed = HERE / "mdu_trainer" / "examples"
-    return installed if installed.is_dir() else HERE / "examples"
+    import mdu_trainer
+
+    package = Path(mdu_trainer.__file__).parent
+    return package / "examples" if (package / "examples").is_dir() else package.parent / "examples"
 
 
 if __name__ == "__main__":
