@@ -26,7 +26,7 @@ from mdu_trainer import (
 from mdu_trainer.evaluation import runner
 from mdu_trainer.inference import generation, likelihood
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
-from mdu_trainer.trainer import checkpoints
+from mdu_trainer.trainer import checkpoints, robust
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
@@ -50,13 +50,13 @@ PLACES = {  # what is called, how often in a run
     "half of the optimizer written": (torch, "save", 4 * SAVES),
     "optimizer written": (Trainer, "_save_optimizer_and_scheduler", SAVES),
     "random state written": (Trainer, "_save_rng_state", SAVES),
-    "no manifest yet": (checkpoints, "write_manifest", SAVES),
+    "no manifest yet": (robust, "write_manifest", SAVES),
     "not renamed yet": (checkpoints.os, "replace", 4 * SAVES),
-    "older ones not deleted yet": (checkpoints, "rotate", SAVES),
+    "older ones not deleted yet": (robust, "rotate", SAVES),
 }
 EVALUATION_PLACES = {  # 16 rows, 2 a batch
     "in a pass for a likelihood": (likelihood, "_fill_log_p", 30),
-    "in a decoding step": (generation, "_predict", 60),
+    "in a decoding step": (generation._Decoder, "predict", 60),
     "a batch scored": (runner.QuestionBatch, "scores", 8),
     "a batch kept, or the header": (runner.ProgressFile, "append", 9),
 }
