@@ -11,7 +11,7 @@ run = select(results.runs, "retain>=0.95*base,forget<=0.3")
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ..files import UserError
 from .results import NEVER_TRAINED, Estimate, Place, Results, Run, level_of
@@ -117,11 +117,10 @@ def frontier(runs: Sequence[Run], forget: str = "forget", keep: str = "retain") 
     Raises:
         ValueError: for a score that does not exist.
     """
-    places = place_of(forget), place_of(keep)
     measured = [run for run in candidates(runs) if not math.isnan(value_of(run, forget) + value_of(run, keep))]
-    level = level_of(runs, places[0])
+    level = level_of(runs, place_of(forget))
     levels = [] if level is None else [end for end in (level.value, level.low, level.high) if end is not None]
-    pairs = [tuple(run.figure(*place) for place in places) for run in measured]
+    pairs = [(_score(run, forget), _score(run, keep)) for run in measured]
     points = [(_to_lower(lost, level).value, kept.value) for lost, kept in pairs]
 
     def mark(i: int) -> Mark:
@@ -219,6 +218,10 @@ def reading(runs: Sequence[Run], forget: str = "forget") -> str:
         f"The target of forgetting is the never-trained model's score, {level}: nearer to it is better. "
         "Above it something is still known; below it is over-forgotten, which gives the deletion away."
     )
+
+
+def _score(run: Run, name: str) -> Estimate:
+    return cast(Estimate, run.figure(*place_of(name)))
 
 
 def _to_lower(score: Estimate, level: Estimate | None) -> Estimate:
