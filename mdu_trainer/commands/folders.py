@@ -16,7 +16,7 @@ from ..hub.files import CONFIGS, TEMPLATES, TOKENIZER
 from ..models import base_of
 from ..provenance.facts import FACTS_FILE
 from ..provenance.forget_hashes import HASHES_FILE
-from ..report.page import PAGE, ROLES
+from ..report.page import ANALYSES, PAGE
 from ..report.records import RECOVERY, RESULTS
 from ..trainer.anchor_cache import FOLDER as ANCHORS
 from ..trainer.run_record import RUN_FILE
@@ -27,8 +27,8 @@ ASIDE = ".replaced"  # in the output folder: what was there before, until the ne
 MOVED = ".complete"  # in there, once all of it is
 CONFIG = "config.yaml"
 PICTURES = ("tradeoff.png", "losses.png", "frontier.png", "frontier.svg")
-OF_THE_MODELS = (RECOVERY, ROLES)  # analyses of the models before, which the page would take for those of the new ones
-WRITTEN = (RESULTS, *PICTURES, PAGE, *OF_THE_MODELS, CONFIG)  # beside the models
+# Beside the models. Also analyses of the models before: the page would take them for those of the new ones
+WRITTEN = (RESULTS, *PICTURES, PAGE, *ANALYSES, CONFIG)
 TRAINED = "trainer_state.json"  # of a trained model, written last: a folder that has it holds a whole model
 MODEL_PATTERNS = ("checkpoint-*", "model*.safetensors*", "adapter_*", f"{ANCHORS}*", "*-rows.jsonl")
 MODEL_FILES = (*CONFIGS, *TOKENIZER, TEMPLATES, TRAINED, "README.md", "training_args.bin")

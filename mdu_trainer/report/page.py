@@ -49,6 +49,8 @@ PICTURES = {  # found in the folder: name -> (section, alternative text)
 }
 # with words of rows
 PRIVATE_PICTURES = {"heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")}
+# what the analyses of the models in a folder leave beside the comparison
+ANALYSES = (ROLES, RECOVERY, *(f"{name}{suffix}" for name in (*PICTURES, *PRIVATE_PICTURES) for suffix in TYPES))
 NUMBER = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
 MOST_COLUMNS = 8  # runs side by side
 TRAINING = {  # facts of a training -> column

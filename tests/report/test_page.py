@@ -144,17 +144,8 @@ def test_page_needs_nothing_else(with_roles_and_recovery, tmp_path):
     assert all(image["alt"] and image["src"].startswith("data:image/svg+xml;base64,") for image in page.images)
     assert len(page.images) == 6 and page.seen.count("h1") == 1 and page.seen.count("caption") == len(page.tables)
     sections = re.findall(r'<section id="(\w+)"', text)
-    assert sections == [
-        "short",
-        "run",
-        "comparison",
-        "tradeoff",
-        "training",
-        "roles",
-        "recovery",
-        "details",
-        "settings",
-    ]
+    every = "short run comparison tradeoff training roles recovery details settings"
+    assert sections == every.split()
     assert sections == re.findall(r'href="#(\w+)"', text)
     cells = [cell for table in page.tables for row in table for cell in row]
     assert {"4.321 [4.100, 4.500]", "relearn", "0.123", "0.25 [0.10, 0.40]"} <= set(cells)
