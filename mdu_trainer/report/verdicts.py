@@ -9,8 +9,9 @@ The rule, all of it:
   never-trained model it is only said whether the score fell from the base's.
 - Keeping compares the retain rL with the base's: `KEPT` of it or more is "kept", less is "damaged".
 - Attacks goes by the highest upper end of the intervals of recovery (0: as a never-trained model, 1: as the base).
-  Up to `LITTLE` is "held", up to `MUCH` "may leak some", above "may leak much"; "leaks" instead of "may leak" where
-  the whole interval lies above 0. Recovery needs a never-trained model; without one nothing is judged.
+  Up to `LITTLE` is "held", up to `MUCH` "may leak some", above "may leak much". Where the lower end of that interval
+  is above 0 it "leaks some", or "leaks some, maybe much", and above `MUCH` it "leaks much". Recovery needs a
+  never-trained model; without one nothing is judged.
 
 What was not measured is "not measured". The verdicts are on these scores, and are no proof of anything else.
 """
@@ -119,9 +120,7 @@ def attacks(recovery: Recovery | None, name: str) -> Verdict:
     count = f"Highest of {len(found)} attack{'s' if len(found) > 1 else ''}."
     if _upper(worst) <= LITTLE:
         return Verdict(question, "held", figure, f"{count} Attacks that were not tried may do more.", GOOD)
-    leaks = "leaks" if worst.low is not None and worst.low > 0 else "may leak"
-    amount = "some" if _upper(worst) <= MUCH else "much"
-    return Verdict(question, f"{leaks} {amount}", figure, count, BAD)
+    return Verdict(question, _leak(worst), figure, count, BAD)
 
 
 def differs(one: Estimate, other: Estimate) -> bool:
@@ -141,6 +140,16 @@ def _without_level(question: str, score: Estimate, before: Estimate | None) -> V
     if score.value < before.value and differs(score, before):
         return Verdict(question, "less than before", figure, meaning, OPEN)
     return Verdict(question, "not forgotten", figure, "It says as much as before.", BAD)
+
+
+def _leak(recovery: Estimate) -> str:
+    """How much leaks for sure, and how much may."""
+    least, is_much = recovery.low or 0.0, _upper(recovery) > MUCH
+    if least > MUCH:
+        return "leaks much"
+    if least > 0:
+        return "leaks some, maybe much" if is_much else "leaks some"
+    return "may leak much" if is_much else "may leak some"
 
 
 def _highest_score(recovery: Recovery, name: str) -> str:

@@ -109,7 +109,9 @@ def attacked(floor=True, **recoveries):
         (attacked(a=Estimate(0.2, 0.1, 0.3), b=Estimate(0.1, 0.0, 0.5)), "may leak some", BAD, "up to 0.50"),
         (attacked(a=Estimate(0.2, 0.1, 0.3)), "leaks some", BAD, "a, 0.200 [0.100, 0.300]"),
         (attacked(a=Estimate(0.2, -0.1, 0.6)), "may leak much", BAD, "up to 0.60"),
-        (attacked(a=Estimate(0.6, 0.4, 0.8)), "leaks much", BAD, "up to 0.80"),
+        (attacked(a=Estimate(0.6, 0.4, 0.8)), "leaks some, maybe much", BAD, "up to 0.80"),
+        (attacked(a=Estimate(0.7, 0.6, 0.8)), "leaks much", BAD, "up to 0.80"),
+        (attacked(a=Estimate(0.3)), "may leak some", BAD, "up to 0.30"),
         (attacked(a=None), "cannot be told", OPEN, ""),
         (attacked(False, a=None), "not known", OPEN, "highest score 0.200: a; base 0.900"),
         (None, "not measured", OPEN, ""),
@@ -155,7 +157,7 @@ def test_first_screen_without_attacks(folder):
 def test_first_screen_with_attacks(folder):
     shutil.copy(DEMO / "recovery.json", folder)
     words = first(write_page(folder))
-    assert "Leaks much recovery up to 0.59 (1 is the base): membership, 0.388 [0.051, 0.589]" in words
+    assert "Leaks some, maybe much recovery up to 0.59 (1 is the base): membership, 0.388 [0.051, 0.589]" in words
     assert "mdu tau=0 over-forgotten kept may leak some" in words and "not measured" not in words
     (folder / "results.json").unlink()
     words = first(write_page(folder))
