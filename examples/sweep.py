@@ -32,7 +32,7 @@ from mdu_trainer.commands.checks import check_once
 from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig, compare, present
 from mdu_trainer.commands.folders import RESUME
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.evaluation.frontier import FIGURES, frontier_cells, parse_conditions, place_of, select
+from mdu_trainer.evaluation.frontier import FIGURES, frontier_cells, parse_conditions, place_of, reading, select
 from mdu_trainer.evaluation.results import SHORT, markdown_table
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.tofu import SETS
@@ -48,7 +48,11 @@ class SweepArguments(ComparisonArguments):
     """What to forget, how to measure it, and which run to keep."""
 
     select: str = field(
-        default="", metadata={"help": "Bounds on the run to keep, e.g. retain>=0.95*base; of those, who forgets most."}
+        default="",
+        metadata={
+            "help": "Bounds on the run to keep, e.g. retain>=0.95*base. Of the runs within them, the nearest to the "
+            "never-trained model's forget score is selected, without such a model the lowest."
+        },
     )
 
 
@@ -137,7 +141,8 @@ def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> 
         problem = str(error)
     for suffix in ("png", "svg"):
         plot_frontier(results.runs, config.folder / f"frontier.{suffix}", selected=selected)
-    print(f"\n{markdown_table(frontier_cells(results, selected))}\n\nWritten to {config.folder}")
+    print(f"\n{markdown_table(frontier_cells(results, selected))}\n\n{reading(results.runs)}")
+    print(f"\nWritten to {config.folder}")
     if selected is None:
         raise UserError(problem)
     where = runs[results.runs[-len(runs) :].index(selected)].output_dir

@@ -16,7 +16,8 @@ from ..hub.files import CONFIGS, TEMPLATES, TOKENIZER
 from ..models import base_of
 from ..provenance.facts import FACTS_FILE
 from ..provenance.forget_hashes import HASHES_FILE
-from ..report.records import RECOVERY
+from ..report.page import ANALYSES, PAGE
+from ..report.records import RECOVERY, RESULTS
 from ..trainer.anchor_cache import FOLDER as ANCHORS
 from ..trainer.run_record import RUN_FILE
 from . import AGAIN, task
@@ -25,7 +26,9 @@ from .checks import check_not_written, check_output_folder
 ASIDE = ".replaced"  # in the output folder: what was there before, until the new run has started
 MOVED = ".complete"  # in there, once all of it is
 CONFIG = "config.yaml"
-WRITTEN = ("results.json", "tradeoff.png", "losses.png", "frontier.png", "frontier.svg", CONFIG)  # beside the models
+PICTURES = ("tradeoff.png", "losses.png", "frontier.png", "frontier.svg")
+# Beside the models. Also analyses of the models before: the page would take them for those of the new ones
+WRITTEN = (RESULTS, *PICTURES, PAGE, *ANALYSES, CONFIG)
 TRAINED = "trainer_state.json"  # of a trained model, written last: a folder that has it holds a whole model
 MODEL_PATTERNS = ("checkpoint-*", "model*.safetensors*", "adapter_*", f"{ANCHORS}*", "*-rows.jsonl")
 MODEL_FILES = (*CONFIGS, *TOKENIZER, TEMPLATES, TRAINED, "README.md", "training_args.bin")

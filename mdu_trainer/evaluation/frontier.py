@@ -1,5 +1,9 @@
 """The Pareto front of forgetting against what is kept, and the choice of one run.
 
+Where a model that never saw the rows to forget was scored (method "retain model"), its score is the target of
+forgetting, and the best run is the nearest to it: answers above it still know something, and answers below it are
+unlike those of any model that never knew, so they give the deletion away. Without such a model, lower is better.
+
 marks = frontier(results.runs)
 run = select(results.runs, "retain>=0.95*base,forget<=0.3")
 """
@@ -7,10 +11,10 @@ run = select(results.runs, "retain>=0.95*base,forget<=0.3")
 import math
 import re
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from ..files import UserError
-from .results import Estimate, Place, Results, Run
+from .results import NEVER_TRAINED, Estimate, Place, Results, Run, level_of
 
 FIGURES: dict[str, Place] = {  # scores by their short names
     "forget": ("forget", "rougeL_recall"),
@@ -18,7 +22,7 @@ FIGURES: dict[str, Place] = {  # scores by their short names
     "utility": (None, "model_utility"),
     "forget_quality": (None, "forget_quality"),
 }
-REFERENCES = ("base", "retain model")  # methods of runs to compare with, which nobody chooses
+REFERENCES = ("base", NEVER_TRAINED)  # methods of runs to compare with, which nobody chooses
 FRONT, DOMINATED, WITHIN = "front", "dominated", "within intervals"
 CONDITION = re.compile(r"\s*([\w.]+)\s*(>=|<=)\s*(\d*\.?\d+(?:[eE][+-]?\d+)?)\s*(\*\s*base)?\s*")
 
@@ -30,7 +34,7 @@ class Mark(NamedTuple):
         status: "front": no other run forgets as much and keeps as much, and more of one. "dominated": one does, and
             its interval of one of the two scores lies beyond this run's. "within intervals": one does, but the
             intervals of both scores overlap for each such run.
-        by: the run that dominates it (clearly, if one does), the one with the lowest forget score; None on the front.
+        by: the run that dominates it (clearly, if one does), the one that forgets best; None on the front.
     """
 
     run: Run
@@ -96,15 +100,16 @@ def candidates(runs: Iterable[Run]) -> list[Run]:
 
 
 def frontier(runs: Sequence[Run], forget: str = "forget", keep: str = "retain") -> list[Mark]:
-    """Mark the Pareto front of a score to lower against one to keep high.
+    """Mark the Pareto front of forgetting against a score to keep high.
 
-    References (`REFERENCES`) and runs without one of the scores are left out. Intervals are those of each run alone:
-    two runs that were scored on the same rows can differ beyond doubt although they overlap. A score without an
-    interval settles nothing.
+    A run forgets as much as another if its forget score is as near to the never-trained model's, or, without such a
+    model, as low. References (`REFERENCES`) and runs without one of the scores are left out. Intervals are those of
+    each run alone: two runs that were scored on the same rows can differ beyond doubt although they overlap. A score
+    without an interval settles nothing; and being nearer must hold at both ends of the never-trained model's interval.
 
     Args:
         runs: of one comparison.
-        forget, keep: names of the scores, see `place_of`.
+        forget, keep: names of the scores, see `place_of`. The never-trained model must be among `runs` to count.
 
     Returns:
         A mark a run, in the order of `runs`.
@@ -112,29 +117,33 @@ def frontier(runs: Sequence[Run], forget: str = "forget", keep: str = "retain") 
     Raises:
         ValueError: for a score that does not exist.
     """
-    places = place_of(forget), place_of(keep)
     measured = [run for run in candidates(runs) if not math.isnan(value_of(run, forget) + value_of(run, keep))]
-    pairs = [tuple(run.figure(*place) for place in places) for run in measured]
+    level = level_of(runs, place_of(forget))
+    levels = [] if level is None else [end for end in (level.value, level.low, level.high) if end is not None]
+    pairs = [(_score(run, forget), _score(run, keep)) for run in measured]
+    points = [(_to_lower(lost, level).value, kept.value) for lost, kept in pairs]
 
-    def mark(run: Run, pair: tuple[Estimate, Estimate]) -> Mark:
-        better = [i for i, other in enumerate(pairs) if _dominates(other, pair)]
+    def mark(i: int) -> Mark:
+        better = [j for j, other in enumerate(points) if _dominates(other, points[i])]
         if not better:
-            return Mark(run, FRONT)
-        clear = [i for i in better if _clearly(pairs[i], pair)]
-        by = min(clear or better, key=lambda i: (pairs[i][0].value, -pairs[i][1].value))
-        return Mark(run, DOMINATED if clear else WITHIN, measured[by])
+            return Mark(measured[i], FRONT)
+        clear = [j for j in better if _clearly(pairs[j], pairs[i], levels)]
+        by = min(clear or better, key=lambda j: (points[j][0], -points[j][1]))
+        return Mark(measured[i], DOMINATED if clear else WITHIN, measured[by])
 
-    return [mark(run, pair) for run, pair in zip(measured, pairs, strict=True)]
+    return [mark(i) for i in range(len(measured))]
 
 
 def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", keep: str = "retain") -> Run:
-    """The run to keep: of those that satisfy the conditions the one that forgets most.
+    """The run to keep: of those that satisfy the conditions the one that forgets best.
+
+    That is the one nearest to the never-trained model, or without such a model the one with the lowest score.
 
     Args:
         runs: of one comparison.
         conditions: bounds, separated by commas: `retain>=0.95`, `utility>=0.9`, `forget<=0.2`; `*base` makes a bound
             relative to the base, as in `retain>=0.95*base`. All must hold.
-        forget, keep: names of the scores: lowest first, and of equals the one that keeps more.
+        forget, keep: names of the scores: of runs that forget equally well the one that keeps more is chosen.
 
     Raises:
         ValueError: for conditions that cannot be read, a score that does not exist or that no run has, and if no run
@@ -154,10 +163,12 @@ def select(runs: Sequence[Run], conditions: str = "", forget: str = "forget", ke
     short = [(max((bound.shortfall(run, base) for bound in bounds), default=0.0), run) for run in chosen]
     fit = [run for gap, run in short if gap == 0 and not math.isnan(value_of(run, forget))]
     if fit:
+        level = level_of(runs, place_of(forget))
 
         def rank(run: Run) -> tuple[float, float]:
             kept = value_of(run, keep)
-            return value_of(run, forget), math.inf if math.isnan(kept) else -kept
+            lost = _to_lower(Estimate(value_of(run, forget)), level).value
+            return lost, math.inf if math.isnan(kept) else -kept
 
         return min(fit, key=rank)
     _, nearest = min(short, key=lambda pair: pair[0])
@@ -193,13 +204,42 @@ def frontier_cells(results: Results, selected: Run | None = None, keep: str = "r
     return results.table_cells({"front": words} if words else None)
 
 
-def _dominates(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
-    """At least as good in both scores, and better in one."""
-    (forget, keep), (other_forget, other_keep) = ([score.value for score in pair] for pair in (one, other))
-    return forget <= other_forget and keep >= other_keep and (forget, keep) != (other_forget, other_keep)
+def reading(runs: Sequence[Run], forget: str = "forget") -> str:
+    """How the forget score is read in this comparison, in a sentence; empty if no run was measured."""
+    level = level_of(runs, place_of(forget))
+    if all(math.isnan(value_of(run, forget)) for run in candidates(runs)):
+        return ""
+    if level is None:
+        return (
+            "No never-trained model was scored, so a lower forget score counts as better, and over-forgetting, which "
+            "gives the deletion away, goes unseen."
+        )
+    return (
+        f"The target of forgetting is the never-trained model's score, {level}: nearer to it is better. "
+        "Above it something is still known; below it is over-forgotten, which gives the deletion away."
+    )
 
 
-def _clearly(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate]) -> bool:
-    """Whether one of the two scores is better beyond both intervals."""
-    pairs = (one[0], other[0]), (other[1], one[1])
-    return any(None not in (low.high, high.low) and low.high < high.low for low, high in pairs)
+def _score(run: Run, name: str) -> Estimate:
+    return cast(Estimate, run.figure(*place_of(name)))
+
+
+def _to_lower(score: Estimate, level: Estimate | None) -> Estimate:
+    """What is the lower the better: the distance to the never-trained model, without one the score."""
+    return score if level is None else score.distance(level.value)
+
+
+def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """At least as low in the first figure and as high in the second, and better in one."""
+    return one[0] <= other[0] and one[1] >= other[1] and one != other
+
+
+def _clearly(one: tuple[Estimate, Estimate], other: tuple[Estimate, Estimate], levels: Sequence[float]) -> bool:
+    """Whether one of the two scores is better beyond both intervals; the first by its distance to each level."""
+    nearer = [(one[0].distance(level), other[0].distance(level)) for level in levels] or [(one[0], other[0])]
+    return all(_below(*pair) for pair in nearer) or _below(other[1], one[1])
+
+
+def _below(low: Estimate, high: Estimate) -> bool:
+    """Whether an interval lies wholly below another."""
+    return low.high is not None and high.low is not None and low.high < high.low

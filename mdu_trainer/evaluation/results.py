@@ -1,7 +1,7 @@
 """The outcome of a comparison: one typed record, tables to read, a JSON file to keep. Figures only, never texts."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -10,6 +10,8 @@ from .registry import score_titles
 
 Place = tuple[str | None, str]  # set and metric of a score, the set None for the model as a whole
 
+NEVER_TRAINED = "retain model"  # method of the run of a model that never saw the rows to forget
+DISTANCE = "to never-trained"  # title of the column with the signed distance of the forget rL to that run's
 COLUMNS: dict[str, Place] = {  # of `Results.table`, where any run has the score
     "forget rL": ("forget", "rougeL_recall"),
     "retain rL": ("retain", "rougeL_recall"),
@@ -42,6 +44,13 @@ class Estimate:
         if self.low is None or self.high is None:
             return _rounded(self.value)
         return f"{_rounded(self.value)} [{_rounded(self.low)}, {_rounded(self.high)}]"
+
+    def distance(self, level: float) -> "Estimate":
+        """How far the value is from a level, in either direction, with the interval carried over."""
+        if self.low is None or self.high is None:
+            return Estimate(abs(self.value - level))
+        ends = sorted(abs(end - level) for end in (self.low, self.high))
+        return Estimate(abs(self.value - level), 0.0 if self.low <= level <= self.high else ends[0], ends[1])
 
 
 Scores = dict[str, Estimate]
@@ -158,6 +167,9 @@ class Results(Record):
     def table_cells(self, further: dict[str, dict[str, str]] | None = None) -> list[list[str]]:
         """The runs, one a row, under a header. Columns that no run has a score for are left out.
 
+        Where a never-trained model was scored, "to never-trained" is the signed distance of the forget rL to its: +
+        above it (something is still known), - below it (over-forgotten).
+
         Args:
             further: columns at the end: title -> name of a run -> text.
         """
@@ -165,12 +177,18 @@ class Results(Record):
         columns = {
             title: place for title, place in self._columns().items() if any(run.figure(*place) for run in self.runs)
         }
+        level = level_of(self.runs, COLUMNS["forget rL"])
+        after = [title in columns for title in ("forget rL", "retain rL")].count(True)  # the two come first
         rows = [["method", *columns, "train s", *further]]
         for run in self.runs:
             found = [run.figure(*place) for place in columns.values()]
             scores = ["" if score is None else _rounded(score.value) for score in found]
             texts = [texts.get(run.name, "") for texts in further.values()]
             rows.append([run.name, *scores, f"{run.train_seconds:.0f}", *texts])
+        if level is not None:
+            rows[0].insert(1 + after, DISTANCE)
+            for run, row in zip(self.runs, rows[1:], strict=True):
+                row.insert(1 + after, _signed_distance(run, level.value))
         return rows
 
     def details(self) -> str:
@@ -200,6 +218,19 @@ class Results(Record):
                     columns[f"{name.replace('_', ' ')} {short}"] = (name, metric)
                     break
         return columns
+
+
+def level_of(runs: Iterable[Run], place: Place) -> Estimate | None:
+    """The score of the model that never saw the rows to forget: the target of forgetting. None if there is none."""
+    return next((found for run in runs if run.method == NEVER_TRAINED and (found := run.figure(*place))), None)
+
+
+def _signed_distance(run: Run, level: float) -> str:
+    """How far the forget rL lies above (+) or below (-) a level; empty for the model that sets it."""
+    score = None if run.method == NEVER_TRAINED else run.figure(*COLUMNS["forget rL"])
+    if score is None:
+        return ""
+    return f"{round(score.value - level, 3) + 0.0:+.3f}"  # + 0.0: no negative zero
 
 
 def markdown_table(rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..attacks.results import Recovery
 from ..evaluation.registry import explained, score_words
-from ..evaluation.results import Estimate, Results, Run
+from ..evaluation.results import NEVER_TRAINED, Estimate, Results, Run
 from ..files import UserError
 from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
@@ -38,7 +38,6 @@ TAKEN_OVER = ("license", "license_name", "license_link", "language")  # from the
 LOCAL_BASE = "a local model"
 SWEPT = {"steps": "max_steps", "epochs": "num_train_epochs"}  # facts of a training, as the configuration calls them
 
-NEVER_TRAINED = "retain model"  # the run of a model that never saw the rows to forget
 RETAIN_LOSSES = {"nelbo": "the masked-diffusion bound a token", "kl": "the divergence from the model at the start"}
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

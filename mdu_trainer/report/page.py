@@ -21,14 +21,15 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from ..attacks.results import Recovery
-from ..evaluation.frontier import candidates, frontier_cells, select, value_of
+from ..evaluation.frontier import candidates, frontier_cells, place_of, reading, select, value_of
 from ..evaluation.registry import explained
-from ..evaluation.results import Results, Run
+from ..evaluation.results import Results, Run, level_of
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import FACTS_FILE, Facts
 from ..token_roles.labels import label_roles
 from ..token_roles.results import RoleReport
+from .first_screen import first_screen
 from .markup import figure_text, seen_text
 from .model_card import CARD, chosen_run, data_name, drawn_recoveries, template_path
 from .plots import plot_frontier, plot_losses, plot_tradeoff
@@ -48,6 +49,8 @@ PICTURES = {  # found in the folder: name -> (section, alternative text)
 }
 # with words of rows
 PRIVATE_PICTURES = {"heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")}
+# what the analyses of the models in a folder leave beside the comparison
+ANALYSES = (ROLES, RECOVERY, *(f"{name}{suffix}" for name in (*PICTURES, *PRIVATE_PICTURES) for suffix in TYPES))
 NUMBER = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
 MOST_COLUMNS = 8  # runs side by side
 TRAINING = {  # facts of a training -> column
@@ -57,6 +60,12 @@ TRAINING = {  # facts of a training -> column
     "forget_rows_an_update": "rows an update",
     "seed": "seed",
 }
+
+BEST = (  # place in the trade-off
+    "Best is the top of the dashed line: what a model says that never saw the rows, and nothing else lost. To the "
+    "left of it is over-forgotten, to the right still known."
+)
+BEST_WITHOUT = "Best is the top left: everything forgotten, nothing else lost."
 
 Pairs = list[tuple[str, str]]  # question, answer
 
@@ -87,8 +96,9 @@ def write_page(
 ) -> Path:
     """Write the page of a folder that a comparison was written to.
 
-    Shown is what is there: `results.json`, `roles.json`, `recovery.json`, the models' folders with their training
-    curves and cards, and the pictures `roles`, `path`, `decoding`, `heatmap` and `recovery` (SVG or PNG).
+    First comes, for a reader in a hurry, what was to be forgotten and whether it worked. Then comes what is there:
+    `results.json`, `roles.json`, `recovery.json`, the models' folders with their training curves and cards, and the
+    pictures `roles`, `path`, `decoding`, `heatmap` and `recovery` (SVG or PNG).
 
     Args:
         folder: of the comparison.
@@ -117,10 +127,12 @@ def write_page(
     roles = RoleReport.load(folder / ROLES) if ROLES in found else None
     rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
     others = [(row["question"], row["answer"]) for row in retain_rows or ()]
+    comparison = _comparison(results, recovery)
     template = _environment().get_template(TEMPLATE)
     text = template.render(
         title="Unlearning report",
-        **_comparison(results, recovery),
+        **first_screen(results, recovery, [model.facts for model in models], comparison.get("selected")),
+        **comparison,
         **_trained(models, output.parent),
         roles=None if roles is None else roles.details_cells(),
         recovery=recovery and recovery.table_cells(),
@@ -179,6 +191,8 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
         "details": _details(results),
         "selected": selected,
         "problem": problem,
+        "reading": reading(results.runs),
+        "has_level": level_of(results.runs, place_of("forget")) is not None,
         "metrics": {name: text.replace("`", "") for name, text in explained(measured).items()},
         "drawn": _drawn(results.runs, selected, None if recovery is None else drawn_recoveries(recovery)),
     }
@@ -207,7 +221,7 @@ def _selected(results: Results) -> tuple[Run | None, str]:
 def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None) -> list[Picture]:
     """Draw forgetting against retention, and against utility."""
     runs, selected = [run.renamed(figure_text) for run in runs], selected and selected.renamed(figure_text)
-    pictures = []
+    pictures, has_level = [], level_of(runs, place_of("forget")) is not None
     kept = {"retain": "what is retained", "utility": "model utility"}
     for keep, words in kept.items():
         chosen = [run for run in runs if not math.isnan(value_of(run, "forget") + value_of(run, keep))]
@@ -215,7 +229,7 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
             continue
         if keep == "retain":
             alt = "Forget ROUGE-L recall against retain ROUGE-L recall on full axes, a point a run."
-            caption = "The whole range. Best is the top left: everything forgotten, nothing else lost."
+            caption = "The whole range. " + (BEST if has_level else BEST_WITHOUT)
             if recoveries:
                 alt += " Beside it what the strongest attacks bring back from each model."
                 caption += " On the right the attacks that bring back most."
@@ -224,10 +238,10 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
         pictures.append(
             _draw(
                 partial(plot_frontier, keep=keep, selected=selected),
-                chosen,
+                runs,
                 alt=f"Forget ROUGE-L recall against {words}, with intervals and the Pareto front, a point a run.",
                 caption=f"Forgetting against {words}, with 95 % bootstrap intervals. No other run is better than one "
-                "on the front in both.",
+                f"on the front in both{', forgetting being better nearer to the dashed line' if has_level else ''}.",
             )
         )
     return pictures

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ..evaluation.frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
-from ..evaluation.results import Estimate, Run
+from ..evaluation.results import Estimate, Run, level_of
 from ..files import UserError
 from .recovery_plots import Recoveries, draw_recovery, strongest
 from .style import PictureFile, RunStyle, label_points, new_figure, reach, run_styles, save_figure
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORGET = "forget"  # the score on the axis from left to right
+TO_LEVEL = "forget ROUGE-L recall (best on the line)"  # instead of AXES where a never-trained model was scored
+LEVEL_LOOK = {"color": "#666666", "linestyle": "--", "linewidth": 1.2, "zorder": 0.5}
 AXES = {  # score -> words beside its axis
     FORGET: "forget ROUGE-L recall (lower is better)",
     "retain": "retain ROUGE-L recall (higher is better)",
@@ -36,17 +38,19 @@ PANEL_ATTACKS = 6
 def plot_tradeoff(runs: Sequence[Run], file: PictureFile, recoveries: Recoveries | None = None) -> None:
     """Draw ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
 
-    The best corner is at the top left: everything forgotten, nothing else lost.
+    A never-trained model's forget score is drawn as a line, with its interval as a band: the best place is the top of
+    the line. Without such a model it is the top left.
 
     Args:
-        runs: the base and the unlearned models.
+        runs: the base and the unlearned models, and a never-trained one if there is one.
         recoveries: what attacks bring back, as `Recovery.recoveries` returns it: a second panel shows the attacks that
             bring back most.
     """
     figure, panels = new_figure(columns=2 if recoveries else 1, size=(11.5, 4.8) if recoveries else None)
     axes, beside = panels if recoveries else (panels, None)
     of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
-    axes.set(xlabel=AXES["forget"], ylabel=AXES["retain"], xlim=(0, 1), ylim=(0, 1.05))
+    level = level_of(runs, place_of(FORGET))
+    axes.set(xlabel=TO_LEVEL if level else AXES[FORGET], ylabel=AXES["retain"], xlim=(0, 1), ylim=(0, 1.05))
     is_path = len({run.tau for run in of_tau}) == len(of_tau)  # and not a sweep over more than tau
     if is_path:
         axes.plot(*_points(of_tau), color=run_styles(["mdu"])["mdu"].colour, linewidth=1, alpha=0.5, zorder=1)
@@ -55,6 +59,8 @@ def plot_tradeoff(runs: Sequence[Run], file: PictureFile, recoveries: Recoveries
         x, y = _points([run for run in runs if run.method == method])
         size = 160 if method == "base" else 60
         axes.scatter(x, y, label=method, zorder=2, clip_on=False, color=style.colour, marker=style.marker, s=size)
+    if level is not None:
+        _draw_level(axes, level)
     axes.legend(loc="lower right", framealpha=1, fontsize=9 if len(methods) > LONG_LEGEND else None)
     if beside is not None:
         draw_recovery(beside, recoveries, strongest(recoveries, PANEL_ATTACKS))
@@ -74,7 +80,9 @@ def plot_frontier(
 ) -> None:
     """Draw forgetting against what is kept, with 95 % intervals and the Pareto front, a point a run.
 
-    Runs on the front are numbered from the left, and named beside the picture; the others are pale.
+    Runs on the front are numbered from the left, and named beside the picture; the others are pale. A never-trained
+    model's forget score is drawn as a line; the front is then the best that is kept at each distance from it, the same
+    to both sides.
 
     Args:
         runs: of one comparison. The base and a retain model are drawn to compare with.
@@ -88,21 +96,23 @@ def plot_frontier(
     if not drawn:
         raise UserError(f"No run has both figures, {FORGET} and {keep}.")
     figure, axes = new_figure(size=(9.2, 4.8))
-    status = {mark.run.name: mark.status for mark in frontier(drawn, FORGET, keep)}
+    status = {mark.run.name: mark.status for mark in frontier(runs, FORGET, keep)}
     front = sorted((run for run in drawn if status.get(run.name) == FRONT), key=lambda run: value_of(run, FORGET))
     points = [(value_of(run, FORGET), value_of(run, keep)) for run in front]
-    x, y = [x for x, _ in points], [y for _, y in points]
-    axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
+    level = level_of(runs, place_of(FORGET))
+    _draw_front(axes, points, level)
     styles = run_styles(run.method for run in drawn)
     for run in drawn:
         _point_with_intervals(axes, run, (FORGET, keep), styles[run.method], status.get(run.name, FRONT))
-    axes.set(xlabel=AXES[FORGET], ylabel=AXES.get(keep, keep))
-    axes.set(xlim=_limits(drawn, FORGET), ylim=_limits(drawn, keep))
+    axes.set(xlabel=TO_LEVEL if level else AXES[FORGET], ylabel=AXES.get(keep, keep))
+    axes.set(xlim=_limits(drawn, FORGET, level), ylim=_limits(drawn, keep))
     label_points(axes, points, [str(i) for i in range(1, len(points) + 1)])
     ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
     if selected is not None:
         axes.plot(value_of(selected, FORGET), value_of(selected, keep), **ring)
     handles = _frontier_key(styles, set(status.values()), front, selected is not None)
+    if level is not None:
+        handles.append(_draw_level(axes, level))
     figure.legend(handles=handles, loc="outside right upper", fontsize=8.5, frameon=False)
     save_figure(figure, file)
 
@@ -181,13 +191,29 @@ def _frontier_key(
     ]
 
 
+def _draw_level(axes: "Axes", level: Estimate) -> Any:
+    """Draw a never-trained model's forget score as a line, with its interval; return the line, for a legend."""
+    below, above = reach(level)
+    axes.axvspan(level.value - below, level.value + above, color="#000000", alpha=0.07, linewidth=0, zorder=0.4)
+    return axes.axvline(level.value, label="never-trained level", **LEVEL_LOOK)
+
+
+def _draw_front(axes: "Axes", points: Sequence[tuple[float, float]], level: Estimate | None) -> None:
+    """Draw the stairs of a front: by the score, or by the distance to a level, once to each side of it."""
+    start, sides = (0.0, [1]) if level is None else (level.value, [-1, 1])
+    stairs = sorted((abs(x - start), y) for x, y in points)
+    for side in sides:
+        x, y = [start + side * distance for distance, _ in stairs], [y for _, y in stairs]
+        axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
+
+
 def _score(run: Run, name: str) -> Estimate:
     return cast(Estimate, run.figure(*place_of(name)))
 
 
-def _limits(runs: Sequence[Run], name: str) -> tuple[float, float]:
-    """Return the limits of an axis that shows all intervals."""
-    scores = [_score(run, name) for run in runs]
+def _limits(runs: Sequence[Run], name: str, level: Estimate | None = None) -> tuple[float, float]:
+    """Return the limits of an axis that shows all intervals, and the level if there is one."""
+    scores = [*(_score(run, name) for run in runs), *([] if level is None else [level])]
     low, high = min(one.value - reach(one)[0] for one in scores), max(one.value + reach(one)[1] for one in scores)
     margin = 0.06 * (high - low) or 0.05
     return low - margin, high + margin

@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from mdu_trainer import commands
 from mdu_trainer.commands import explain, loading, run, task
-from mdu_trainer.commands.folders import ASIDE, starting
+from mdu_trainer.commands.folders import ASIDE, RunArguments, output_folder, starting
 from mdu_trainer.files import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -367,6 +367,14 @@ def test_what_was_there_goes_when_the_run_has_started(folder):
     start(folder)
     assert contents(folder) == {"base/weights": "new", "new/weights": "new", "notes.txt": "mine"}
     assert not (folder / ASIDE).exists()
+
+
+def test_analyses_go_with_the_models_that_they_are_of(folder):
+    for name in ("recovery.json", "roles.json", "heatmap.png", "report.html"):
+        (folder / name).write_text("of the models before")
+    with output_folder(folder, [folder / "base"], [], RunArguments(overwrite_output_dir=True), {"seed": 1}):
+        pass
+    assert contents(folder) == {"notes.txt": "mine", "config.yaml": "seed: 1\n"}
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), UserError("no such model"), TypeError()])

@@ -14,6 +14,7 @@ from mdu_trainer.evaluation.frontier import (
     frontier,
     frontier_cells,
     parse_conditions,
+    reading,
     select,
 )
 from mdu_trainer.evaluation.results import Estimate, Results, Run, markdown_table
@@ -46,7 +47,7 @@ def many(rows):
 @given(figures)
 def test_front_is_what_nobody_beats(rows):
     """By the definition, a pair of runs at a time."""
-    marks = frontier([run("base", 1.0, 1.0), run("retain model", 0.0, 1.0), *many(rows)])
+    marks = frontier([run("base", 1.0, 1.0), *many(rows)])
     assert [mark.run.name for mark in marks] == [f"run{i}" for i in range(len(rows))]
     for mark, (forget, retain, forget_width, retain_width) in zip(marks, rows, strict=True):
         beaten, clear = False, False
@@ -57,6 +58,33 @@ def test_front_is_what_nobody_beats(rows):
                 clear |= None not in (rw, retain_width) and r - rw > retain + retain_width
         assert mark.status == (DOMINATED if clear else WITHIN if beaten else FRONT)
         assert (mark.by is None) == (not beaten)
+
+
+@given(figures, st.integers(0, 6).map(lambda i: i / 6), st.sampled_from([None, 0.0, 0.2]))
+def test_front_by_the_distance_to_the_never_trained_model(rows, level, width):
+    """By the definition: as near to the level and as well kept, and better in one; clear if so at all of its ends."""
+    marks = frontier([run("base", 1.0, 1.0), run("retain model", level, 1.0, width), *many(rows)])
+    assert [mark.run.name for mark in marks] == [f"run{i}" for i in range(len(rows))]
+    ends = [level] if width is None else [level - width, level, level + width]
+
+    def farthest(forget, width, end):
+        return max(abs(forget - width - end), abs(forget + width - end))
+
+    def nearest(forget, width, end):
+        return 0.0 if abs(forget - end) <= width else abs(forget - end) - width
+
+    for mark, (forget, retain, forget_width, retain_width) in zip(marks, rows, strict=True):
+        beaten, clear = False, False
+        for f, r, fw, rw in rows:
+            near, other = abs(f - level), abs(forget - level)
+            if near <= other and r >= retain and (near < other or r > retain):
+                beaten = True
+                clear |= None not in (fw, forget_width) and all(
+                    farthest(f, fw, end) < nearest(forget, forget_width, end) - 1e-9 for end in ends
+                )
+                clear |= None not in (rw, retain_width) and r - rw > retain + retain_width
+        assert (mark.status == FRONT) == (not beaten) == (mark.by is None)
+        assert mark.status == DOMINATED or not clear
 
 
 @given(figures, st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]))
@@ -78,6 +106,29 @@ RUNS = [
     run("npo", 0.4, 0.75, model_utility=0.6),
     run("mdu", 0.2, 0.75, tau=0.0, model_utility=0.4),
 ]
+
+
+KNOWING = [*RUNS, run("retain model", 0.35, 0.8, 0.05)]
+
+
+def test_wrecked_below_the_level_is_not_on_the_front():
+    old, new = ({mark.run.method: mark.status for mark in frontier(runs)} for runs in (RUNS, KNOWING))
+    assert old == {"ga": FRONT, "npo": DOMINATED, "mdu": FRONT}
+    assert new == {"ga": DOMINATED, "npo": FRONT, "mdu": WITHIN}, "at the level's lower end npo and mdu are as near"
+    assert next(mark.by.name for mark in frontier(KNOWING) if mark.run.method == "ga") == "npo"
+
+
+def test_select_by_distance():
+    assert (select(RUNS).name, select(KNOWING).name) == ("ga", "npo")
+    assert select(KNOWING, "forget<=0.3").name == "mdu tau=0", "bounds are on the scores as they are"
+    both = [run("above", 0.5, 0.7), run("below", 0.25, 0.6), run("retain model", 0.35, 0.8)]
+    assert select(both).name == "below", "0.10 below is nearer than 0.15 above"
+
+
+def test_reading_is_said():
+    assert "0.350 [0.300, 0.400]: nearer to it is better" in reading(KNOWING)
+    assert reading(RUNS).startswith("No never-trained model was scored, so a lower forget score counts as better")
+    assert reading(RUNS[:1]) == ""
 
 
 @pytest.mark.parametrize(
@@ -170,7 +221,10 @@ def test_pictures(tmp_path, suffix):
         plot_tradeoff(runs, paths[1], recoveries=recovery)
         plot_frontier(runs, paths[2], selected=RUNS[3])
         plot_losses(histories, paths[3])
+        paths += [tmp_path / f"{name}{turn}.{suffix}" for name in ("tradeoff level", "frontier level")]
+        plot_tradeoff(KNOWING, paths[4])
+        plot_frontier(KNOWING, paths[5], selected=RUNS[2])
         drawn.append([path.read_bytes() for path in paths])
-    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 4
+    assert drawn[0] == drawn[1] and len(set(drawn[0])) == 6
     with pytest.raises(ValueError, match="No run has both figures"):
         plot_frontier(RUNS, tmp_path / "none.png", keep="forget_quality")

@@ -36,6 +36,20 @@ def test_table_has_the_columns_that_somebody_has(results):
     ]
 
 
+def test_table_has_the_distance_to_a_never_trained_model(results):
+    def cells(*extra):
+        return Results("m", "d", {}, [*results.runs, *extra]).table_cells()
+
+    def never(forget):
+        return Run("retain model", None, {"forget": {"rougeL_recall": Estimate(forget)}}, {"forget": 4})
+
+    header, *rows = cells(never(0.2))
+    assert header[:4] == ["method", "forget rL", "retain rL", "to never-trained"]
+    assert [row[3] for row in rows] == ["+0.800", "+0.050", "-0.075", ""]
+    assert [[*row[:3], *row[4:]] for row in cells(never(0.2))[:-1]] == cells(), "nothing else moved"
+    assert [row[3] for row in cells(never(0.1252))[1:]] == ["+0.875", "+0.125", "+0.000", ""], "no negative zero"
+
+
 def test_further_sets_have_one_column_each():
     scores = {"forget_level1": {"rougeL_recall": Estimate(0.5)}, "utility_general": {"accuracy": Estimate(0.25)}}
     table = Results("m", "d", {}, [Run("base", None, scores, {"forget_level1": 3, "utility_general": 4})]).table()

@@ -15,6 +15,7 @@ from published import write_dream, write_llada
 from safetensors import safe_open
 
 from mdu_trainer import load_model
+from mdu_trainer.evaluation.frontier import reading
 from mdu_trainer.evaluation.results import Results
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +67,10 @@ def test_output(compared):
         compared_with_it = set() if run["method"] == "retain model" else {"forget_quality"}
         assert set(run["summary"]) == {"model_utility"} | compared_with_it
         assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] in ("npo", "mdu", "dpo"))
-    assert Results.load(folder / "results.json").table() in log
+    comparison = Results.load(folder / "results.json")
+    assert f"{comparison.table()}\n\n{reading(comparison.runs)}" in log and "| to never-trained |" in log
+    assert f"Written to {folder}\nAll of it on one page, to open in a browser: {folder / 'report.html'}\n" in log
+    assert "Did it work?" in (folder / "report.html").read_text()
     written = [path.read_text() for path in folder.rglob("*") if path.suffix in (".json", ".yaml", ".md")]
     assert written and not any("hf_planted" in text for text in [*written, log])
     for name in ("tradeoff.png", "losses.png"):

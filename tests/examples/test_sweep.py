@@ -85,6 +85,7 @@ def test_output(whole):
     ]
     chosen = select(results.runs, "retain>=0*base")
     assert markdown_table(frontier_cells(results, chosen)) in log and f"Selected: {chosen.name}, in {folder}" in log
+    assert "No never-trained model was scored, so a lower forget score counts as better" in log
     assert (folder / "frontier.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (folder / "frontier.svg").read_text()
     for name, run in zip(NAMES, results.runs[1:], strict=True):
