@@ -14,6 +14,7 @@ from transformers.trainer_utils import BestRun, EvalPrediction, IntervalStrategy
 from ..data.rows import EpochSampler, RowPairs, TokenizedRows, in_order
 from ..files import UserError
 from ..masking import MaskSchedule
+from .progress import TrainingProgress
 from .robust import RobustTrainer
 
 EvalSets = Dataset | dict[str, Dataset] | None
@@ -239,6 +240,7 @@ class EvaluatingTrainer(RobustTrainer):
         """Whether callbacks may add figures to an evaluation's."""
         return any(
             type(callback).on_evaluate is not TrainerCallback.on_evaluate
+            and not isinstance(callback, TrainingProgress)
             and not type(callback).__module__.startswith("transformers.")
             for callback in self.callback_handler.callbacks
         )

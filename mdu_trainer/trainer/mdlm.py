@@ -80,6 +80,7 @@ class MDLMTrainer(EvaluatingTrainer):
     """
 
     config_class = MDLMConfig
+    _doing = "fine-tuning"
     # compute_loss returns a mean over a micro-batch, so the Trainer divides it by the number of micro-batches
     loss_is_scaled_for_ga = False
 

@@ -64,6 +64,7 @@ class MDUTrainer(MDLMTrainer):
     """
 
     config_class = MDUConfig
+    _doing = "unlearning"
     _publishes_by_list = True
 
     def __init__(
