@@ -53,7 +53,7 @@ def unlearn_summary(args: Any, model_args: ModelConfig, folder: Path) -> str:
 
 
 def attack_command(
-    args: Any, model_args: ModelConfig, model: str | Path, base: str, retain_model: str | None = None
+    args: Any, model_args: ModelConfig, model: str | Path, base: str | None, retain_model: str | None = None
 ) -> list[str]:
     """The words that attack a model with the rows of a command.
 

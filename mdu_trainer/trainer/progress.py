@@ -121,8 +121,9 @@ def log_line(logs: dict[str, Any], step: int, max_steps: int, room: int | None =
     if not numbers:
         return ""
     ordered = [name for name in NAMES if name in numbers] + [name for name in numbers if name not in NAMES]
-    ordered.sort(key=lambda name: name.startswith(EVAL) and not name.endswith("loss"))  # an evaluation's losses first
     is_eval = all(name.startswith(EVAL) for name in ordered)
+    if is_eval:  # the losses first, and of them those of a whole set
+        ordered.sort(key=lambda name: (0, len(name)) if name.endswith("_loss") else (1, 0))
     line = f"step {step:>{len(str(max_steps))}}/{max_steps}" if max_steps else f"step {step}"
     line += "  eval" if is_eval else ""
     columns = [f"{NAMES.get(name, name.removeprefix(EVAL))} {_number(numbers[name]):>8}" for name in ordered]
