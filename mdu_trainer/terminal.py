@@ -50,6 +50,8 @@ class Bar(tqdm):
             dynamic_ncols=True,
             disable=plain or not show,
         )
+        if self.disable:  # then tqdm leaves out what it would show
+            self.desc = doing
         self._amount = f"{total} {_plural(unit)}" if total != 1 else f"1 {unit}"
         if show:
             Bar.open, self._is_shown = self, True
