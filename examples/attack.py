@@ -22,7 +22,6 @@ from functools import partial
 from pathlib import Path
 
 from datasets import Dataset
-from tqdm import tqdm
 
 from mdu_trainer import DiffusionGenerationConfig, load_tokenizer
 from mdu_trainer.attacks import ATTACKS, Attack, AttackSettings, choose_attacks
@@ -33,6 +32,7 @@ from mdu_trainer.commands.checks import check_above_zero, check_least, check_onc
 from mdu_trainer.commands.loading import ModelsConfig, check_compared, facts_of, load, model_names
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.commands.row_sets import OwnRowsArguments, check_rows_named, forget_and_retain
+from mdu_trainer.commands.summary import summary
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import longest_answer
@@ -40,6 +40,7 @@ from mdu_trainer.files import UserError
 from mdu_trainer.models import base_of, is_adapter
 from mdu_trainer.models.loading import load_config
 from mdu_trainer.report.recovery_plots import plot_recovery
+from mdu_trainer.terminal import say
 from mdu_trainer.testing import unseen_answers
 
 PICTURES = ("recovery.png", "recovery.svg")
@@ -165,14 +166,17 @@ def main(args: AttackArguments, model_args: ModelsConfig) -> None:
         seed=args.seed,
         progress_path=folder / "attacks.jsonl",
         show_progress=True,
-        left_out=None if args.attacks else lambda name, error: tqdm.write(f"Left out: {name}. {error}"),
+        left_out=None if args.attacks else lambda name, error: say(f"Left out: {name}. {error}"),
     )
     recovery.save(folder / "recovery.json")
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)
         if recovery.recoveries():
             plot_recovery(recovery.recoveries(), folder / name)
-    print(f"\n{recovery.text()}\n\nWritten to {folder}")
+    known = [path for path in unlearned if facts_of(path) is not None]
+    cards = [["card", known[0], "--recovery", folder / "recovery.json"]] if known else []
+    files = {"figures": folder / "recovery.json", "picture": folder / PICTURES[0]}
+    print(f"\n{recovery.text()}\n\n{summary(files, *cards)}")
 
 
 def command() -> None:

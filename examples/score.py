@@ -23,11 +23,14 @@ from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_not_written, check_once, check_output_folder, check_source
 from mdu_trainer.commands.loading import check_model, load
 from mdu_trainer.commands.options import parse_options, settings
+from mdu_trainer.commands.summary import attack_command, summary
 from mdu_trainer.evaluation.benchmarks import TRUTH_RATIOS
 from mdu_trainer.evaluation.registry import BENCHMARKS, BenchmarkOptions, choose_metrics
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.files import UserError
+
+ATTACKED = ("fictional", "own", "tofu")  # benchmarks whose rows examples/attack.py takes
 
 
 @dataclass
@@ -78,7 +81,8 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
     print(f"\n{results.details()}")
     if baseline is not None:
         print(f"\nChange from {baseline.runs[0].name} of {args.baseline}:\n\n{scored.change(baseline.runs[0])}")
-    print(f"\nWritten to {args.output_dir}")
+    following = [attack_command(args, model_args, path, "BASE")] if args.benchmark in ATTACKED else []
+    print(f"\n{summary({'figures': Path(args.output_dir, 'results.json')}, *following)}")
 
 
 def command() -> None:

@@ -32,6 +32,7 @@ from mdu_trainer.commands.checks import check_once
 from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig, compare, present
 from mdu_trainer.commands.folders import RESUME
 from mdu_trainer.commands.options import parse_options
+from mdu_trainer.commands.summary import comparison_summary
 from mdu_trainer.evaluation.frontier import FIGURES, frontier_cells, parse_conditions, place_of, reading, select
 from mdu_trainer.evaluation.results import SHORT, markdown_table
 from mdu_trainer.evaluation.runner import processes
@@ -141,12 +142,12 @@ def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> 
         problem = str(error)
     for suffix in ("png", "svg"):
         plot_frontier(results.runs, config.folder / f"frontier.{suffix}", selected=selected)
-    print(f"\n{markdown_table(frontier_cells(results, selected))}\n\n{reading(results.runs)}")
-    print(f"\nWritten to {config.folder}")
+    chosen = runs[0 if selected is None else results.runs[-len(runs) :].index(selected)].output_dir
+    where = comparison_summary(args, model_args, config.folder, chosen, "frontier.png")
+    print(f"\n{markdown_table(frontier_cells(results, selected))}\n\n{reading(results.runs)}\n\n{where}")
     if selected is None:
         raise UserError(problem)
-    where = runs[results.runs[-len(runs) :].index(selected)].output_dir
-    print(f"Selected: {selected.name}, in {where}")
+    print(f"Selected: {selected.name}, in {chosen}")
 
 
 def command() -> None:

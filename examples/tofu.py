@@ -25,6 +25,7 @@ from mdu_trainer.commands import run
 from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig, compare, present
 from mdu_trainer.commands.folders import RESUME
 from mdu_trainer.commands.options import parse_options
+from mdu_trainer.commands.summary import comparison_summary
 from mdu_trainer.evaluation.frontier import reading
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.report.page import write_page
@@ -36,9 +37,10 @@ def main(args: ComparisonArguments, config: ComparisonConfig, model_args: ModelC
     results, runs = compare(args, config, model_args)
     if processes().is_main_process:
         present(results, runs, config.folder)
-        page = write_page(config.folder)
-        print(f"\n{results.table()}\n\n{reading(results.runs)}\n\nWritten to {config.folder}")
-        print(f"All of it on one page, to open in a browser: {page}")
+        write_page(config.folder)
+        shown = next((one for one in runs if one.loss_type == "mdu"), runs[0])
+        where = comparison_summary(args, model_args, config.folder, shown.output_dir, "tradeoff.png")
+        print(f"\n{results.table()}\n\n{reading(results.runs)}\n\n{where}")
 
 
 def command() -> None:

@@ -3,8 +3,7 @@
     python examples/unlearn.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --use_peft \\
         --forget forget.jsonl --retain retain.jsonl --output_dir outputs/mine
 
-Rows are a JSONL, CSV or Parquet file, or DATASET[:CONFIG] on the Hub; they have `question` and `answer`, `prompt` and
-`completion`, or `messages`. All options of MDUConfig and of TRL's ModelConfig are options here.
+Rows: JSONL, CSV, Parquet, or DATASET[:CONFIG] on the Hub; with `question`/`answer`, `prompt`/`completion`, `messages`.
 """
 
 import sys
@@ -20,6 +19,7 @@ from mdu_trainer.commands.loading import check_model, load
 from mdu_trainer.commands.options import parse_options, settings
 from mdu_trainer.commands.row_sets import DataArguments, answer_rows, load_own_rows, say_what_is_not_kept
 from mdu_trainer.commands.scoring import Scorer, ScoringArguments, check_scoring
+from mdu_trainer.commands.summary import unlearn_summary
 from mdu_trainer.commands.training import whole_checkpoint
 from mdu_trainer.evaluation.sources import spread
 
@@ -65,7 +65,7 @@ def main(args: UnlearnArguments, config: MDUConfig, model_args: ModelConfig) -> 
     if trainer.is_world_process_zero():
         results.save(folder / "results.json")
         write_model_card(folder)
-        print(f"\n{results.table()}\n\nModel, card and results.json: {folder}")
+        print(f"\n{results.table()}\n\n{unlearn_summary(args, model_args, folder)}")
     if config.push_to_hub:
         trainer.push_to_hub()
 

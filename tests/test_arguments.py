@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.utils.logging import warning_once
 
 from mdu_trainer import MDLMConfig, MDUConfig, MDUTrainer
-from mdu_trainer.arguments import IGNORED, REFUSED
+from mdu_trainer.config.arguments import IGNORED, REFUSED
 from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.files import UserError
 from mdu_trainer.testing import forget_retain_split, tiny_mdlm

@@ -7,13 +7,19 @@ another environment takes `subprocess.run`.
 """
 
 import atexit
+import fcntl
 import multiprocessing
 import os
 import runpy
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 PRELOADED = ["trl", "matplotlib.pyplot", "mdu_trainer.attacks.run", "mdu_trainer.callbacks", "mdu_trainer.hub.push"]
@@ -26,8 +32,12 @@ def run(
     *,
     cwd: str | os.PathLike | None = None,
     timeout: float = 240,
+    columns: int | None = None,
 ) -> subprocess.CompletedProcess:
     """Run `[sys.executable, SCRIPT | -m MODULE | -c CODE, ARGUMENT...]` to its end.
+
+    Args:
+        columns: run it on a terminal of this width, of which `stdout` has what it shows, as it is sent there.
 
     Returns:
         Its exit status (negative: the signal that ended it) and the text of both streams.
@@ -39,15 +49,39 @@ def run(
     assert python == sys.executable, "for Python commands"
     with tempfile.TemporaryDirectory() as folder:
         streams = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = _context.Process(target=_main, args=(arguments, str(cwd or Path.cwd()), *map(str, streams)))
-        process.start()
-        process.join(timeout)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(command, timeout, *(stream.read_bytes() for stream in streams))
-        out, err = (stream.read_text() for stream in streams)
+        streams[1].touch()
+        shown = nullcontext(list(map(str, streams))) if columns is None else _terminal(columns, streams[0])
+        with shown as written:
+            process = _context.Process(target=_main, args=(arguments, str(cwd or Path.cwd()), *written))
+            process.start()
+            process.join(timeout)
+            if process.is_alive():
+                process.kill()
+                process.join()
+                raise subprocess.TimeoutExpired(command, timeout, *(stream.read_bytes() for stream in streams))
+        out, err = (stream.read_bytes().decode() for stream in streams)  # with its carriage returns
     return subprocess.CompletedProcess(command, process.exitcode, out, err)
+
+
+@contextmanager
+def _terminal(columns: int, copy: Path) -> Iterator[list[str]]:
+    """Open a terminal for both streams, what it is sent kept in a file. Yields its path, twice."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    reader = threading.Thread(target=_keep, args=(ours, copy))
+    reader.start()
+    try:
+        yield [os.ttyname(theirs)] * 2
+    finally:
+        os.close(theirs)
+        reader.join()
+        os.close(ours)
+
+
+def _keep(terminal: int, copy: Path) -> None:
+    with copy.open("wb") as file, suppress(OSError):  # which is how the end is told
+        while sent := os.read(terminal, 1 << 16):
+            file.write(sent)
 
 
 def _main(arguments: list[str], cwd: str, out: str, err: str) -> None:

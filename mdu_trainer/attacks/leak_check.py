@@ -8,7 +8,6 @@ from typing import Any
 
 from datasets import Dataset
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -19,6 +18,7 @@ from ..evaluation.sources import check_columns
 from ..evaluation.tofu import longest_answer
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
+from ..terminal import Bar
 from . import ATTACKS, AttackSettings, Target
 from .base import NothingToAttack, unscorable
 
@@ -116,7 +116,7 @@ def measure_leak(
     decoding = DiffusionGenerationConfig(max_new_tokens=longest_answer({"forget": rows}, tokenizer), seed=seed)
     target = Target(model, tokenizer, rows, AttackSettings(decoding=decoding, unrelated=retain))
     checks, left_out = {PLAIN: dict(zip(measured, map(float, target.plain), strict=True))}, []
-    for name in tqdm(CHECKS, unit="check", disable=not show_progress):
+    for name in Bar("checking for leaks", CHECKS, total=len(CHECKS), unit="check", show=show_progress):
         try:
             scores = ATTACKS[name].run(target, seed)
         except NothingToAttack as error:  # any other failure is one of the whole: a check is never lost without a word

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from datasets import Dataset
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.metrics import bootstrap_interval
@@ -24,6 +23,7 @@ from ..evaluation.results import Estimate
 from ..evaluation.scoring import digest
 from ..files import UserError, typed
 from ..models import weights_fingerprint
+from ..terminal import Bar
 from .base import AttackScores, AttackSettings, Target, check_answers
 from .registry import ADAPTER, Attack
 from .results import BASE, NEVER, NO_ATTACK, AttackOutcome, Outcome, Recovery
@@ -143,13 +143,15 @@ def _scores(
         "seed": seed,
     }
     scores: dict[tuple[str, str], AttackScores] = {}
-    bar, attacks = tqdm(total=len(models) * len(attacks), unit="attack", disable=not show_progress), dict(attacks)
+    attacks, total = dict(attacks), len(models) * len(attacks)
+    bar = Bar("attacking", total=total, unit="attack", show=show_progress)
     with ProgressFile(progress_path, "attack") as progress, bar:
         done = {(one.model, one.attack): one for one in progress.resume(header, _finished)}
         for name, load in models.items():
             target = Target(*load(), rows, settings)
             weights = weights_fingerprint(target.model)
             for attack, entry in list(attacks.items()):
+                bar.set_description_str(f"attacking {name}: {attack}")
                 before, start = done.get((name, attack)), time.perf_counter()
                 if before is not None and before.weights != weights:
                     raise UserError(

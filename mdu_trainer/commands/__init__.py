@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from ..files import UserError
 from .help import HelpFormatter, description_of, program
+from .quiet import silence, tidy_bars
 
 TRACEBACK = "--traceback"
 STATUS = 2  # as argparse ends for wrong options
@@ -22,6 +23,8 @@ LIBRARIES = (
     *("accelerate", "bitsandbytes", "huggingface_hub", "lm_eval", "peft", "safetensors", "tokenizers", "torch"),
     *("transformers", "trl"),
 )
+
+silence()
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -65,6 +68,7 @@ def run(main: Callable[[], int | None], *, again: str = AGAIN) -> int:
         The exit status: 2 for a mistake that `explain` explains, 130 after an interruption, 1 for a fault of ours,
         whose message is shown with `--traceback` only, for it may quote data.
     """
+    tidy_bars()
     show = TRACEBACK in sys.argv[1:]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != TRACEBACK]
     try:

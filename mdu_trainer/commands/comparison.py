@@ -174,7 +174,7 @@ def present(results: Results, runs: list[MDUConfig], folder: Path) -> None:
 
 def _scored(score: Scorer, folder: Path, model: Any, tokenizer: Any, name: str, method: str) -> TofuResult:
     """Score a model; its finished rows stay in the folder of its run."""
-    return score(model, tokenizer, method, folder / name / "rows.jsonl")
+    return score(model, tokenizer, method, folder / name / "rows.jsonl", name=name)
 
 
 def _check(args: ComparisonArguments, config: ComparisonConfig, model_args: ModelConfig) -> None:

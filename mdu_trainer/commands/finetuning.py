@@ -14,7 +14,7 @@ from ..testing import SMALLEST_VOCABULARY, dataset_texts, tiny_mdlm, train_token
 from ..trainer.mdlm import MDLMTrainer
 from .checks import check_above_zero, check_least
 from .loading import load
-from .training import Progress, is_trained
+from .training import is_trained
 
 HEADS = 4  # of a model from scratch
 SHARED = (  # options of the unlearning that the fine-tuning follows
@@ -82,7 +82,6 @@ def finetune(
         train_dataset=question_answer_rows(rows, conversational=bool(tokenizer.chat_template)),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=[Progress(f"fine-tuning {folder.name}")],
     )
     trainer.train()
     if isinstance(trainer.model, PeftModel):

@@ -53,6 +53,7 @@ def main() -> int | None:
 
 def run_example(name: str) -> None:
     """Run an example as `python` runs it, but for the name in `sys.argv`."""
+    import_module("mdu_trainer.commands")  # first, for it silences messages that other libraries have at import
     path = find_examples() / name
     module = sys.modules["__main__"] = ModuleType("__main__")
     module.__file__ = str(path)

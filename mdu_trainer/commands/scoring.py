@@ -58,6 +58,7 @@ class Scorer:
         method: str,
         progress_path: Path,
         sets: Mapping[str, Dataset] | None = None,
+        name: str | None = None,
     ) -> TofuResult:
         """Score a model. Every process of a launch must call this.
 
@@ -66,6 +67,7 @@ class Scorer:
             method: what the run is called.
             progress_path: file that keeps finished rows, to continue a killed run.
             sets: other sets than all; answers are decoded to the longest of all sets.
+            name: what the progress bar calls the model; the method unless given.
         """
         decoding = DiffusionGenerationConfig(
             max_new_tokens=self.args.max_new_tokens or longest_answer(self.sets, tokenizer),
@@ -82,5 +84,5 @@ class Scorer:
             method=method,
             num_draws=self.args.likelihood_draws,
             progress_path=progress_path,
-            show_progress=True,
+            show_progress=name or method,
         )

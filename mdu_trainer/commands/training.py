@@ -4,28 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from ..config import MDUConfig
-from ..evaluation.runner import processes
 from ..files import UserError, read_json, typed
 from ..trainer.checkpoints import CheckpointError, choose
 from ..trainer.mdu import MDUTrainer
 from .folders import TRAINED
 from .loading import load
 from .row_sets import answer_rows
-
-
-class Progress(TrainerCallback):
-    """Print one line when a run starts, so that a log of many runs can be read."""
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Say which run it is, and how many steps it takes."""
-        processes().print(f"\n{self.name}: {state.max_steps} steps")
 
 
 def unlearn(
@@ -50,7 +38,6 @@ def unlearn(
         retain_dataset=answer_rows(retain, chats) if config.retain_weight else None,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
-        callbacks=[Progress(Path(config.output_dir).name)],
     )
     trainer.train(resume_from_checkpoint=whole_checkpoint(config.output_dir))
     trainer.save_model()

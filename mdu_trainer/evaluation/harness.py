@@ -28,7 +28,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from peft import PeftModel
-from tqdm import tqdm
 from transformers.utils import logging
 
 from ..data.reading import private
@@ -37,6 +36,7 @@ from ..inference.config import check_count
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..inference.likelihood import response_likelihood
 from ..models import load_model, load_tokenizer, resolve_backbone
+from ..terminal import Bar
 from .metrics import greedy_completions
 
 logger = logging.get_logger(__name__)
@@ -251,7 +251,8 @@ class MaskedDiffusionLM(TemplateLM):
         """Request numbers, some batches at a time, the longest first; shows progress on the main process."""
         order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
         size = BATCHES_A_PART * self._decoding.batch_size
-        with tqdm(total=len(order), unit="request", disable=disable_tqdm or self._rank > 0) as progress:
+        show = not disable_tqdm and self._rank == 0
+        with Bar("answering lm-eval", total=len(order), unit="request", show=show) as progress:
             for first in range(0, len(order), size):
                 yield order[first : first + size]
                 progress.update(len(order[first : first + size]))

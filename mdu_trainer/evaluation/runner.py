@@ -10,11 +10,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..files import UserError, typed
 from ..models import Backbone, resolve_backbone, weights_fingerprint
+from ..terminal import Bar
 from .progress import SCORING, ProgressFile
 from .registry import RowScores
 from .scoring import QuestionBatch, QuestionSet
@@ -50,7 +50,7 @@ def score_questions(
     *,
     backbone: Backbone | None = None,
     progress_path: str | Path | None = None,
-    show_progress: bool = False,
+    show_progress: bool | str = False,
 ) -> Evaluation:
     """Compute the metrics of each set.
 
@@ -61,7 +61,7 @@ def score_questions(
         model, tokenizer, backbone: the same on all processes; the backbone is resolved if not given.
         sets: the questions and what to measure.
         progress_path: file that keeps finished rows, scores only. Given again after a kill, they are not scored anew.
-        show_progress: show a progress bar over rows, with rate and time left.
+        show_progress: show a progress bar over rows, with rate and time left; what is scored, if it is to say that.
 
     Raises:
         ValueError: for two sets of one name, or a progress file of another model, other data or other settings.
@@ -81,13 +81,9 @@ def score_questions(
         # batches with a row that is not done; they are scored whole, so that rounding is that of an undisturbed run
         batches = [(part, rows) for part in sets for rows in part.chunks()]
         left = [(part, rows) for part, rows in batches if any((part.name, row) not in done for row in rows)]
-        bar = tqdm(
-            total=sum(map(len, sets)),
-            initial=len(done),
-            unit="row",
-            disable=not (show_progress and state.is_main_process),
-        )
-        with bar:
+        doing = f"scoring {show_progress}" if isinstance(show_progress, str) else "scoring"
+        show, total = bool(show_progress) and state.is_main_process, sum(map(len, sets))
+        with Bar(doing, total=total, initial=len(done), unit="row", show=show) as bar:
             for lines in _rounds(model, tokenizer, backbone, left):
                 new = {key: line for key, line in lines if key not in done}
                 progress.append([{"set": key[0], "row": key[1], **line._asdict()} for key, line in new.items()])

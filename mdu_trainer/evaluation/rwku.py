@@ -142,7 +142,7 @@ def evaluate_rwku(
     backbone: Backbone | None = None,
     num_draws: int = 32,
     progress_path: str | Path | None = None,
-    show_progress: bool = False,
+    show_progress: bool | str = False,
 ) -> Run:
     """Score a model on RWKU's sets. Every process of an accelerate launch must call this.
 
@@ -171,7 +171,12 @@ def evaluate_rwku(
         decoding = replace(generation_config, max_new_tokens=config.max_new_tokens)
         parts.append(QuestionSet(name, questions, config.metrics, decoding, num_draws))
     scored = score_questions(
-        model, tokenizer, parts, backbone=backbone, progress_path=progress_path, show_progress=show_progress
+        model,
+        tokenizer,
+        parts,
+        backbone=backbone,
+        progress_path=progress_path,
+        show_progress=method if show_progress is True else show_progress,
     )
     scores = {name: estimates(of_set) for name, of_set in scored.scores.items()}
     return Run(method, None, scores, {name: len(rows) for name, rows in sets.items()}, {}, 0.0, scored.seconds)

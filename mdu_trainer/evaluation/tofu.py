@@ -175,7 +175,7 @@ def evaluate_tofu(
     backbone: Backbone | None = None,
     num_draws: int = 16,
     progress_path: str | Path | None = None,
-    show_progress: bool = False,
+    show_progress: bool | str = False,
 ) -> TofuResult:
     """Score a model on TOFU's sets. Every process of an accelerate launch must call this.
 
@@ -193,7 +193,7 @@ def evaluate_tofu(
         backbone: of the model; resolved if not given.
         num_draws: forward passes for the likelihood of each answer.
         progress_path: file that keeps finished rows, to continue a killed run.
-        show_progress: show a progress bar.
+        show_progress: show a progress bar that names the method, or the model that is given here.
 
     Raises:
         ValueError: as `check_sets` and `TruthRatios.check_rows`, and for metrics or a progress file that do not fit.
@@ -204,7 +204,12 @@ def evaluate_tofu(
     backbone = backbone or resolve_backbone(model, tokenizer)
     questions = tofu_questions(sets, tokenizer, backbone, generation_config, metrics, num_draws)
     scored = score_questions(
-        model, tokenizer, questions, backbone=backbone, progress_path=progress_path, show_progress=show_progress
+        model,
+        tokenizer,
+        questions,
+        backbone=backbone,
+        progress_path=progress_path,
+        show_progress=method if show_progress is True else show_progress,
     )
     ratios = scored.scores["forget"].get("truth_ratio")
     truth_ratios = None if ratios is None else TruthRatios(question_digest(sets["forget"]), ratios)

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.encoding import check_prompt_ids, check_prompts, encode_prompts
 from ..files import UserError
 from ..masking import pad_rows
 from ..models import Backbone, evaluation_mode, logits_at, resolve_backbone
+from ..terminal import Bar
 from .config import DiffusionGenerationConfig
 from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
@@ -118,7 +118,7 @@ def generate_ids(
     decoder = _Decoder(model, generation_config, backbone)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses: list[list[int]] = [[] for _ in prompt_ids]
-    with evaluation_mode(model), tqdm(total=len(responses), unit="prompt", disable=not show_progress) as progress:
+    with evaluation_mode(model), Bar("decoding", total=len(responses), unit="prompt", show=show_progress) as progress:
         for first in range(0, len(by_length), generation_config.batch_size):
             places = by_length[first : first + generation_config.batch_size]
             rows = places if row_ids is None else [row_ids[place] for place in places]

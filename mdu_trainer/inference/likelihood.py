@@ -18,13 +18,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..data.encoding import check_ids
 from ..divergence import TokenNLL
 from ..files import UserError
 from ..masking import pad_rows
 from ..models import Backbone, evaluation_mode, measure_at
+from ..terminal import Bar
 from .config import check_count
 from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
 
@@ -109,7 +109,8 @@ def response_likelihood(
     total = sum(num_sets(len(ids), num_draws) for ids in response_ids)
     rows = _drawn_rows(prompt_ids, response_ids, num_draws, seed)
     sequences = ((row, k) for row in rows for k in range(len(row.log_p)))
-    with evaluation_mode(model), tqdm(total=total, unit="pass", disable=not show_progress) as progress:
+    bar = Bar("measuring likelihoods", total=total, unit="pass", show=show_progress)
+    with evaluation_mode(model), bar as progress:
         while batch := list(islice(sequences, batch_size)):
             _fill_log_p(model, batch, backbone)
             for row in (row for row, k in batch if k == len(row.log_p) - 1):  # its last set

@@ -235,7 +235,7 @@ class _Analysis:
             base=base,
             num_steps=self.settings.num_steps,
             batch_size=self.settings.batch_size,
-            show_progress=name if self.show_progress else None,
+            show_progress=f"asking {name}" if self.show_progress else None,
         )
 
     def decode(self, model: nn.Module) -> list[Path]:

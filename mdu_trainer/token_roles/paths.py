@@ -27,7 +27,6 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from scipy.stats import rankdata
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
@@ -35,6 +34,7 @@ from ..inference.config import check_count
 from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, generate_ids
 from ..masking import corrupt, counter_uniform, pad_rows
 from ..models import Backbone, evaluation_mode, hidden_at
+from ..terminal import Bar
 from .labels import Role
 
 NEVER = np.iinfo(np.int64).max  # a position behind the end of a decoded response, which nothing revealed
@@ -150,7 +150,7 @@ def measure_paths(
         base: a model of the same backbone on the same device, to measure the shift from; without it there is none.
         num_steps: S, the moments of each path at which is measured, evenly spaced over the tokens revealed.
         batch_size: sequences a forward pass. It changes nothing but memory and speed.
-        show_progress: show a progress bar of this name over moments.
+        show_progress: show a progress bar over moments that says this.
 
     Raises:
         ValueError: for a number out of range, or a row longer than the model's context.
@@ -161,7 +161,7 @@ def measure_paths(
     moments = [(place, step) for place in range(len(paths)) for step in range(num_steps)]
     moments.sort(key=lambda moment: len(paths[moment[0]].prompt) + len(paths[moment[0]].response))
     asked = [model] if base is None else [model, base]
-    with tqdm(total=len(moments), desc=show_progress, unit="input", disable=show_progress is None) as progress:
+    with Bar(show_progress or "", total=len(moments), unit="input", show=show_progress is not None) as progress:
         for first in range(0, len(moments), batch_size):
             batch = moments[first : first + batch_size]
             inputs = [(paths[place], paths[place].masked(step / num_steps)) for place, step in batch]

@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from tqdm import tqdm
 from transformers.utils import logging
 
 from ..divergence import Prediction, Projection
 from ..files import UserError, write_whole
+from ..terminal import Bar
 
 logger = logging.get_logger(__name__)
 
@@ -112,7 +112,8 @@ class AnchorCache(Mapping[tuple[int, int], Tensor]):
             self.folder.mkdir(parents=True)
         state.wait_for_everyone()
         mine: Iterator[AnchorBatch] = islice(batches, state.process_index, None, state.num_processes)
-        progress = tqdm(mine, "anchors", self._num_batches // state.num_processes, disable=not state.is_main_process)
+        share = self._num_batches // state.num_processes
+        progress = Bar("computing anchors", mine, total=share, unit="batch", show=state.is_main_process)
         hidden, header = None, {}
         for batch in progress:
             prediction = batch.predict()

@@ -15,6 +15,7 @@ from ..config import DiffusionConfig
 from ..data.rows import EpochSampler, RowPairs, TokenizedRows, in_order
 from ..files import UserError
 from ..masking import MaskSchedule
+from .progress import TrainingProgress
 from .robust import RobustTrainer
 
 EvalSets = Dataset | dict[str, Dataset] | None
@@ -255,6 +256,7 @@ class EvaluatingTrainer(RobustTrainer):
         """Whether callbacks may add scores to an evaluation's."""
         return any(
             type(callback).on_evaluate is not TrainerCallback.on_evaluate
+            and not isinstance(callback, TrainingProgress)
             and not type(callback).__module__.startswith("transformers.")
             for callback in self.callback_handler.callbacks
         )

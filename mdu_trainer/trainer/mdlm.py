@@ -85,6 +85,7 @@ class MDLMTrainer(EvaluatingTrainer):
     train_dataset: RowPairs | None
     config_class: type[DiffusionConfig] = MDLMConfig
     reference: Reference | None = None  # theta_0, where the loss compares with it
+    _doing = "fine-tuning"
     # compute_loss returns a mean over a micro-batch, so the Trainer divides it by the number of micro-batches
     loss_is_scaled_for_ga = False
 

@@ -64,6 +64,7 @@ class MDUTrainer(MDLMTrainer):
 
     args: MDUConfig
     config_class = MDUConfig
+    _doing = "unlearning"
     _publishes_by_list = True
 
     def __init__(

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from .checkpoints import (
     write_manifest,
 )
 from .guard import RunGuard, check_weights
+from .progress import TrainingProgress, replace_default
 from .run_lock import sole_run
 from .run_record import RUN_FILE, RunRecord
 from .updates import TrainedTensors, check_trainable
@@ -49,6 +50,7 @@ class RobustTrainer(Trainer):
     first. What a subclass computes as the loss of a micro-batch, it shows to `guard.see`.
     """
 
+    _doing = "training"  # what the progress bar says
     _made_optimizer = False  # by the trainer, not by the user
     _resumed_from: str | None = None  # the checkpoint that this call of `train` goes on from
     _publishes_by_list = False  # whether what is uploaded is chosen file by file
@@ -60,6 +62,8 @@ class RobustTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self._progress = TrainingProgress(self._doing)
+        replace_default(self.callback_handler.callbacks, self._progress)
         self.guard = RunGuard(self.accelerator)
         self.add_callback(self.guard)
 
@@ -91,7 +95,7 @@ class RobustTrainer(Trainer):
             if self.model_init is None:  # or else the Trainer makes the model first
                 self._begin()
             self._written = Path(checkpoint) if checkpoint else None
-            with self._reporting_failure(), self.guard.listening():
+            with self._reporting_failure(), closing(self._progress), self.guard.listening():
                 output = super().train(checkpoint, trial, **kwargs)
                 self._check_changed()
         return output

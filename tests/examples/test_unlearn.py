@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -119,7 +120,12 @@ def test_copied_into_an_empty_folder(checkpoint, tmp_path):
     assert [one.name for one in results.runs] == ["base", "mdu tau=0.5"] and results.runs[1].train_seconds > 0
     for one in results.runs:
         assert one.rows == {"forget": 2, "retain": 2} and {"rougeL_recall", "probability"} <= set(one.scores["retain"])
-    assert results.table() in run.stdout and f"Model, card and results.json: {out.name}" in run.stdout
+    assert results.table() in run.stdout
+    assert re.findall(r"^(figures|card|model) +(\S+)$", run.stdout, re.M) == [
+        ("figures", f"{out.name}/results.json"),
+        ("card", f"{out.name}/README.md"),
+        ("model", out.name),
+    ]
     assert (out / "adapter_model.safetensors").is_file() and Facts.load(out).tau == 0.5
     assert "| forget | rougeL_recall" in (out / "README.md").read_text()
     assert "mdu tau=0.5" in write_page(out).read_text()

@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from transformers import TrainingArguments
 
+from ..files import UserError
+from ..objectives import OBJECTIVES
 from .arguments import (
     NOT_NEGATIVE,
     POSITIVE,
@@ -16,8 +18,6 @@ from .arguments import (
     check_training,
     is_whole,
 )
-from .files import UserError
-from .objectives import OBJECTIVES
 
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 
