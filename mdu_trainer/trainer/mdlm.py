@@ -41,7 +41,7 @@ from ..models import (
 from ..models.backbone import target_modules_of
 from ..models.checks import check_finite
 from ..models.refusals import refuse_adapter
-from ..objectives import mean_by_example, sum_by_example
+from ..objectives import diffusion_bound, mean_by_example
 from .checkpoints import make_writable
 from .distributed import DistributedBackend
 from .evaluating import EvaluatingTrainer, Score, Scores, schedules
@@ -207,7 +207,10 @@ class MDLMTrainer(EvaluatingTrainer):
         nll, entropy = measure_at(model, *where, measure, logit_shift=self.backbone.logit_shift)
 
         # 3. One loss an example [B], then the mean over the update
-        loss = share * sum_by_example(nll, noised.batch_index, len(share))
+        if self.args.time_weighting:
+            loss = diffusion_bound(nll, noised.batch_index, noised.weight) / noised.num_response
+        else:
+            loss = mean_by_example(nll, noised.batch_index, noised.num_masked)
         entropy = mean_by_example(entropy, noised.batch_index, noised.num_masked)
         fraction = noised.num_masked / noised.num_response
         values = {"loss": loss, "entropy": entropy, "masked_fraction": fraction}
