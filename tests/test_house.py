@@ -9,7 +9,7 @@ import pytest
 import mdu_trainer
 
 PACKAGE = Path(mdu_trainer.__file__).parent
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ROOT = Path(__file__).resolve().parents[1]
 MOST_LINES_OF_A_FILE, MOST_LINES_OF_A_FUNCTION = 400, 60
 MOST_FILES_BESIDE_FOLDERS = 9
 # From the ground up: a room imports from rooms of lower floors, and from its own
@@ -116,10 +116,10 @@ def test_inference_knows_no_trainer():
 
 
 def sources() -> dict[str, str]:
-    """Name of a file of the package or the examples -> its content."""
+    """Name of a file of the package, the examples or the tests -> its content."""
     return {
         str(path.relative_to(folder.parent)): path.read_text(encoding="utf-8")
-        for folder in (PACKAGE, EXAMPLES)
+        for folder in (PACKAGE, ROOT / "examples", ROOT / "tests")
         for path in sorted(folder.rglob("*.py"))
     }
 

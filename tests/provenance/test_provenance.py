@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
-from mdu_trainer.commands.options import settings
-from mdu_trainer.evaluation.progress import ProgressFile
-from mdu_trainer.files import UserError, without_secrets
+from mdu_trainer.files import UserError
 from mdu_trainer.hub.leak_scan import LeakError, check_texts, text_of
 from mdu_trainer.provenance.facts import Facts, SetFacts, set_facts, whole_hashes
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
@@ -129,20 +127,6 @@ def test_system_turns_are_no_forget_text(authors):
     assert list(row_texts(Dataset.from_dict({"messages": turns}))) == [["u", "a"]]
     preference = Dataset.from_dict({"prompt": ["p"], "rejected": ["r"], "chosen": ["c"]})
     assert list(row_texts(preference)) == [["p", "r"]]
-
-
-@pytest.fixture
-def trainer(authors, tokenizer, make_model, tmp_path):
-    """A trainer on one author to forget, on the second request: its base keeps the hashes of the first."""
-    forget, retain = (question_answer_rows(part, True) for part in forget_retain_split(authors, 1))
-    model = make_model()
-    (tmp_path / "base").mkdir()
-    HASHES.save(tmp_path / "base")
-    model.config._name_or_path = str(tmp_path / "base")
-    args = MDUConfig(
-        str(tmp_path / "out"), loss_type="npo", max_steps=1, use_cpu=True, report_to="none", save_strategy="no"
-    )
-    return MDUTrainer(model, args, forget, retain, processing_class=tokenizer)
 
 
 def test_checkpoint_of_the_trainer(trainer, authors, tmp_path):
@@ -348,67 +332,6 @@ def test_a_base_whose_hashes_are_lost_is_named(trainer, make_model, authors, tok
     second.save_model()
     with pytest.raises(UserError, match="lacks the hashes of 1 earlier"):
         whole_hashes(tmp_path / "second", Facts.load(tmp_path / "second"))
-
-
-def test_secrets_in_facts_are_dropped(trainer, tmp_path):
-    facts = replace(
-        trainer.provenance.facts(trainer), description=f"as {SECRETS[0]}", options={"api_key": "x", "beta": 1}
-    )
-    facts.save(tmp_path)
-    assert Facts.load(tmp_path).description is None and Facts.load(tmp_path).options == {"beta": 1}
-
-
-SECRETS = [
-    "hf_" + "aB3" * 11,
-    "sk-proj-" + "a1B2" * 8,
-    "ghp_" + "a1B2" * 9,
-    "github_pat_" + "A1b2" * 10,
-    "AKIA" + "ABCD1234EFGH5678",
-    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.c2lnbmF0dXJl",
-    "Authorization: Bearer abcdef0123456789",
-    "https://user:secret@host.invalid/x",
-    "-----BEGIN RSA PRIVATE KEY-----",
-    "glpat-abcdefghij0123456789",
-    "xoxb-123456789012-abcdef",
-]
-
-
-def test_secrets_are_dropped_at_any_depth():
-    for secret in SECRETS:
-        deep = {"a": [{"b": {"note": f"see {secret}", "kept": 1}}, (secret, "kept")], secret: 1, "c": "kept"}
-        assert without_secrets(deep) == {"a": [{"b": {"kept": 1}}, ("kept",)], "c": "kept"}
-        assert without_secrets(secret) is None
-    names = ("token", "hub_token", "HF_TOKEN", "use_auth_token", "api_key", "apiKey", "X-Api-Key", "wandb_api_key")
-    for name in (*names, "password", "aws_secret_access_key", "Authorization", "client_secret", "accessToken"):
-        assert without_secrets({"model_init_kwargs": {"deep": {name: "plain"}}}) == {"model_init_kwargs": {"deep": {}}}
-    harmless = {
-        "pad_token": "<pad>",
-        "mask_token": "[MASK]",
-        "max_new_tokens": 8,
-        "include_num_input_tokens_seen": True,
-    }
-    harmless |= {
-        "path": "data/hf_datasets/sk-learn",
-        "tokenizer": "x",
-        "author": "y",
-        "url": "https://host.invalid/a@b",
-    }
-    assert without_secrets(harmless) == harmless
-
-
-def test_settings_of_the_scripts_hold_no_secret(tmp_path):
-    nested = {"token": "plain", "revision": "main", "headers": {"x": SECRETS[0]}}
-    config = MDUConfig(str(tmp_path), hub_token="plain", model_init_kwargs=nested, use_cpu=True)
-    chosen = settings(config)
-    assert chosen["model_init_kwargs"] == {"revision": "main", "headers": {}} and "hub_token" not in chosen
-    assert chosen["use_cpu"] is True
-
-
-def test_progress_is_for_its_owner_alone(tmp_path):
-    with ProgressFile(tmp_path / "progress.jsonl") as progress:
-        progress.resume({"progress": 1}, dict)
-        progress.append([{"row": 0}])
-    assert stat.S_IMODE((tmp_path / "progress.jsonl").stat().st_mode) == 0o600
 
 
 def test_a_message_in_parts_is_hashed_as_it_is_learned():
