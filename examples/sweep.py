@@ -39,6 +39,7 @@ from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.tofu import SETS
 from mdu_trainer.files import UserError
 from mdu_trainer.report.plots import plot_frontier
+from mdu_trainer.terminal import folded
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
 FIGURES_OF = {"rougeL": ("rougeL_recall", "rougeL_f1"), "choice_probability": ("probability",)}  # others: their name
@@ -144,7 +145,7 @@ def main(args: SweepArguments, config: SweepConfig, model_args: ModelConfig) -> 
         plot_frontier(results.runs, config.folder / f"frontier.{suffix}", selected=selected)
     chosen = runs[0 if selected is None else results.runs[-len(runs) :].index(selected)].output_dir
     where = comparison_summary(args, model_args, config.folder, chosen, "frontier.png")
-    print(f"\n{markdown_table(frontier_cells(results, selected))}\n\n{reading(results.runs)}\n\n{where}")
+    print(f"\n{markdown_table(frontier_cells(results, selected))}\n\n{folded(reading(results.runs))}\n\n{where}")
     if selected is None:
         raise UserError(problem)
     print(f"Selected: {selected.name}, in {chosen}")

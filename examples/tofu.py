@@ -29,6 +29,7 @@ from mdu_trainer.commands.summary import comparison_summary
 from mdu_trainer.evaluation.frontier import reading
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.report.page import write_page
+from mdu_trainer.terminal import folded
 
 CONFIG = Path(__file__).parent / "configs" / "demo.yaml"
 
@@ -40,7 +41,7 @@ def main(args: ComparisonArguments, config: ComparisonConfig, model_args: ModelC
         write_page(config.folder)
         shown = next((one for one in runs if one.loss_type == "mdu"), runs[0])
         where = comparison_summary(args, model_args, config.folder, shown.output_dir, "tradeoff.png")
-        print(f"\n{results.table()}\n\n{reading(results.runs)}\n\n{where}")
+        print(f"\n{results.table()}\n\n{folded(reading(results.runs))}\n\n{where}")
 
 
 def command() -> None:

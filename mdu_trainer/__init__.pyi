@@ -17,6 +17,7 @@ from .attacks.results import Recovery as Recovery
 from .attacks.run import run_attacks as run_attacks
 from .callbacks import TokenRoleCallback as TokenRoleCallback
 from .callbacks import UnlearningEvalCallback as UnlearningEvalCallback
+from .config import DiffusionConfig as DiffusionConfig
 from .config import MDLMConfig as MDLMConfig
 from .config import MDUConfig as MDUConfig
 from .data.rows import (

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar
@@ -101,6 +102,12 @@ def columns(stream: Any = None) -> int | None:
         return (os.get_terminal_size(stream.fileno()).columns or 80) - 1  # the last one may start a new line
     except (OSError, AttributeError):
         return 79
+
+
+def folded(text: str) -> str:
+    """Return a sentence in as many lines as the terminal behind stdout asks for, unchanged where there is none."""
+    room = columns(sys.stdout)
+    return text if room is None else textwrap.fill(text, room)
 
 
 def _plural(unit: str) -> str:

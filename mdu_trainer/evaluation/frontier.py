@@ -215,7 +215,7 @@ def reading(runs: Sequence[Run], forget: str = "forget") -> str:
             "gives the deletion away, goes unseen."
         )
     return (
-        f"The target of forgetting is the never-trained model's score, {level}: nearer to it is better. "
+        f"The target of forgetting is the score of the never-trained model, {level}: nearer to it is better. "
         "Above it something is still known; below it is over-forgotten, which gives the deletion away."
     )
 

@@ -1,6 +1,7 @@
 """Attacks on several models: recovery and its interval, the file, kills, the picture, and the script."""
 
 import json
+import re
 import signal
 import sys
 from functools import partial
@@ -333,7 +334,7 @@ def test_script(checkpoints, tmp_path, authors):
     assert recovery.models == ["adapter", "other"] and list(recovery.attacks) == ["none", *ATTACKS]
     assert recovery.settings["decoding"]["steps"] == 1 and recovery.settings["relearn_steps"] == 1
     assert recovery.settings["seed"] == 3 and recovery.settings["relearn_learning_rate"] == 0.001
-    assert recovery.text() in log and "attack/s" in log or "s/attack" in log
+    assert recovery.text() in log and re.search(r"\d+ attacks in [\d.]+ s", log)
     written = log + "".join(path.read_text() for path in tmp_path.glob("*.json*"))
     names = {word for text in fictional_authors(16)["answer"] for word in text.split()[:2] if word[0].isupper()}
     assert len(names) > 20 and not any(name in written for name in names - {"The"})

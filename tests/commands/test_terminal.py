@@ -93,6 +93,7 @@ def test_bars(shown):
             assert f"{start}\n" in log
         return
     assert "\x1b[A" not in log and "\n\n\n" not in log, "a bar below another moves the cursor"
+    assert "The target of forgetting is" in log
     parts = [part for line in log.split("\n") for part in line.split("\r") if not part.startswith("|")]
     assert max(map(len, parts)) < columns, max(parts, key=len)
     bars = [part for part in parts if re.search(r"\d%\|", part)]
@@ -106,11 +107,11 @@ def test_bars(shown):
 
 def test_the_end_says_where_to_look(shown):
     columns, log, place = shown
-    end = log.rpartition("|\n\n")[2]
+    end = log.rstrip().rpartition("\n\n")[2] + "\n"
     files = dict(re.findall(r"^(figures|picture|card|page) +(\S+)$", end, re.M))
     assert {"figures", "picture", "card"} <= set(files) and all((place / path).is_file() for path in files.values())
     assert ("page" in files) == (place / "out" / PAGE).exists()
-    command = re.search(r"^next +(?:python -m )?\S*mdu (attack .*?)\nnext", end, re.M | re.S)[1].replace("\\\n", " ")
+    command = re.search(r"^next +(?:python -m )?\S*mdu (attack .*?)\n\Z", end, re.M | re.S)[1].replace("\\\n", " ")
     assert command.split() == [
         *("attack", "--model", "out/mdu-tau0", "--base", "out/base", "--retain_model", "out/retain")
     ]

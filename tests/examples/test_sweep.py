@@ -49,7 +49,7 @@ def sweep(*arguments, expect=0):
 
 
 def trainings(log):
-    return re.findall(r"^(\S+): 2 steps$", log, re.M)
+    return re.findall(r"^unlearning (\S+): 2 steps$", log, re.M)
 
 
 def figures(folder):
@@ -103,7 +103,7 @@ def test_killed_in_the_middle_and_started_again(whole, tmp_path):
     before = ""
     for line in process.stdout:
         before += line
-        if line.startswith(NAMES[2]):  # the third of four has begun
+        if line.startswith(f"unlearning {NAMES[2]}:"):  # the third of four has begun
             process.send_signal(signal.SIGKILL)
             break
     process.communicate(timeout=60)

@@ -347,6 +347,6 @@ def test_the_model_is_evaluated_and_left_as_it_was(make_model, backbone):
 def test_the_progress_bar_counts_prompts_and_shows_no_text(model, tokenizer, capsys):
     generate(model, tokenizer, ["Zanzibar", "Quetzal"], max_new_tokens=4, show_progress=True)
     shown = capsys.readouterr().err
-    assert "2/2" in shown and "Zanzibar" not in shown and "Quetzal" not in shown
+    assert "decoding: 2 prompts in" in shown and "Zanzibar" not in shown and "Quetzal" not in shown
     generate(model, tokenizer, ["Zanzibar"], max_new_tokens=4)
     assert capsys.readouterr().err == ""

@@ -339,7 +339,7 @@ def test_loader_process_that_dies(tmp_path, seen):
 
 TWO = """
 import os, signal, sys
-sys.path[:0] = ["tests", "."]
+sys.path[:0] = ["tests", "tests/trainer", "."]
 import runs, test_faults
 folder = sys.argv[1]
 def act():
