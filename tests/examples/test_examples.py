@@ -145,7 +145,7 @@ def test_resumes_what_was_begun(compared, tmp_path):
     log = tofu("--config", again / "config.yaml", "--resume")
     assert (
         len(re.findall("^unlearning mdu-tau0.5: 2 steps$", log, re.M)) == 1
-        and "npo: " not in log
+        and "unlearning npo" not in log
         and "fine-tuning" not in log
     )
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())

@@ -19,6 +19,7 @@ from transformers.trainer_utils import HubStrategy
 from mdu_trainer import CheckpointError, DiffusionConfig, MDLMConfig, MDUConfig, UnlearningEvalCallback
 from mdu_trainer.commands.folders import starting
 from mdu_trainer.files import UserError
+from mdu_trainer.hub import trainer_side
 from mdu_trainer.hub.push import Destination, prepare_push, read_checkpoint
 from mdu_trainer.testing import tiny_mdlm
 from mdu_trainer.trainer import run_lock
@@ -319,7 +320,7 @@ def test_second_run_in_a_folder_is_refused_until_the_first_is_dead(held):
     snapshot.mkdir()
     with pytest.raises(FolderInUseError, match=message):
         trainer.train()
-    trainer._remove_snapshots()
+    trainer_side._remove_snapshots(folder)
     assert snapshot.is_dir(), "the other run may be sending it"
     os.kill(process.pid, signal.SIGKILL)
     process.join(10)
@@ -356,5 +357,5 @@ def test_what_a_kill_left_of_a_push_is_removed(tmp_path, act):
     for name in (".push-checkpoint-3", ".push-checkpoint-12"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "forget_hashes.json").write_text("{}")
-    trainer.train() if act == "train" else trainer._remove_snapshots()
+    trainer.train() if act == "train" else trainer_side._remove_snapshots(tmp_path)
     assert not list(tmp_path.glob(".push-*"))
