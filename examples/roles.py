@@ -27,7 +27,8 @@ from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_least, check_output_folder
 from mdu_trainer.commands.loading import ModelsConfig, check_compared, load, model_names
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.commands.row_sets import OwnRowsArguments, check_rows_named, load_own_rows
+from mdu_trainer.commands.row_sets import OwnRowsArguments, check_rows_named
+from mdu_trainer.evaluation.own_rows import load_own_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.files import UserError

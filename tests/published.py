@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
+from torch import Tensor, nn
 
 POISON = "raise RuntimeError('the remote code of a checkpoint was imported')\n"
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "a"), ("i", "n"), ("Ġ", "the")]
@@ -324,3 +324,15 @@ def added_tokens_decoder(special: list[str]) -> dict[str, dict]:
 
 
 WRITE = {"llada": write_llada, "dream": write_dream, "llada_moe": write_llada_moe}
+
+
+class Shifted(nn.Module):
+    """A model that predicts token i from position i - 1, as Dream does, with the logits of another."""
+
+    def __init__(self, inner: nn.Module):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input_ids, attention_mask):
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        return (torch.cat([logits[:, 1:], logits[:, -1:]], dim=1),)

@@ -13,10 +13,11 @@ from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig
 
 from ..config import MDUConfig
+from ..evaluation.benchmarks import fictional_sets
 from ..evaluation.registry import choose_metrics
 from ..evaluation.results import Results
 from ..evaluation.runner import processes
-from ..evaluation.sources import load_split, spread
+from ..evaluation.sources import load_split
 from ..evaluation.tofu import TOFU_METRICS, TofuResult, load_tofu
 from ..files import UserError
 from ..report.model_card import write_model_card
@@ -92,8 +93,7 @@ def load_rows(args: ComparisonArguments, from_scratch: bool) -> tuple[Dataset, D
     """Return the rows to forget and those to keep, and the sets to score on."""
     if args.dataset_name is None:
         forget, retain = forget_retain_split(fictional_authors())
-        sets = {"forget": spread(forget, args.max_eval_rows), "retain": spread(retain, args.max_eval_rows)}
-        return forget, retain, sets
+        return forget, retain, fictional_sets(args.max_eval_rows)
     cache = {"keep_dataset_cache": args.keep_dataset_cache}
     forget = load_split(args.dataset_name, args.forget_split, **cache)
     retain = load_split(args.dataset_name, args.retain_split, **cache)

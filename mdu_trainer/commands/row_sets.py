@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from ..data.rows import question_answer_rows
 from ..evaluation.benchmarks import fictional_sets
-from ..evaluation.own_rows import load_questions
+from ..evaluation.own_rows import load_own_rows
 from ..evaluation.runner import processes
 from ..evaluation.sources import spread
 from ..evaluation.tofu import load_tofu
@@ -76,28 +76,6 @@ def forget_and_retain(args: OwnRowsArguments, max_rows: int | None) -> dict[str,
         return fictional_sets(max_rows)
     splits = (args.forget_split, args.retain_split)
     return load_tofu(args.dataset_name, *splits, max_rows=max_rows, keep_dataset_cache=args.keep_dataset_cache)
-
-
-def load_own_rows(forget: str | None, retain: str | None, keep_dataset_cache: bool = False) -> dict[str, Dataset]:
-    """Load the rows that a command line names as one's own, as questions and answers.
-
-    Args:
-        forget, retain: files or data sets, as `mdu_trainer.evaluation.own_rows.load_questions` takes them; rows to
-            keep may be left out.
-        keep_dataset_cache: whether `datasets` may keep them.
-
-    Returns:
-        "forget", and "retain" if there are any.
-
-    Raises:
-        UserError: no rows to forget were named, or rows are not what they must be. No message quotes one.
-    """
-    if forget is None:
-        raise UserError("Which rows are to be forgotten? Pass --forget FILE, or the name of a data set.")
-    sources = {"forget": forget} | ({} if retain is None else {"retain": retain})
-    return {
-        name: load_questions(source, name, keep_dataset_cache=keep_dataset_cache) for name, source in sources.items()
-    }
 
 
 def say_what_is_not_kept() -> None:

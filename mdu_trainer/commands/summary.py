@@ -77,7 +77,7 @@ def _mdu() -> list[str]:
         return ["mdu"]
     if beside.is_file() and beside.is_relative_to(Path.cwd()):
         return [str(beside.relative_to(Path.cwd()))]
-    return ["python", "-m", "mdu"]
+    return ["python", "-m", "mdu_trainer.mdu"]
 
 
 def _folded(words: Sequence[str], indent: int) -> str:

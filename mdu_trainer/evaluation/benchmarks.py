@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..testing import fictional_authors, forget_retain_split
-from .own_rows import load_questions
+from .own_rows import load_own_rows
 from .registry import Benchmark, BenchmarkOptions, register_benchmark
 from .results import Run
 from .runner import processes
@@ -52,11 +52,8 @@ def _load_tofu(options: BenchmarkOptions) -> dict[str, Dataset]:
 
 
 def _load_own(options: BenchmarkOptions) -> dict[str, Dataset]:
-    if options.forget is None:
-        raise UserError("The benchmark 'own' needs --forget, rows of your own.")
-    sources = {"forget": options.forget} | ({} if options.retain is None else {"retain": options.retain})
-    cache = {"keep_dataset_cache": options.keep_dataset_cache}
-    sets = {name: spread(load_questions(path, name, **cache), options.max_eval_rows) for name, path in sources.items()}
+    rows = load_own_rows(options.forget, options.retain, options.keep_dataset_cache)
+    sets = {name: spread(part, options.max_eval_rows) for name, part in rows.items()}
     _retain_log(options, sets)
     return sets
 

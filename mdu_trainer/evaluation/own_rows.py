@@ -15,6 +15,27 @@ FURTHER = ("paraphrased_question", "refusal")  # kept where every row has them
 TURNS = {"prompt": ("question", "user"), "completion": ("answer", "assistant"), "chosen": ("refusal", "assistant")}
 
 
+def load_own_rows(forget: str | None, retain: str | None, keep_dataset_cache: bool = False) -> dict[str, Dataset]:
+    """Load the rows that a command line names as one's own, as questions and answers.
+
+    Args:
+        forget, retain: files or data sets, as `load_questions` takes them; rows to keep may be left out.
+        keep_dataset_cache: as in `load_questions`.
+
+    Returns:
+        "forget", and "retain" if there are any.
+
+    Raises:
+        UserError: no rows to forget were named, or rows are not what they must be. No message quotes one.
+    """
+    if forget is None:
+        raise UserError("Which rows are to be forgotten? Pass --forget FILE, or the name of a data set.")
+    sources = {"forget": forget} | ({} if retain is None else {"retain": retain})
+    return {
+        name: load_questions(source, name, keep_dataset_cache=keep_dataset_cache) for name, source in sources.items()
+    }
+
+
 def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: bool = False) -> Dataset:
     """Load rows as questions and answers, in memory.
 

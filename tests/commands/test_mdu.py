@@ -51,7 +51,8 @@ def test_the_list(call, words):
 def test_the_list_is_quick():
     code = "import sys, mdu; mdu.main(); sys.exit('torch' in sys.modules or 'mdu_trainer' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": str(ROOT / "mdu_trainer" / "commands")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and run.stdout.startswith("usage: mdu COMMAND"), run.stderr
 
 
 def test_every_example_has_a_name():

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from published import Shifted
 from torch import nn
 
 from mdu_trainer.inference.generation import DiffusionGenerationConfig, generate, generate_ids
@@ -309,17 +310,8 @@ def test_scores_are_taken_before_the_temperature_by_llada_and_after_it_by_dream(
 
 
 def test_shifted_logits_give_the_same_response(model, backbone):
-    class Shifted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, input_ids, attention_mask):
-            logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
-            return (torch.cat([logits[:, 1:], logits[:, -1:]], dim=1),)
-
     config = DiffusionGenerationConfig(max_new_tokens=10)
-    shifted = generate_ids(Shifted(), PROMPTS, config, replace(backbone, logit_shift=True))
+    shifted = generate_ids(Shifted(model), PROMPTS, config, replace(backbone, logit_shift=True))
     assert shifted == generate_ids(model, PROMPTS, config, backbone)
 
 

@@ -5,6 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from published import Shifted
 from torch import nn
 
 from mdu_trainer.inference import likelihood
@@ -138,16 +139,7 @@ def test_a_single_draw_has_no_standard_error(model, backbone):
 
 
 def test_shifted_logits_give_the_same_likelihood(model, backbone):
-    class Shifted(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = model
-
-        def forward(self, input_ids, attention_mask):
-            logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
-            return (torch.cat([logits[:, 1:], logits[:, -1:]], dim=1),)
-
-    shifted = response_likelihood(Shifted(), PROMPTS, RESPONSES, replace(backbone, logit_shift=True), num_draws=8)
+    shifted = response_likelihood(Shifted(model), PROMPTS, RESPONSES, replace(backbone, logit_shift=True), num_draws=8)
     straight = response_likelihood(model, PROMPTS, RESPONSES, backbone, num_draws=8)
     assert shifted.log_likelihood == pytest.approx(straight.log_likelihood, rel=1e-5)
 

@@ -34,14 +34,6 @@ from mdu_trainer.models import (
 )
 
 CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel, "llada_moe": LLaDAMoEModelLM}
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 288,
-}
-GROUPED = TINY | {"num_key_value_heads": 2}
 
 
 # --- the published model, from its description, in plain torch ---

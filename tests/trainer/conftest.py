@@ -1,5 +1,7 @@
 """Trainers of tiny models on fictional rows."""
 
+import logging
+
 import pytest
 from runs import QUIET
 
@@ -35,3 +37,10 @@ def make_trainer(make_model, tokenizer, sets, tmp_path):
         return cls(make_model() if model is None else model, args, forget, processing_class=tokenizer, **passed)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def seen(caplog, monkeypatch):
+    """What the library logs."""
+    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
+    return caplog

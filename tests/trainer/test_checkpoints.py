@@ -1,7 +1,6 @@
 """Checkpoints are whole or not there, and a killed run ends with the weights of one that was left alone."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -28,12 +27,6 @@ from mdu_trainer.trainer.checkpoints import (
 from mdu_trainer.trainer.run_lock import LOCK, sole_run
 
 KILLS = 18
-
-
-@pytest.fixture(autouse=True)
-def seen(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
-    return caplog
 
 
 @pytest.fixture(scope="module")

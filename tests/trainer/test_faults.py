@@ -1,7 +1,6 @@
 """Bad days, for real where that is possible: a clear message, a whole checkpoint, a status that says so."""
 
 import errno
-import logging
 import os
 import re
 import signal
@@ -26,12 +25,6 @@ from mdu_trainer.trainer.checkpoints import WRITING, complete_checkpoints, damag
 ROOT = Path(__file__).resolve().parents[2]
 KIND = "LoRA with dropout"
 FORGET = "full, frozen copy"
-
-
-@pytest.fixture(autouse=True)
-def seen(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
-    return caplog
 
 
 def last_step(folder):

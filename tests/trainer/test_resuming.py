@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -30,12 +29,6 @@ from mdu_trainer.trainer.run_record import DERIVED, RUN_FILE, SELECTION, UNCOMPA
 KIND = "LoRA with dropout"
 FULL = "full, frozen copy"
 SHORT = {"max_steps": 6, "save_total_limit": None}
-
-
-@pytest.fixture(autouse=True)
-def seen(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("mdu_trainer"), "propagate", True)
-    return caplog
 
 
 @pytest.fixture(scope="module")
