@@ -1,7 +1,6 @@
 """Trainings and evaluations in processes of their own, to be killed: forked from one that has done the imports."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
 from transformers import Trainer
+from warm import PROCESSES
 
 from mdu_trainer import (
     DiffusionGenerationConfig,
@@ -27,11 +27,6 @@ from mdu_trainer.evaluation import runner
 from mdu_trainer.inference import generation, likelihood
 from mdu_trainer.testing import dataset_texts, fictional_authors, forget_retain_split, tiny_mdlm, train_tokenizer
 from mdu_trainer.trainer import checkpoints, robust
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    [__name__, "mdu_trainer.trainer.mdlm", "mdu_trainer.trainer.mdu", "mdu_trainer.trainer.guard"]
-)
 
 STEPS, SAVE_STEPS, ACCUMULATION = 10, 3, 2  # an epoch of 16 rows has 4 updates, so every second checkpoint is amid one
 SAVES = 4  # the last at the end

@@ -8,7 +8,6 @@ import importlib
 import json
 import multiprocessing
 import os
-import pkgutil
 import re
 import runpy
 import shlex
@@ -22,11 +21,12 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from runs import PROCESSES
 from test_house import FLOORS
 from transformers import TrainingArguments
+from warm import PROCESSES
 
 import mdu_trainer
+from mdu_trainer.commands import mdu
 from mdu_trainer.data.reading import read_row
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,13 +89,6 @@ QUICK = {  # options that are added
     "examples/benchmarks/evaluation.py": shlex.split("--num_rows 2 --batch_size 2 --num_draws 2 --turns 1"),
 }
 STATUS = {"leak-check": (0, 1)}  # of the others 0; an untrained model may give something away by chance
-
-PRELOADED = [  # by the process that the others are forked from
-    __name__,
-    *("matplotlib.pyplot", "peft", "trl", "mdu_trainer.trainer.mdu", "mdu_trainer.evaluation.tofu"),
-    *("mdu_trainer.attacks.run", "mdu_trainer.token_roles.measure", "mdu_trainer.hub.push", "mdu_trainer.report.page"),
-    *("mdu_trainer.report.plots", "mdu_trainer.report.role_plots", "mdu_trainer.report.recovery_plots"),
-]
 
 
 # Reading the pages
@@ -164,7 +157,6 @@ def quick(command: str) -> tuple[str, list[str], tuple[int, ...]]:
 
 def in_process(folder: Path, work: Callable[..., None], *arguments: Any) -> tuple[int, str]:
     """Exit status of `work` in a process of its own, in a folder, and what it printed."""
-    PROCESSES.set_forkserver_preload(PRELOADED)
     log = folder / "log.txt"
     process = PROCESSES.Process(target=_work, args=(folder, log, work, arguments))
     process.start()
@@ -190,8 +182,7 @@ def start(name: str, arguments: list[str]) -> None:
     if name.startswith("mdu "):
         sys.path.insert(0, str(ROOT))
         sys.argv = ["mdu", name.removeprefix("mdu "), *arguments]
-        (entry,) = re.findall(r'"mdu = ([\w.:]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
-        sys.exit(pkgutil.resolve_name(entry)())
+        sys.exit(mdu.main())
     sys.argv = [name, *arguments]
     if name.endswith(".py"):
         sys.path.insert(0, str((ROOT / name).parent))

@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-PRELOADED = ["trl", "matplotlib.pyplot", "mdu_trainer.attacks.run", "mdu_trainer.callbacks", "mdu_trainer.hub.push"]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
+PROCESSES = multiprocessing.get_context("forkserver")  # one server a test process, whoever starts it
+PROCESSES.set_forkserver_preload(
+    ["trl", "matplotlib.pyplot", "mdu_trainer.attacks.run", "mdu_trainer.callbacks", "mdu_trainer.hub.push", "runs"]
+)
 
 
 def run(
@@ -52,7 +53,7 @@ def run(
         streams[1].touch()
         shown = nullcontext(list(map(str, streams))) if columns is None else _terminal(columns, streams[0])
         with shown as written:
-            process = _context.Process(target=_main, args=(arguments, str(cwd or Path.cwd()), *written))
+            process = PROCESSES.Process(target=_main, args=(arguments, str(cwd or Path.cwd()), *written))
             process.start()
             process.join(timeout)
             if process.is_alive():

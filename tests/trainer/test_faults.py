@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
-from runs import PROCESSES, make_trainer, run, train
+from runs import make_trainer, run, train
 from transformers import Trainer, TrainerCallback
+from warm import PROCESSES
 
 from mdu_trainer import CheckpointError, MDLMConfig, MDLMTrainer, NonFiniteLossError, TrainingInterrupted
 from mdu_trainer.data.reading import whole_cache
