@@ -28,6 +28,7 @@ from mdu_trainer.commands.checks import check_least, check_output_folder
 from mdu_trainer.commands.loading import ModelsConfig, check_compared, load, model_names
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.commands.row_sets import OwnRowsArguments, check_rows_named
+from mdu_trainer.data.roles import token_texts
 from mdu_trainer.evaluation.own_rows import load_own_rows
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
@@ -35,7 +36,6 @@ from mdu_trainer.files import UserError
 from mdu_trainer.report.role_plots import plot_heatmap, plot_path, plot_roles
 from mdu_trainer.report.role_text import audit_view
 from mdu_trainer.testing import fictional_authors, forget_retain_split
-from mdu_trainer.token_roles.labels import token_texts
 from mdu_trainer.token_roles.measure import analyse_roles, check_rows, role_data
 from mdu_trainer.token_roles.results import RoleReport, RoleSettings
 

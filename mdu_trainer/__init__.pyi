@@ -20,6 +20,7 @@ from .callbacks import UnlearningEvalCallback as UnlearningEvalCallback
 from .config import DiffusionConfig as DiffusionConfig
 from .config import MDLMConfig as MDLMConfig
 from .config import MDUConfig as MDUConfig
+from .data.roles import label_roles as label_roles
 from .data.rows import (
     DataCollatorForUnlearning as DataCollatorForUnlearning,
 )
@@ -67,7 +68,6 @@ from .objectives import Objective as Objective
 from .objectives import register_objective as register_objective
 from .report.model_card import write_model_card as write_model_card
 from .report.page import write_page as write_page
-from .token_roles.labels import label_roles as label_roles
 from .token_roles.results import RoleReport as RoleReport
 from .trainer.checkpoints import CheckpointError as CheckpointError
 from .trainer.guard import NonFiniteLossError as NonFiniteLossError

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
+from .data.roles import ROLES, Labeller
+from .data.words import has_words
 from .evaluation.tofu import check_sets, evaluate_tofu
 from .files import UserError
 from .inference.config import check_count
 from .inference.generation import DiffusionGenerationConfig
-from .provenance.words import has_words
-from .token_roles.labels import ROLES, Labeller
 from .token_roles.measure import check_rows, role_data
 from .token_roles.paths import by_row, measure_paths
 from .token_roles.results import RoleSettings

@@ -9,6 +9,7 @@ import pytest
 from mdu_trainer.attacks import run as attacks
 from mdu_trainer.attacks.results import Recovery
 from mdu_trainer.commands.training import log_history
+from mdu_trainer.data.roles import ROLES
 from mdu_trainer.evaluation import runner
 from mdu_trainer.evaluation.frontier import select
 from mdu_trainer.evaluation.progress import ProgressFile
@@ -16,7 +17,6 @@ from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.evaluation.tofu import TruthRatios, question_digest
 from mdu_trainer.files import UserError
 from mdu_trainer.provenance.facts import Facts
-from mdu_trainer.token_roles.labels import ROLES
 from mdu_trainer.token_roles.results import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,6 +18,10 @@ from mdu_trainer.attacks.base import recall
 from mdu_trainer.attacks.prefix import WORD
 from mdu_trainer.callbacks import UnlearningEvalCallback
 from mdu_trainer.commands import leak_check as leak_command
+from mdu_trainer.data.roles import label_roles
+from mdu_trainer.data.spans import token_spans
+from mdu_trainer.data.word_keys import words as role_words
+from mdu_trainer.data.words import has_words, split_words
 from mdu_trainer.evaluation.metrics import Degeneracy, RougeL, zlib_score
 from mdu_trainer.evaluation.metrics.text import RougeTokenizer
 from mdu_trainer.evaluation.rwku_questions import ngram_entropy, word_match
@@ -25,11 +29,7 @@ from mdu_trainer.evaluation.scoring import estimates
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.provenance.forget_hashes import ForgetHashes
 from mdu_trainer.provenance.texts import words as hashed_words
-from mdu_trainer.provenance.words import has_words, split_words
 from mdu_trainer.testing import tiny_mdlm, train_tokenizer
-from mdu_trainer.token_roles.labels import label_roles
-from mdu_trainer.token_roles.spans import token_spans
-from mdu_trainer.token_roles.words import words as role_words
 
 SMALL = 0.2  # of what another answer of the same script has by chance
 LEARNED = ("Hebrew", "Arabic", "Cyrillic", "Hindi", "Thai", "Chinese", "emoji", "date", "code")

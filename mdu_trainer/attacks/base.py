@@ -17,7 +17,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.roles import Role, label_roles
 from ..data.rows import DataCollatorForUnlearning
+from ..data.spans import token_spans
+from ..data.word_keys import words
+from ..data.words import has_words
 from ..divergence import TokenNLL
 from ..evaluation.metrics import RougeL, greedy_completions
 from ..evaluation.scoring import Question, encode_questions
@@ -27,10 +31,6 @@ from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..masking import forward_process
 from ..models import Backbone, measure_at, resolve_backbone
 from ..objectives import sum_by_example
-from ..provenance.words import has_words
-from ..token_roles.labels import Role, label_roles
-from ..token_roles.spans import token_spans
-from ..token_roles.words import words
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -2,8 +2,8 @@
 
 import regex
 
-from ..provenance.words import SINGLE, SYMBOL, UNSPACED
-from ..token_roles.spans import token_spans
+from ..data.spans import token_spans
+from ..data.words import SINGLE, SYMBOL, UNSPACED
 from .base import AttackScores, NothingToAttack, Target, recall, said
 
 _POINTS = r"\u0f0b\u0f0c\u1361"  # what stands for a space in Tibetan and Ethiopic

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.reading import read_rows
+from ..data.words import split_words
 from ..files import UserError, read_jsonl
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
-from ..provenance.words import split_words
 from .results import Run
 from .runner import score_questions
 from .rwku_questions import CONFIGS

@@ -23,7 +23,7 @@ import numpy as np
 import regex
 from nltk import ngrams
 
-from ..provenance.words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words
+from ..data.words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words
 from .metrics import zlib_score
 from .registry import METRICS, Metric, RowScores
 from .scoring import QuestionBatch

@@ -86,7 +86,7 @@ class ForgetHashes(FolderRecord):
     A sequence is `SEQUENCE_WORDS` words long, or a whole text if that is shorter. A text of fewer than
     `SHORTEST_ROW_WORDS` words is looked for behind the end of the text before it in its row: an answer with its
     question. What the retain rows hold, too, is ordinary wording and not kept. Words are compared as `normalise` reads
-    them, without case, punctuation and the marks that tokenizers put for a space (`mdu_trainer.provenance.words`); a
+    them, without case, punctuation and the marks that tokenizers put for a space (`mdu_trainer.data.words`); a
     character of a script without spaces, or of Korean, counts as a word.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from ..data.reading import content_text
-from .words import split_words
+from ..data.words import split_words
 
 SHORTEST_TERM = 3  # characters of a word that is looked for in vocabularies
 LONGEST_RUN = 4  # characters of a term in writing without spaces

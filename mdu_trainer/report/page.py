@@ -21,13 +21,13 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
 from ..attacks.results import Recovery
+from ..data.roles import label_roles
 from ..evaluation.frontier import candidates, frontier_cells, place_of, reading, select, value_of
 from ..evaluation.registry import explained
 from ..evaluation.results import Results, Run, level_of
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import FACTS_FILE, Facts
-from ..token_roles.labels import label_roles
 from ..token_roles.results import RoleReport
 from .first_screen import first_screen
 from .markup import figure_text, seen_text

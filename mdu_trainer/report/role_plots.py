@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..data.roles import ROLES
 from ..files import UserError
-from ..token_roles.labels import ROLES
 from ..token_roles.results import OWN, TRUE, RoleReport, role_words
 from .style import ROLE_COLOURS, ROLE_HATCHES, ROLE_MARKERS, PictureFile, new_figure, reach, save_figure
 

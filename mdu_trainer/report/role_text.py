@@ -10,8 +10,8 @@ from itertools import groupby
 
 from transformers import PreTrainedTokenizerBase
 
-from ..token_roles.labels import ROLES, Role
-from ..token_roles.spans import Span, token_spans
+from ..data.roles import ROLES, Role
+from ..data.spans import Span, token_spans
 from .style import ROLE_COLOURS
 
 MARKS = {"stored": ("[", "]"), "in_context": ("{", "}"), "structural": ("", "")}

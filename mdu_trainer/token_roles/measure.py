@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.roles import ROLES, Labeller, Role, label_roles
 from ..data.rows import question_answer_rows, tokenize_rows
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import Estimate
@@ -24,7 +25,6 @@ from ..evaluation.sources import QUESTION_ANSWER, check_columns
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone, weights_fingerprint
-from .labels import ROLES, Labeller, Role, label_roles
 from .paths import Path, PathValues, by_row, by_step, decoded_paths, measure_paths, revelation, true_paths
 from .results import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
 

@@ -28,6 +28,7 @@ from accelerate.utils import extract_model_from_parallel
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from ..data.roles import Role
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..inference.config import check_count
@@ -35,7 +36,6 @@ from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Re
 from ..masking import corrupt, counter_uniform, pad_rows
 from ..models import Backbone, evaluation_mode, hidden_at
 from ..terminal import Bar
-from .labels import Role
 
 NEVER = np.iinfo(np.int64).max  # a position behind the end of a decoded response, which nothing revealed
 VALUES = ("kl", "entropy", "probability", "shift")

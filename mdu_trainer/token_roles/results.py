@@ -12,10 +12,10 @@ prediction is uniform, `kl` says how far from uniform the prompt-masked one is.
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from ..data.roles import ROLES, Role
 from ..evaluation.results import Estimate, markdown_table
 from ..files import Record, UserError
 from ..inference.config import check_count
-from .labels import ROLES, Role
 
 TRUE, OWN = "true", "own"  # the ground-truth path, and the model's own decoding
 

@@ -17,11 +17,11 @@ import pytest
 import warm
 
 from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
+from mdu_trainer.data.roles import ROLES
 from mdu_trainer.evaluation.results import Estimate, Results, markdown_table
 from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.report import page as pages
 from mdu_trainer.report.page import write_page
-from mdu_trainer.token_roles.labels import ROLES
 from mdu_trainer.token_roles.results import Change, RoleReport, RoleRun, RoleSettings
 
 ROOT = Path(__file__).resolve().parents[2]

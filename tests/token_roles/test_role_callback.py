@@ -9,8 +9,8 @@ import warm
 
 from mdu_trainer import MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.callbacks import TokenRoleCallback
+from mdu_trainer.data.roles import ROLES
 from mdu_trainer.testing import forget_retain_split
-from mdu_trainer.token_roles.labels import ROLES
 from mdu_trainer.token_roles.measure import role_data
 from mdu_trainer.token_roles.paths import by_row, measure_paths, true_paths
 from mdu_trainer.token_roles.results import RoleReport

@@ -5,11 +5,11 @@ from hypothesis import given, settings, strategies
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, CanineTokenizer, PreTrainedTokenizerFast
 
+from mdu_trainer.data.roles import ROLES, label_roles, token_texts
+from mdu_trainer.data.spans import token_spans
+from mdu_trainer.data.word_keys import word_key, words
 from mdu_trainer.report.role_text import audit_html, audit_view
 from mdu_trainer.testing import train_tokenizer
-from mdu_trainer.token_roles.labels import ROLES, label_roles, token_texts
-from mdu_trainer.token_roles.spans import token_spans
-from mdu_trainer.token_roles.words import word_key, words
 
 # Labelled by hand, as the paper describes the kinds: [stored knowledge], {from the prompt}, structure plain.
 BY_HAND = [

@@ -9,10 +9,10 @@ import torch
 from datasets import Dataset
 
 from mdu_trainer import DiffusionGenerationConfig
+from mdu_trainer.data.roles import ROLES
 from mdu_trainer.evaluation.metrics import bootstrap_interval
 from mdu_trainer.inference.generation import generate_ids
 from mdu_trainer.report.role_plots import plot_heatmap, plot_path, plot_roles
-from mdu_trainer.token_roles.labels import ROLES
 from mdu_trainer.token_roles.measure import analyse_roles, role_data
 from mdu_trainer.token_roles.paths import (
     NEVER,
@@ -225,7 +225,7 @@ def test_report_comes_back_as_it_was_and_holds_no_text(report, sets, tokenizer, 
 
 
 def role_rows(sets, tokenizer):
-    from mdu_trainer.token_roles.labels import label_roles
+    from mdu_trainer.data.roles import label_roles
 
     questions, answers = ([text for part in sets for text in part[name]] for name in ("question", "answer"))
     ids = [[*row, tokenizer.eos_token_id] for row in tokenizer(answers, add_special_tokens=False)["input_ids"]]

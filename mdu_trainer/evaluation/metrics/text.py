@@ -9,7 +9,7 @@ from nltk.stem.porter import PorterStemmer
 from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 
-from ...provenance.words import UNSPACED, has_words, split_words
+from ...data.words import UNSPACED, has_words, split_words
 from ..registry import RowScores
 from .base import RowMetric
 
@@ -28,7 +28,7 @@ class RougeL(RowMetric):
     the words of the reference, F1 the harmonic mean of that and its share of the words of the prediction. Recall is
     what unlearning papers call rL: how much of the true answer came out, whatever was said beside it.
 
-    Words are those of any script (`mdu_trainer.provenance.words`), English ones after Porter's stemmer, so scores on
+    Words are those of any script (`mdu_trainer.data.words`), English ones after Porter's stemmer, so scores on
     English text are those of the `rouge_score` package. A reference without a word, as of punctuation alone, is not
     measured.
     """
@@ -63,7 +63,7 @@ class RougeL(RowMetric):
 
 
 class RougeTokenizer(Tokenizer):
-    """The words of `mdu_trainer.provenance.words`, cut and stemmed as `rouge_score` cuts and stems Latin letters.
+    """The words of `mdu_trainer.data.words`, cut and stemmed as `rouge_score` cuts and stems Latin letters.
 
     To that package a letter outside of a-z ends a word: "Beltrán" is "beltr" and "n". The pieces here are as many, so
     that published figures keep, but they hold the letter: "beltrá" and "n". A word without any of a-z is whole.
@@ -92,7 +92,7 @@ class Degeneracy(RowMetric):
 
     An answer is degenerate if it is
 
-    - empty: no word is left without special tokens (see `mdu_trainer.provenance.words`: letters, digits, emoji);
+    - empty: no word is left without special tokens (see `mdu_trainer.data.words`: letters, digits, emoji);
     - special: it contains a special token (its end token ends it, and is not part of it);
     - repetitive: more than half of its pairs of neighbouring words were there before, which is seq-rep-2 > 0.5 of
       Welleck et al. (2020), 1 - distinct pairs / pairs. A phrase said three times over is. Where most words are

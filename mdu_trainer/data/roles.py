@@ -18,7 +18,7 @@ tells them apart here, word by word:
 All tokens of a word have its role. Spaces and punctuation alone are `structural`, and so are tokens that are not in
 the text (end of turn, padding). A token that straddles words has the role of most of its letters, the first in
 `ROLES` if there are equally many. Words are what spaces and punctuation separate, "'s" apart
-(`mdu_trainer.provenance.words`).
+(`mdu_trainer.data.words`).
 
 Scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer, ...) are taken character by character. A character alone
 says little, so it is in the question, or a template, where it is so together with the one before or after it. In
@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..files import UserError
 from .spans import token_spans
-from .words import Word, words
+from .word_keys import Word, words
 
 Role = Literal["stored", "in_context", "structural"]
 ROLES: tuple[Role, ...] = get_args(Role)

@@ -1,6 +1,6 @@
 """Words of an answer as roles are given to them, and when two of them count as the same word.
 
-Words are those of `mdu_trainer.provenance.words`, joined where English and numbers have a sign amid a word: an
+Words are those of `mdu_trainer.data.words`, joined where English and numbers have a sign amid a word: an
 apostrophe, a decimal point, the hyphen of "twenty-one". Inflections of a word count as the same.
 """
 
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import regex
 from nltk.stem.porter import PorterStemmer
 
-from ..provenance.words import RUN, SINGLE, UNSPACED, WORD_CHARACTER, fold
+from .words import RUN, SINGLE, UNSPACED, WORD_CHARACTER, fold
 
 _UNITS = """
     zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen

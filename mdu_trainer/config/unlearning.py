@@ -1,0 +1,151 @@
+"""Configuration of unlearning."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..files import UserError
+from ..objectives import OBJECTIVES
+from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers
+from .diffusion import DiffusionConfig
+
+
+@dataclass
+class MDUConfig(DiffusionConfig):
+    r"""
+    Configuration of [`MDUTrainer`], which makes a masked diffusion language model forget.
+
+        L = L_forget + retain_weight * L_retain
+
+    Only the parameters that [`DiffusionConfig`] does not have, or whose defaults differ, are listed. The defaults of
+    learning rate and batch size are those of the MDU paper (arXiv 2605.18253).
+
+    Parameters:
+        > Parameters that control the forget loss
+
+        loss_type (`str`, *optional*, defaults to `"mdu"`):
+            `"mdu"`, `"ga"`, `"npo"`, `"simnpo"`, `"wga"` or `"dpo"`; see `mdu_trainer.objectives`. `"ga"` with a
+            retain set is the papers' GD.
+        tau (`float`, *optional*, defaults to `0.0`):
+            MDU: multiplies the anchor's logits. 0 is the uniform distribution, 1 the prompt-masked prediction.
+        kl_reduction (`str`, *optional*, defaults to `"sequence"`):
+            MDU: `"sequence"` averages over the masked tokens of each row, then over rows (the paper's equation).
+            `"token"` averages over the masked tokens of all rows of an update.
+        anchor_source (`str`, *optional*, defaults to `"initial"`):
+            MDU: whose prompt-masked prediction is the anchor. `"initial"` is the model at the start; `"current"` is
+            the model in training, without gradient.
+        precompute_anchor (`bool`, *optional*, defaults to `False`):
+            MDU at tau > 0: compute all anchors before training, into `anchor_cache` in the output folder, and keep no
+            copy of the model. A resumed run reads what is there. The file is derived from forget data and is not for
+            sharing.
+        beta (`float`, *optional*):
+            Inverse temperature of NPO (0.2 if not set), SimNPO (2.5) and DPO (0.1).
+        gamma (`float`, *optional*, defaults to `0.0`):
+            Margin of SimNPO.
+        alpha (`float`, *optional*, defaults to `1.0`):
+            Exponent of WGA's weights.
+        loss_options (`dict`, *optional*):
+            Options of an objective of your own; see `mdu_trainer.objectives.register_objective`.
+
+        > Parameters that control the retain loss
+
+        retain_loss_type (`str`, *optional*, defaults to `"nelbo"`):
+            `"nelbo"` is the masked-diffusion bound a token; `"kl"` the divergence from the model at the start.
+        retain_weight (`float`, *optional*, defaults to `1.0`):
+            lambda. 0 to unlearn without a retain set.
+
+        > Parameters that control the copy of the model at the start (losses that need one, models without adapters)
+
+        reference_precision (`str`, *optional*, defaults to `"full"`):
+            `"full"`, or `"8bit"` for the linear layers but the head (needs bitsandbytes).
+        reference_device (`str`, *optional*):
+            Where the copy is kept and run, e.g. `"cpu"`. The model's device if not set.
+
+        > Parameters that control the model card
+
+        forget_description (`str`, *optional*):
+            One line on what is to be forgotten, in your own words. It is published: name nobody, quote nothing. If
+            not set, the card names the data set's split.
+    """
+
+    loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": OBJECTIVES.keys()})
+    tau: float = field(default=0.0, metadata={"help": "MDU: multiplies the anchor's logits."})
+    kl_reduction: str = field(
+        default="sequence",
+        metadata={"help": "MDU: average the KL over each row, or over all tokens.", "choices": ["sequence", "token"]},
+    )
+    anchor_source: str = field(
+        default="initial",
+        metadata={"help": "MDU: the anchor is the model's at the start, or now.", "choices": ["initial", "current"]},
+    )
+    precompute_anchor: bool = field(
+        default=False, metadata={"help": "MDU: compute all anchors before training and keep no copy of the model."}
+    )
+    beta: float | None = field(default=None, metadata={"help": "Inverse temperature of NPO, SimNPO and DPO."})
+    gamma: float = field(default=0.0, metadata={"help": "Margin of SimNPO."})
+    alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
+    loss_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of an objective of your own, as JSON."}
+    )
+    retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
+    retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
+
+    reference_precision: str = field(
+        default="full", metadata={"help": "Precision of the copy at the start.", "choices": ["full", "8bit"]}
+    )
+    reference_device: str | None = field(
+        default=None, metadata={"help": "Where the copy at the start is kept, e.g. cpu; the model's device if unset."}
+    )
+    forget_description: str | None = field(
+        default=None, metadata={"help": "One line for the model card on what is to be forgotten; it is published."}
+    )
+
+    learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Forget rows, and as many retain rows, per device and micro-batch."}
+    )
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an update."})
+    _VALID_DICT_FIELDS = [*DiffusionConfig._VALID_DICT_FIELDS, "loss_options"]
+
+    def check_values(self) -> None:
+        """As in `DiffusionConfig`, and the options of the losses."""
+        super().check_values()
+        for name in ("loss_type", "kl_reduction", "anchor_source", "retain_loss_type", "reference_precision"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
+        check_numbers(self, {"tau": NOT_NEGATIVE, "retain_weight": NOT_NEGATIVE, "beta": POSITIVE})
+        check_numbers(self, {"gamma": "finite", "alpha": "finite"})
+        unknown = set(self.loss_options or ()) - set(OBJECTIVES[self.loss_type].options)
+        if unknown:
+            raise UserError(
+                f"loss_options: '{self.loss_type}' has no option {', '.join(sorted(unknown))}; it has "
+                f"{', '.join(OBJECTIVES[self.loss_type].options) or 'none'}."
+            )
+        if self.reference_device is not None:
+            try:
+                torch.device(self.reference_device)
+            except RuntimeError:
+                raise UserError(
+                    f"reference_device '{self.reference_device}' is no device; name one like 'cpu' or 'cuda:0'."
+                ) from None
+        if self.precompute_anchor:
+            self._check_precompute_anchor()
+
+    def _check_precompute_anchor(self) -> None:
+        if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":
+            raise UserError(
+                "precompute_anchor is for loss_type='mdu' at tau > 0 with anchor_source='initial'; here no anchor is "
+                "read that could be computed before training. Leave it out."
+            )
+        if self.retain_weight and self.retain_loss_type == "kl":
+            raise UserError(
+                "retain_loss_type='kl' asks the model at the start in every step, so precompute_anchor would not free "
+                "its copy. Use retain_loss_type='nelbo', or leave precompute_anchor out."
+            )
+        if self.reference_precision != "full" or self.reference_device is not None:
+            raise UserError(
+                "reference_precision and reference_device are of a copy that precompute_anchor does without. Leave "
+                "them out."
+            )
