@@ -9,7 +9,7 @@ Both also take logits, for models whose head cannot be fused; loss and gradients
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,11 +80,15 @@ class AnchorKL:
         anchor: theta_0's prediction of the same N tokens, without gradient; not read if tau is 0.
         token_weight: `[N]`, the share of each token in the loss up to a common factor, if it is known beforehand. The
             gradient of a head in training then needs no second pass over the chunks.
+        edit: `(anchor logits [C, V], rows) -> [C, V]`, a change of the anchor of some of the N tokens, before tau.
+        forward: KL(anchor || p) instead.
     """
 
     tau: float
     anchor: Prediction | None = None
     token_weight: Tensor | None = None
+    edit: Callable[[Tensor, slice], Tensor] | None = None
+    forward: bool = False
 
     def __post_init__(self) -> None:
         if self.tau != 0 and self.anchor is None:
@@ -98,11 +102,19 @@ class AnchorKL:
             return _fused(prediction, self)
         log_p = _log_softmax(prediction)
         token_entropy = _entropy(log_p)
-        if self.tau == 0:
+        if self.tau == 0 and not self.forward:
             return TokenValues(math.log(prediction.shape[-1]) - token_entropy, token_entropy.detach())
+        log_q = self._log_anchor(log_p)
+        large, other = (log_q, log_p) if self.forward else (log_p, log_q)
+        return TokenValues((large.exp() * (large - other)).sum(dim=-1), token_entropy.detach())
+
+    def _log_anchor(self, log_p: Tensor) -> Tensor:
+        if self.tau == 0:
+            return torch.full_like(log_p, -math.log(log_p.shape[-1]))
         assert isinstance(self.anchor, Tensor), "a prediction and its anchor are both logits, or neither is"
-        log_q = (self.tau * self.anchor.to(log_p.dtype)).log_softmax(dim=-1)
-        return TokenValues((log_p.exp() * (log_p - log_q)).sum(dim=-1), token_entropy.detach())
+        logits = self.anchor.to(log_p.dtype)
+        logits = logits if self.edit is None else self.edit(logits, slice(0, len(logits)))
+        return (self.tau * logits).log_softmax(dim=-1)
 
     def fused(self, logits: Tensor, anchor: Tensor | None, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return values, entropies, and the values' gradient with respect to the logits `[C, V]`.
@@ -112,6 +124,8 @@ class AnchorKL:
             KL = sum p (log p - log softmax(a)) = E_p[d] - logsumexp(z) + logsumexp(a)
             dp_u/dz_v = p_u ([u = v] - p_v), so dKL/dz_v = p_v (d_v - E_p[d]);   H = logsumexp(z) - E_p[z]
 
+        With q = softmax(a), KL(q || p) = logsumexp(z) - logsumexp(a) - E_q[d], and its gradient is p_v - q_v.
+
         Args:
             logits: of some rows; overwritten.
             anchor: the anchor's logits of these rows, None if tau is 0; overwritten.
@@ -120,11 +134,17 @@ class AnchorKL:
         p = logits.softmax(dim=-1)
         log_partition = logits.amax(dim=-1) - p.amax(dim=-1).log()
         token_entropy = log_partition - torch.linalg.vecdot(p, logits)
+        if anchor is not None:
+            anchor = (anchor if self.edit is None else self.edit(anchor, rows)).mul_(self.tau)
+        if self.forward:
+            q = torch.full_like(p, 1 / p.shape[-1]) if anchor is None else anchor.softmax(dim=-1)
+            difference = logits if anchor is None else logits - anchor
+            of_anchor = math.log(p.shape[-1]) if anchor is None else anchor.logsumexp(dim=-1)
+            return log_partition - of_anchor - torch.linalg.vecdot(q, difference), token_entropy, p.sub_(q)
         if anchor is None:
             kl = math.log(logits.shape[-1]) - token_entropy
             mean = log_partition - token_entropy
         else:
-            anchor.mul_(self.tau)
             mean = torch.linalg.vecdot(p, logits.sub_(anchor))
             largest = anchor.amax(dim=-1)
             kl = mean - log_partition + largest + anchor.sub_(largest[:, None]).exp_().sum(dim=-1).log()

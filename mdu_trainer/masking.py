@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+KEPT, IN_CONTEXT, STORED = range(3)  # what a counterfactual anchor does with a token; see `counterfactual_ids`
+
 
 class Corruption(NamedTuple):
     """One draw of the forward process.
@@ -99,6 +101,7 @@ class Noised(NamedTuple):
         num_masked: `[B]`, |M_t|.
         num_response: `[B]`, |y|.
         weight: `[B]`, 1/t; 0 where the draw had masked nothing, so that the bound stays unbiased.
+        strike: what is struck out of the anchor, where it is counterfactual.
     """
 
     input_ids: Tensor
@@ -110,19 +113,74 @@ class Noised(NamedTuple):
     num_masked: Tensor
     num_response: Tensor
     weight: Tensor
+    strike: "Strike | None" = None
+
+
+class Strike(NamedTuple):
+    """What a counterfactual anchor must not say of N masked positions.
+
+    Attributes:
+        tokens: int64 `[N]`, the true token of each position that holds stored knowledge; -1 for all others.
+        flat: bool `[N]`, positions of examples without stored knowledge. There is nothing to strike out, so their
+            anchor is uniform.
+    """
+
+    tokens: Tensor
+    flat: Tensor
+
+    def edit(self, logits: Tensor, rows: slice, quantile: float | None) -> Tensor:
+        """Return the anchor's logits `[C, V]` of some of the positions, struck out (None: not) and made uniform."""
+        if quantile is not None:
+            logits = strike_out(logits, self.tokens[rows], quantile)
+        return logits.masked_fill(self.flat[rows, None], 0.0)
+
+
+def counterfactual_ids(noisy_ids: Tensor, hidden: Tensor, mask_token_id: int) -> Tensor:
+    """The input (x', y') of the counterfactual anchor, int64 `[B, L]`.
+
+    Who is asked about is masked in the prompt, and what only he would be answered with in the response, whether y_t
+    shows it or not. So theta_0 is asked the same question about nobody it has met. With [M] for a mask:
+
+        (x, y_t)    Where was Ada Lovelace born ?   Ada [M] was born in [M]
+        (x', y')    Where was [M] [M] [M] ?         [M] [M] was [M] in [M]
+
+    Args:
+        noisy_ids: `[B, L]`, (x, y_t).
+        hidden: `[B, L]`, not 0 on tokens in context and on stored ones (`mdu_trainer.data.secrets`).
+        mask_token_id: id of [MASK].
+    """
+    return noisy_ids.masked_fill(hidden.bool(), mask_token_id)
+
+
+def strike_out(logits: Tensor, tokens: Tensor, quantile: float) -> Tensor:
+    """Give a token of each row the logit that a share of the vocabulary lies below: a new tensor `[N, V]`.
+
+    >>> strike_out(torch.tensor([[1.0, 9.0, 2.0], [1.0, 9.0, 2.0]]), torch.tensor([1, -1]), quantile=0.5)
+    tensor([[1., 2., 2.],
+            [1., 9., 2.]])
+
+    Args:
+        logits: `[N, V]`.
+        tokens: int64 `[N]`, the token to strike out of each row; -1 for none.
+        quantile: in [0, 1]. 0.5 takes the (lower) median; 0 the smallest logit.
+    """
+    rows = (tokens >= 0).nonzero()[:, 0]
+    level = logits[rows].kthvalue(1 + int(quantile * (logits.shape[1] - 1)), dim=-1).values
+    return logits.index_put((rows, tokens[rows]), level)
 
 
 def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
     """Mask the responses of a batch, as its times and noise say.
 
     Args:
-        batch: `input_ids`, `attention_mask`, `completion_mask` and `noise` `[B, L]`, and `t` `[B]`.
+        batch: `input_ids`, `attention_mask`, `completion_mask` and `noise` `[B, L]`, and `t` `[B]`. With `secrets`
+            `[B, L]` (`mdu_trainer.data.secrets`) the anchor is counterfactual.
         mask_token_id: id of [MASK].
     """
     ids, response, attention_mask = (batch[name] for name in ("input_ids", "completion_mask", "attention_mask"))
     corruption, drew_nothing = _corrupt(ids, response, attention_mask, mask_token_id, batch["t"], batch["noise"])
     masked = corruption.masked
-    return Noised(
+    noised = Noised(
         input_ids=corruption.noisy_ids,
         anchor_ids=corruption.anchor_ids,
         attention_mask=attention_mask,
@@ -132,6 +190,14 @@ def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
         num_masked=masked.sum(dim=1),
         num_response=response.sum(dim=1),
         weight=~drew_nothing / batch["t"],
+    )
+    if "secrets" not in batch:
+        return noised
+    stored = (batch["secrets"] == STORED) & response.bool()
+    tokens = torch.where(stored[masked], noised.targets, -1)
+    return noised._replace(
+        anchor_ids=counterfactual_ids(corruption.noisy_ids, batch["secrets"], mask_token_id),
+        strike=Strike(tokens, ~stored.any(dim=1)[noised.batch_index]),
     )
 
 

@@ -15,7 +15,7 @@ describes itself. Wherever an autoregressive method has -log p(y | x), it takes 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -119,6 +119,7 @@ class Objective:
         options: its own constants and their defaults. `beta`, `gamma` and `alpha` are fields of `MDUConfig`; any
             other is set through `MDUConfig.loss_options`.
         settings: further fields of `MDUConfig` that change it, which cards report.
+        variants: value of `anchor_input` -> the words and the formula in place of these, where it changes them.
         anchor: reads the divergence to the prompt-masked anchor.
         reference: reads theta_0's bound.
         preferred: reads preferred responses.
@@ -132,6 +133,7 @@ class Objective:
     formula: str = ""
     options: Mapping[str, float] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
+    variants: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     anchor: bool = False
     reference: bool = False
     preferred: bool = False
@@ -145,6 +147,17 @@ class Objective:
 _NLL = r"-\log p_\theta(y_i\mid x,y_t)"
 _BOUND = rf",\quad\mathcal B_\theta=\mathbb E_t\Big[\tfrac1t\sum_{{i\in M_t}}{_NLL}\Big]"
 
+_KL = (
+    r"\mathcal L_\text{forget}=\mathbb E_t\Big[\tfrac1{|M_t|}\sum_{i\in M_t}\mathrm{KL}\big(p_\theta(\cdot"
+    r"\mid x,y_t)_i\;\big\|\;\mathrm{softmax}(\tau\cdot"
+)
+_COUNTERFACTUAL = _KL + r"\mathrm{strike}_{y_i}[\mathrm{logits}_{\theta_0}(x^\prime,y^\prime_t)_i])\big)\Big]"
+_COUNTERFACTUAL_WORDS = (
+    "The prediction for a pair (x, y) to forget was pulled towards what the model says to the same question about "
+    "nobody it has met: the words that say who is meant are masked in x', these and the stored words in y'_t, and the "
+    "true tokens of stored words are struck out, so that they get the logit of a middling token."
+)
+
 OBJECTIVES: dict[str, Objective] = {
     "mdu": Objective(
         mdu,
@@ -152,9 +165,9 @@ OBJECTIVES: dict[str, Objective] = {
         arxiv="2605.18253",
         words="The prediction for a pair (x, y) to forget was pulled towards what the model predicts when it cannot "
         "see the prompt, flattened by tau: 0 is the uniform distribution, 1 the plain prompt-masked prediction.",
-        formula=r"\mathcal L_\text{forget}=\mathbb E_t\Big[\tfrac1{|M_t|}\sum_{i\in M_t}\mathrm{KL}\big(p_\theta(\cdot"
-        r"\mid x,y_t)_i\;\big\|\;\mathrm{softmax}(\tau\cdot\mathrm{logits}_{\theta_0}(m,y_t)_i)\big)\Big]",
-        settings=("kl_reduction", "anchor_source"),
+        formula=_KL + r"\mathrm{logits}_{\theta_0}(m,y_t)_i)\big)\Big]",
+        settings=("kl_reduction", "kl_direction", "anchor_source", "anchor_input", "strike_quantile"),
+        variants={"counterfactual": (_COUNTERFACTUAL_WORDS, _COUNTERFACTUAL)},
         anchor=True,
         linear=True,
     ),
@@ -210,9 +223,11 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def described(name: str) -> Objective:
-    """The objective of a name; of one that is not registered here, for it came from outside, the name alone."""
-    return OBJECTIVES.get(name) or Objective(loss=mdu, title=name)
+def described(name: str, options: Mapping[str, Any] | None = None) -> Objective:
+    """The objective of a name, as it was with some options; of one that came from outside, the name alone."""
+    objective = OBJECTIVES.get(name) or Objective(loss=mdu, title=name)
+    words, formula = objective.variants.get((options or {}).get("anchor_input", ""), (None, None))
+    return replace(objective, words=words or objective.words, formula=formula or objective.formula)
 
 
 def register_objective(name: str, objective: Objective) -> None:

@@ -34,6 +34,7 @@ QUIET = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": Fal
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
 KINDS = {
     "full, precomputed anchors": {"tau": 0.5, "precompute_anchor": True},
+    "counterfactual anchor": {"tau": 1.0, "anchor_input": "counterfactual"},
     "LoRA with dropout": {"tau": 0.5, "peft_config": LORA},
     "full, frozen copy": {"loss_type": "npo"},
     "fine-tuning": {"cls": MDLMTrainer},

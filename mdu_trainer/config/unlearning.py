@@ -33,8 +33,19 @@ class MDUConfig(DiffusionConfig):
             MDU: `"sequence"` averages over the masked tokens of each row, then over rows (the paper's equation).
             `"token"` averages over the masked tokens of all rows of an update.
         anchor_source (`str`, *optional*, defaults to `"initial"`):
-            MDU: whose prompt-masked prediction is the anchor. `"initial"` is the model at the start; `"current"` is
-            the model in training, without gradient.
+            MDU: whose prediction is the anchor. `"initial"` is the model at the start; `"current"` is the model in
+            training, without gradient.
+        anchor_input (`str`, *optional*, defaults to `"masked_prompt"`):
+            MDU at tau > 0: what the anchor is predicted from. `"masked_prompt"` (the paper's) masks the whole prompt.
+            `"counterfactual"` keeps the question and masks who it is about: the words that the answer repeats and
+            names in the prompt, these and the stored words in the answer; and the true tokens of stored words are
+            struck out. So the anchor is what the model would say had it never met the person. Stored words are found
+            by a rule (`mdu_trainer.data.roles`), the trainer's `labeller`, or the column `secret_spans`.
+        strike_quantile (`float`, *optional*, defaults to `0.5`):
+            Counterfactual anchor: a true token that is struck out gets the logit that this share of the vocabulary
+            lies below. `None` strikes nothing out.
+        kl_direction (`str`, *optional*, defaults to `"reverse"`):
+            MDU: `"reverse"` is KL(model || anchor) (the paper's), `"forward"` KL(anchor || model).
         precompute_anchor (`bool`, *optional*, defaults to `False`):
             MDU at tau > 0: compute all anchors before training, into `anchor_cache` in the output folder, and keep no
             copy of the model. A resumed run reads what is there. The file is derived from forget data and is not for
@@ -79,6 +90,17 @@ class MDUConfig(DiffusionConfig):
         default="initial",
         metadata={"help": "MDU: the anchor is the model's at the start, or now.", "choices": ["initial", "current"]},
     )
+    anchor_input: str = field(
+        default="masked_prompt",
+        metadata={"help": "MDU: what the anchor is predicted from.", "choices": ["masked_prompt", "counterfactual"]},
+    )
+    strike_quantile: float | None = field(
+        default=0.5, metadata={"help": "Counterfactual anchor: where in the vocabulary a struck token lies."}
+    )
+    kl_direction: str = field(
+        default="reverse",
+        metadata={"help": "MDU: KL(model || anchor), or KL(anchor || model).", "choices": ["reverse", "forward"]},
+    )
     precompute_anchor: bool = field(
         default=False, metadata={"help": "MDU: compute all anchors before training and keep no copy of the model."}
     )
@@ -111,7 +133,8 @@ class MDUConfig(DiffusionConfig):
     def check_values(self) -> None:
         """As in `DiffusionConfig`, and the options of the losses."""
         super().check_values()
-        for name in ("loss_type", "kl_reduction", "anchor_source", "retain_loss_type", "reference_precision"):
+        of_anchor = ("kl_reduction", "kl_direction", "anchor_source", "anchor_input")
+        for name in ("loss_type", *of_anchor, "retain_loss_type", "reference_precision"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
@@ -130,8 +153,31 @@ class MDUConfig(DiffusionConfig):
                 raise UserError(
                     f"reference_device '{self.reference_device}' is no device; name one like 'cpu' or 'cuda:0'."
                 ) from None
+        self._check_anchor()
         if self.precompute_anchor:
             self._check_precompute_anchor()
+
+    def _check_anchor(self) -> None:
+        check_numbers(self, {"strike_quantile": "a number"})
+        if self.strike_quantile is not None and not 0 <= self.strike_quantile <= 1:
+            raise UserError(f"strike_quantile is a share in [0, 1], got {self.strike_quantile}.")
+        anchored = OBJECTIVES[self.loss_type].anchor
+        if self.kl_direction != "reverse" and not anchored:
+            raise UserError(
+                f"kl_direction is MDU's; loss_type '{self.loss_type}' has no KL to an anchor. Leave it out."
+            )
+        if self.counterfactual and not (anchored and self.tau > 0):
+            raise UserError(
+                "anchor_input='counterfactual' is for loss_type='mdu' at tau > 0; here no anchor is predicted "
+                f"(loss_type='{self.loss_type}', tau = {self.tau:g}). Set tau=1, or leave it out."
+            )
+        if self.strike_quantile != 0.5 and not self.counterfactual:
+            raise UserError("strike_quantile is of anchor_input='counterfactual', which is not set. Leave it out.")
+
+    @property
+    def counterfactual(self) -> bool:
+        """Whether the anchor is predicted for the same question about nobody the model has met."""
+        return self.anchor_input == "counterfactual"
 
     def _check_precompute_anchor(self) -> None:
         if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":

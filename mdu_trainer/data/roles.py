@@ -28,7 +28,7 @@ no capital letters, rule 3 sees no names: pass a `labeller` of your own to do be
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 
@@ -84,16 +84,30 @@ def label_roles(
         if not ids:  # an answer that only helps to find template words
             labelled.append([])
             continue
-        asked = {key for word in words(question) for key in (word.key, *word.pairs)}
-        characters: list[Role | None] = [None] * len(answer)
-        for word in answer_words[row]:
-            characters[word.start : word.stop] = [_rule(word, asked, template)] * (word.stop - word.start)
-        if labeller is not None:
-            for start, stop, role in labeller(question, answer):
-                _check_span(start, stop, role, len(answer), row)
-                characters[start:stop] = [role] * (stop - start)
+        characters = label_characters(question, answer, template, labeller, f"row {row}")
         labelled.append([_majority(characters[start:stop]) for start, stop in token_spans(answer, ids, tokenizer)])
     return labelled
+
+
+def label_characters(
+    question: str, answer: str, template: set[str], labeller: Labeller | None, where: str
+) -> list[Role | None]:
+    """The role of each character of an answer; None between words.
+
+    Args:
+        question, answer: of a row.
+        template: as `template_words` returns it.
+        labeller: as in `label_roles`.
+        where: what messages call the row.
+    """
+    asked = {key for word in words(question) for key in (word.key, *word.pairs)}
+    characters: list[Role | None] = [None] * len(answer)
+    for word in words(answer):
+        characters[word.start : word.stop] = [_rule(word, asked, template)] * (word.stop - word.start)
+    for span in () if labeller is None else labeller(question, answer):
+        start, stop, role = _checked_span(span, len(answer), where)
+        characters[start:stop] = [role] * (stop - start)
+    return characters
 
 
 def template_words(answers: Sequence[Sequence[Word]]) -> set[str]:
@@ -130,11 +144,19 @@ def _majority(characters: Sequence[Role | None]) -> Role:
     return max(ROLES, key=lambda role: votes[role]) if votes else "structural"
 
 
-def _check_span(start: int, stop: int, role: str, length: int, row: int) -> None:
-    if role not in ROLES:
-        raise UserError(f"The labeller gives row {row} the role {role!r}; roles are {', '.join(ROLES)}.")
-    if not 0 <= start < stop <= length:
+def _checked_span(span: Any, length: int, where: str) -> tuple[int, int, Role]:
+    try:
+        start, stop, role = span
+    except (TypeError, ValueError):
         raise UserError(
-            f"The labeller gives row {row} the span ({start}, {stop}), which is empty or out of the answer's {length} "
+            f"The labeller gives {where} something that is no (start, stop, role): characters of the answer from "
+            "start to before stop, and one of the roles."
+        ) from None
+    if role not in ROLES:
+        raise UserError(f"The labeller gives {where} the role {role!r}; roles are {', '.join(ROLES)}.")
+    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= length):
+        raise UserError(
+            f"The labeller gives {where} the span ({start}, {stop}), which is empty or out of the answer's {length} "
             "characters."
         )
+    return start, stop, role

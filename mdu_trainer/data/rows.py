@@ -19,10 +19,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files import UserError
-from ..masking import MaskSchedule, pad_rows, permutation
+from ..masking import KEPT, MaskSchedule, pad_rows, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
 from .reading import Row, check_table, read_row, read_rows
+from .secrets import SecretMarker
 
 logger = logging.get_logger(__name__)
 
@@ -35,11 +36,13 @@ class TokenizedRows:
         prompt_ids: generation prompt included.
         completion_ids: end of turn included unless truncated.
         preferred: preferred response ids (DPO), or empty.
+        secrets: what a counterfactual anchor hides of each row (`mdu_trainer.data.secrets`), or empty.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     preferred: list[list[int]] = field(default_factory=list)
+    secrets: list[list[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -87,6 +90,7 @@ def tokenize_rows(
     preferred: bool = False,
     allow_blank: bool = False,
     numbers: Sequence[int] | None = None,
+    mark: SecretMarker | None = None,
 ) -> TokenizedRows:
     """Tokenise the rows of one data set. Nothing is written to disk.
 
@@ -101,6 +105,7 @@ def tokenize_rows(
         preferred: rows must have a preferred response (`chosen`).
         allow_blank: keep rows whose response is blank: of its end token alone.
         numbers: what messages call each row, where several rows here are of one row of the user's.
+        mark: marks what a counterfactual anchor hides.
 
     Raises:
         TypeError: for a streaming data set.
@@ -113,7 +118,8 @@ def tokenize_rows(
     rows = TokenizedRows([], [])
     dropped = truncated = too_long = 0
     for i, example in enumerate(read_rows(dataset, name)):
-        prompt, response, chosen = encode(example, i if numbers is None else numbers[i])
+        number = i if numbers is None else numbers[i]
+        prompt, response, chosen = encode(example, number)
         too_long += backbone.context_length is not None and len(prompt) >= backbone.context_length
         room = None if limit is None else limit - len(prompt)
         if room is not None and room <= 0:
@@ -124,6 +130,8 @@ def tokenize_rows(
         rows.completion_ids.append(response[:room])
         if preferred:
             rows.preferred.append(chosen[:room])
+        if mark is not None:
+            rows.secrets.append(mark(example, prompt, response[:room], f"Row {number} of the {name} set"))
     if too_long:
         raise UserError(
             f"{too_long} of {len(dataset)} prompts of the {name} set fill the model's context of "
@@ -227,6 +235,8 @@ class RowPairs(torch.utils.data.Dataset):
         item["schedule"] = self.schedules[name]
         if rows.preferred:
             item["preferred"] = rows.preferred[row]
+        if rows.secrets:
+            item["secrets"] = rows.secrets[row]
         if name == "forget" and (visit, row) in self.anchors:
             item["anchor"] = self.anchors[visit, row]
         return item
@@ -293,7 +303,8 @@ class DataCollatorForUnlearning:
     `[B]`, and the mask noise `noise`, float `[B, L]`; and `weight`, float `[B]`: 0 for rows that only fill up the
     batches of the last update of an epoch, 1 for all others. Where rows have a preferred response, a further batch
     "preferred" holds prompt and preferred response, masked as the one to forget. Anchors that were computed before
-    training stand in `anchor`, `[N, H]` for the N masked tokens.
+    training stand in `anchor`, `[N, H]` for the N masked tokens. For a counterfactual anchor `secrets`, int64
+    `[B, L]`, says what it hides.
 
     Args:
         pad_token_id: id that fills the padding.
@@ -329,6 +340,8 @@ class DataCollatorForUnlearning:
             "noise": noise,
             "weight": torch.tensor([row["weight"] for row in rows]),
         }
+        if response == "completion_ids" and "secrets" in rows[0]:
+            batch["secrets"] = pad_rows([row["secrets"] for row in rows], KEPT)[0]
         if all("anchor" in row for row in rows):
             batch["anchor"] = torch.cat([row["anchor"] for row in rows])
         return batch

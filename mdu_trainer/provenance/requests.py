@@ -148,6 +148,8 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
     name = getattr(model.config, "_name_or_path", None) or None
     is_local = name is None or Path(name).exists()
     options = {name: getattr(args, name) for name in OBJECTIVES[args.loss_type].settings} | run.loss_options
+    if not args.counterfactual:  # which alone strikes out
+        options.pop("strike_quantile", None)
     options["retain_weight"] = args.retain_weight
     if args.retain_weight:
         options["retain_loss_type"] = args.retain_loss_type

@@ -312,6 +312,7 @@ def has_chat_template(folder: Path) -> bool:
 def card_wording() -> str:
     """Return the wording of every card, which is no quote of a row: the template and the texts that go into it."""
     methods = [method.words for method in OBJECTIVES.values()]
+    methods += [words for method in OBJECTIVES.values() for words, _ in method.variants.values()]
     return " ".join([template_path().read_text(encoding="utf-8"), *methods, *score_words().values(), CHAT_PROMPT])
 
 
@@ -325,7 +326,7 @@ def template_path() -> Path:
 def _method_words(facts: Facts) -> dict[str, Any]:
     """Return the template's words on the method and the training."""
     return {
-        "method": described(facts.method),
+        "method": described(facts.method, facts.options),
         "options": [markdown_code(f"{k}={v}") for k, v in facts.options.items() if not k.startswith("retain_")],
         "retain_words": RETAIN_LOSSES.get(facts.options.get("retain_loss_type", "")),
         "training": _training(facts),

@@ -120,7 +120,7 @@ class EvaluatingTrainer(RobustTrainer):
         if isinstance(dataset, dict):
             return {name: self._tokenize_eval(rows, name) for name, rows in dataset.items()}
         parts = self._eval_parts(name)
-        return EvalRows(self.args, self._tokenize(dataset, "eval", **self._columns(parts)), parts, name)
+        return EvalRows(self.args, self._tokenize(dataset, "eval", parts), parts, name)
 
     def _renew_eval_sets(self) -> None:
         """Make the eval sets' parts and masks anew, as the configuration says now."""

@@ -52,7 +52,7 @@ logger = logging.get_logger(__name__)
 
 Batch = dict[str, Tensor]
 C = TypeVar("C", bound=DiffusionConfig)
-READ_ONCE = ("max_length", "pad_with_end_tokens")  # arguments that a search cannot vary
+READ_ONCE = ("max_length", "pad_with_end_tokens", "anchor_input")  # arguments that a search cannot vary
 # adapters whose targets are no linear layers; PEFT knows which
 OTHER_TARGETS = (PeftType.ADAPTION_PROMPT, PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
 
@@ -235,11 +235,11 @@ class MDLMTrainer(EvaluatingTrainer):
     def _tokenize_train(self, dataset: Dataset | None) -> dict[str, TokenizedRows]:
         sets = {} if dataset is None else self._train_sets(dataset)
         given = {name: rows for name, rows in sets.items() if rows is not None}
-        return {name: self._tokenize(rows, name, **self._columns([name])) for name, rows in given.items()}
+        return {name: self._tokenize(rows, name, [name]) for name, rows in given.items()}
 
-    def _tokenize(self, dataset: Dataset, name: str, preferred: bool = False) -> TokenizedRows:
-        limit = self.args.max_length
-        return tokenize_rows(dataset, self._tokenizer, self.backbone, name=name, max_length=limit, preferred=preferred)
+    def _tokenize(self, dataset: Dataset, name: str, parts: list[str], **options: Any) -> TokenizedRows:
+        options |= {"name": name, "max_length": self.args.max_length} | self._columns(parts)
+        return tokenize_rows(dataset, self._tokenizer, self.backbone, **options)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in

@@ -1,8 +1,8 @@
 """Unlearning of masked diffusion language models: the loss, step by step."""
 
 import math
-from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,13 +15,16 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import MDUConfig
-from ..data.rows import TokenizedRows, count_overlap
+from ..data.roles import Labeller
+from ..data.rows import TokenizedRows
+from ..data.secrets import SecretMarker, warn_of_secrets
 from ..divergence import AnchorKL, Joint, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
 from ..models import evaluation_mode, hidden_at, measure_at
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
 from .evaluating import Score, Scores, has_both
+from .forget_rows import check_prompts, check_retain, warn_of_overlap
 from .mdlm import Batch, MDLMTrainer
 from .precompute import precompute_anchors
 from .reference import Reference
@@ -40,6 +43,7 @@ class MDUTrainer(MDLMTrainer):
         args: the configuration; `args.loss_type` names the forget loss.
         train_dataset: the rows to forget, in a format of `mdu_trainer.data.rows`.
         retain_dataset: the rows to keep. Needed unless `args.retain_weight` is 0.
+        labeller: your own rule for what is stored in an answer, for a counterfactual anchor (see `label_roles`).
         eval_dataset: rows, or a dict of names and rows; see below. Masks are fixed by the seed.
         processing_class, peft_config, data_collator, callbacks, optimizers, model_init: as in `MDLMTrainer`.
 
@@ -74,11 +78,14 @@ class MDUTrainer(MDLMTrainer):
         train_dataset: Dataset | None = None,
         retain_dataset: Dataset | None = None,
         *others: Any,
+        labeller: Labeller | None = None,
         **options: Any,
     ):
         args = self._config(args)
-        _check_retain(args, train_dataset is not None, retain_dataset is not None)
+        check_retain(args, train_dataset is not None, retain_dataset is not None)
         self._retain_dataset = retain_dataset
+        self._labeller = labeller
+        self._marker: SecretMarker | None = None  # of what a counterfactual anchor hides
         super().__init__(model, args, train_dataset, *others, **options)
         self._anchor_head: Projection | None = None  # of the anchors computed before training
         self.reference = self._make_reference()
@@ -96,7 +103,7 @@ class MDUTrainer(MDLMTrainer):
 
     def _start_over(self) -> None:
         super()._start_over()
-        _check_retain(self.args, self.train_dataset is not None, self._retain_dataset is not None)
+        check_retain(self.args, self.train_dataset is not None, self._retain_dataset is not None)
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
         self._anchor_head = None
@@ -188,7 +195,9 @@ class MDUTrainer(MDLMTrainer):
         mean, by_bound = 1 / noised.num_masked, noised.weight / noised.num_response  # [B]
         if name == "forget" and self.forget_objective.anchor:
             share = torch.ones_like(mean) if self._pools_tokens else mean
-            return AnchorKL(self.args.tau, anchor, token_weight=share[noised.batch_index])
+            edit = noised.strike and partial(noised.strike.edit, quantile=self.args.strike_quantile)
+            forward = self.args.kl_direction == "forward"
+            return AnchorKL(self.args.tau, anchor, share[noised.batch_index], edit, forward)
         if name == "retain" and self._retain_loss_type == "kl":
             where = (noised.input_ids, noised.attention_mask, noised.masked)
             initial = self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
@@ -253,18 +262,23 @@ class MDUTrainer(MDLMTrainer):
 
     def _tokenize_train(self, dataset: Dataset | None) -> dict[str, TokenizedRows]:
         parts = super()._tokenize_train(dataset)
-        overlap = count_overlap(parts["forget"], parts["retain"]) if "retain" in parts else 0
-        if overlap:
-            logger.warning(
-                f"{overlap} of {len(parts['forget'])} forget rows are in the retain set too: they are trained to be "
-                "forgotten and kept at once. Remove them from the retain set."
-            )
+        warn_of_overlap(parts)
         return parts
 
     def _check_run(self) -> None:
         super()._check_run()
-        if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1:
-            _check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
+        if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1 and not self.args.counterfactual:
+            check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
+
+    def _tokenize(self, dataset: Dataset, name: str, parts: list[str], **options: Any) -> TokenizedRows:
+        if "forget" not in parts or not self.args.counterfactual:
+            return super()._tokenize(dataset, name, parts, **options)
+        if self._marker is None:  # the first set is the one to forget
+            sets = [rows for rows in (dataset, self._retain_dataset) if rows is not None]
+            self._marker = SecretMarker.of(self._tokenizer, sets, self._labeller)
+        rows = super()._tokenize(dataset, name, parts, mark=self._marker)
+        warn_of_secrets(name, rows, self.backbone.end_token_ids)
+        return rows
 
     # Evaluation: rows to forget are asked for another loss than rows to keep
 
@@ -359,27 +373,3 @@ class MDUTrainer(MDLMTrainer):
 
         if self._staging is None:  # a checkpoint without its name is not whole yet
             push_checkpoint(self, checkpoint_folder)
-
-
-def _check_retain(args: MDUConfig, has_forget: bool, has_retain: bool) -> None:
-    """Refuse a retain set that would not be read, and a retain loss without one, before a model is loaded."""
-    if has_forget and args.retain_weight > 0 and not has_retain:
-        raise UserError(
-            f"retain_weight is {args.retain_weight:g} but there is no retain set. Pass retain_dataset, or set "
-            "retain_weight=0 to unlearn without one."
-        )
-    if args.retain_weight == 0 and has_retain:
-        raise UserError(
-            "A retain set is given but retain_weight is 0, so it would not be read. Set retain_weight (the papers "
-            "use 1), or leave the retain set out."
-        )
-
-
-def _check_prompts(prompts: Sequence[Sequence[int]], mask_token_id: int) -> None:
-    """Refuse empty prompts where theta_0's own prediction is the anchor."""
-    bare = sum(all(token == mask_token_id for token in prompt) for prompt in prompts)
-    if bare:
-        raise UserError(
-            f"{bare} of {len(prompts)} forget rows have an empty prompt. At tau = 1 the model's own prediction is "
-            "their anchor, so they would never be forgotten. Take a smaller tau, or give them a prompt."
-        )

@@ -61,7 +61,10 @@ SELECTION = frozenset(
     + ("metric_for_best_model", "greater_is_better")
 )
 # Those of the forget losses, each of which reads some
-OF_OBJECTIVES = frozenset(("tau", "kl_reduction", "anchor_source", "beta", "gamma", "alpha"))
+OF_OBJECTIVES = frozenset(
+    ("tau", "kl_reduction", "kl_direction", "anchor_source", "anchor_input", "strike_quantile")
+    + ("beta", "gamma", "alpha")
+)
 # Learning rates that do not depend on how many updates there are in all
 STEADY = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau", "greedy")
 WATCHES_METRICS = ("reduce_lr_on_plateau", "greedy")

@@ -20,9 +20,10 @@ def perturb(model, scale=0.05):
                 p += scale * torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
-def log_probs(model, ids):
+def log_probs(model, ids, shift=False):
     with torch.no_grad():
-        return model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+        logits = model(input_ids=ids[None]).logits[0].double().log_softmax(-1)
+    return torch.cat([logits[:1], logits[:-1]]) if shift else logits
 
 
 def expected_row(trainer, initial, name, batch, i, loss_type):
@@ -39,7 +40,8 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
     noisy = torch.where(masked, trainer.backbone.mask_token_id, ids)
     anchor_ids = torch.where(response, noisy, trainer.backbone.mask_token_id)
     model = trainer.model.eval()
-    p = log_probs(model, noisy)[masked]
+    shift = trainer.backbone.logit_shift
+    p = log_probs(model, noisy, shift)[masked]
     weight = 1 / t if drawn.any() else 0.0
 
     def bound(log_p):
@@ -47,8 +49,14 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
 
     if loss_type == "mdu":
         live = model if args.anchor_source == "current" else initial
-        q = (args.tau * log_probs(live, anchor_ids)[masked]).log_softmax(-1)
-        return (p.exp() * (p - q)).sum() / masked.sum(), masked.sum()
+        if args.anchor_input == "counterfactual":
+            how = part["secrets"][i, :length], args.strike_quantile, trainer.backbone.mask_token_id, shift
+            logits = counterfactual(live, noisy, ids, response, *how)[masked]
+        else:
+            logits = log_probs(live, anchor_ids)[masked]
+        q = (args.tau * logits).log_softmax(-1)
+        large, other = (q, p) if args.kl_direction == "forward" else (p, q)
+        return (large.exp() * (large - other)).sum() / masked.sum(), masked.sum()
     if loss_type == "kl":
         q = log_probs(initial, noisy)[masked]
         return (p.exp() * (p - q)).sum() / masked.sum(), 1
@@ -66,6 +74,19 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return -2 / 0.2 * logsigmoid(-0.2 * log_ratio), 1
     preferred, _ = expected_row(trainer, initial, "preferred", batch, i, "log_ratio")
     return -logsigmoid(0.1 * (preferred - log_ratio)), 1
+
+
+def counterfactual(model, noisy, ids, response, marks, quantile, mask_id, shift):
+    """Logits (up to a constant) of a row: 2 stands for stored, 1 for in context; a row without a 2 is uniform."""
+    asked = torch.tensor(
+        [mask_id if mark else token for token, mark in zip(noisy.tolist(), marks.tolist(), strict=True)]
+    )
+    logits = log_probs(model, asked, shift)
+    secret = [i for i, mark in enumerate(marks.tolist()) if mark == 2 and response[i]]
+    for i in secret if quantile is not None else ():
+        ordered = sorted(logits[i].tolist())
+        logits[i, ids[i]] = ordered[int(quantile * (len(ordered) - 1))]
+    return logits if secret else torch.zeros_like(logits)
 
 
 def expected_loss(trainer, initial, batch):

@@ -74,6 +74,7 @@ def same(a, b):
         {"kl_reduction": "token", "gradient_accumulation_steps": 2},
         {"train_sampling_strategy": "group_by_length"},
         {"max_steps": -1, "num_train_epochs": 1.4},
+        {"tau": 1.0, "anchor_input": "counterfactual"},
     ],
 )
 def test_precomputed_anchors_end_with_the_weights_of_a_copy(make_trainer, peft_config, options):

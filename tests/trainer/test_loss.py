@@ -11,6 +11,8 @@ from peft import LoraConfig
 from mdu_trainer import MDLMTrainer
 from mdu_trainer.masking import forward_process
 
+COUNTERFACTUAL = {"tau": 1.0, "anchor_input": "counterfactual"}
+
 
 @pytest.mark.parametrize(
     "options",
@@ -20,6 +22,12 @@ from mdu_trainer.masking import forward_process
         {"tau": 1.0, "kl_reduction": "token"},
         {"tau": 0.75, "anchor_source": "current"},
         {"tau": 0.25, "t_min": 1.0, "t_max": 1.0},
+        {"tau": 0.0, "kl_direction": "forward"},
+        {"tau": 0.5, "kl_direction": "forward", "kl_reduction": "token"},
+        COUNTERFACTUAL,
+        COUNTERFACTUAL | {"tau": 0.5, "kl_direction": "forward"},
+        COUNTERFACTUAL | {"strike_quantile": 0.0, "anchor_source": "current"},
+        COUNTERFACTUAL | {"strike_quantile": None, "kl_reduction": "token", "t_min": 1.0},
         {"tau": 0.0, "retain_loss_type": "kl", "retain_weight": 0.3},
         {"tau": 0.5, "retain_weight": 0.0},
         {"loss_type": "ga"},
@@ -75,8 +83,9 @@ def test_prompt_masking_and_end_padding(make_trainer, sets):
     assert part["completion_mask"][takes_prompt].all(), "the whole prompt takes part, or none of it"
 
 
-def test_padding_and_batch_composition_change_nothing(make_trainer, make_model):
-    trainer = make_trainer(make_model().double(), tau=0.5, per_device_train_batch_size=8)
+@pytest.mark.parametrize("options", [{"tau": 0.5}, COUNTERFACTUAL])
+def test_padding_and_batch_composition_change_nothing(make_trainer, make_model, options):
+    trainer = make_trainer(make_model().double(), per_device_train_batch_size=8, **options)
     perturb(trainer.model)
     trainer.model.eval()
     batch = batch_of(trainer)
@@ -92,7 +101,9 @@ def test_padding_and_batch_composition_change_nothing(make_trainer, make_model):
             assert single[name].value.item() == pytest.approx(figure.value[i].item(), rel=1e-6), name
 
 
-@pytest.mark.parametrize("options", [{"tau": 0.5}, {"tau": 0.0, "kl_reduction": "token"}, {"loss_type": "npo"}])
+@pytest.mark.parametrize(
+    "options", [{"tau": 0.5}, {"tau": 0.0, "kl_reduction": "token"}, {"loss_type": "npo"}, COUNTERFACTUAL]
+)
 def test_accumulation_does_not_change_the_update(make_trainer, make_model, sets, options):
     ends = []
     for batch_size, steps in ((8, 1), (2, 4), (1, 8)):
