@@ -19,7 +19,7 @@ that is finished is not trained or scored again.
 """
 
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,7 +29,7 @@ from trl import ModelConfig
 from mdu_trainer import MDUConfig
 from mdu_trainer.commands import run
 from mdu_trainer.commands.checks import check_once
-from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig, compare, present
+from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig, compare, method_name, present
 from mdu_trainer.commands.folders import RESUME
 from mdu_trainer.commands.options import parse_options
 from mdu_trainer.commands.summary import comparison_summary
@@ -70,35 +70,33 @@ class SweepConfig(ComparisonConfig):
     axes: ClassVar[tuple[str, ...]] = ("learning_rate", "max_steps", "num_train_epochs", "seed")
 
     def __post_init__(self):
-        for name in ("loss_type", "tau", *self.axes):  # code may give one value
+        for name in ("loss_type", "tau", "preset", *self.axes):  # code may give one value
             value = getattr(self, name)
             setattr(self, name, value if isinstance(value, list) else [value])
 
     def runs(self) -> list[MDUConfig]:
         """The configuration of each run, with a folder that is named after its values."""
-        check_once(self, "loss_type", "tau", *self.axes)
+        check_once(self, "loss_type", "tau", "preset", *self.axes)
         if len(self.max_steps) > 1 and min(self.max_steps) <= 0:
             raise UserError(f"--max_steps must be positive, got {' '.join(map(str, self.max_steps))}.")
         if self.max_steps[0] > 0 and len(self.num_train_epochs) > 1:
             raise UserError("Sweep over --max_steps or over --num_train_epochs: with steps, epochs do not count.")
-        values = {f.name: getattr(self, f.name) for f in fields(MDUConfig) if f.init}
         runs = []
-        for (loss_type, tau), *point in product(self.methods, *(getattr(self, name) for name in self.axes)):
-            chosen = dict(zip(self.axes, point, strict=True))
-            folder = self.folder / _name({"tau": tau} | chosen if loss_type == "mdu" else chosen, loss_type)
-            chosen |= {"loss_type": loss_type, "tau": tau, "output_dir": str(folder)}
-            runs.append(MDUConfig(**values | chosen))
+        for method, *point in product(self.methods, *(getattr(self, name) for name in self.axes)):
+            chosen, name = dict(zip(self.axes, point, strict=True)), method_name(method)
+            folder = self.folder / _name({"tau": method["tau"]} | chosen if name == "mdu" else chosen, name)
+            runs.append(MDUConfig(**self.shared | method | chosen | {"output_dir": str(folder)}))
         return runs
 
     def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """All but the values that are swept over, which may become more or fewer; the first seed is the base's."""
-        swept = {"loss_type", "tau", *self.axes, "select"}
+        swept = {"loss_type", "tau", "preset", *self.axes, "select"}
         kept = {key: value for key, value in chosen.items() if key not in swept}
         return kept | {"first seed": chosen.get("seed", [42])[0]}
 
     def swept(self, run: MDUConfig) -> dict[str, Any]:
         """The values that not all runs share, besides method and tau."""
-        return {name: getattr(run, name) for name in self.axes if len(getattr(self, name)) > 1}
+        return super().swept(run) | {name: getattr(run, name) for name in self.axes if len(getattr(self, name)) > 1}
 
     @property
     def folder(self) -> Path:

@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets
 from trl import ModelConfig
 
 from ..config import MDUConfig
+from ..config.presets import preset
 from ..evaluation.benchmarks import fictional_sets
 from ..evaluation.registry import choose_metrics
 from ..evaluation.results import Results
@@ -50,30 +51,41 @@ class ComparisonArguments(RunArguments, ScoringArguments, FinetuningArguments, S
 
 @dataclass
 class ComparisonConfig(MDUConfig):
-    """MDUConfig with lists of methods: one run for each `loss_type`, and for "mdu" one for each `tau`."""
+    """MDUConfig with lists: one run for each `loss_type`, for "mdu" one for each `tau`, and one for each preset.
+
+    The run of a preset has its settings, whatever those of the others are.
+    """
 
     loss_type: list[str] = field(default_factory=lambda: ["mdu"], metadata={"help": "Forget losses."})
     tau: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "MDU's anchors."})
+    preset: list[str] = field(
+        default_factory=list, metadata={"help": "One further run each, with settings that go by one name."}
+    )
 
     def __post_init__(self):
         pass  # each run's own MDUConfig checks its values
 
     def runs(self) -> list[MDUConfig]:
         """The configuration of each run, with a folder of its own."""
-        check_once(self, "loss_type", "tau")
-        values = {f.name: getattr(self, f.name) for f in fields(MDUConfig) if f.init}
+        check_once(self, "loss_type", "tau", "preset")
         runs = []
-        for loss_type, tau in self.methods:
-            name = f"mdu-tau{tau:.12g}" if loss_type == "mdu" else loss_type
-            runs.append(
-                MDUConfig(**values | {"loss_type": loss_type, "tau": tau, "output_dir": str(self.folder / name)})
-            )
+        for method in self.methods:
+            name, tau = method_name(method), f"-tau{method['tau']:.12g}"
+            folder = self.folder / (f"{name}{tau}" if name == "mdu" else name)
+            runs.append(MDUConfig(**self.shared | method | {"output_dir": str(folder)}))
         return runs
 
     @property
-    def methods(self) -> list[tuple[str, float]]:
-        """Each loss and each tau that it has."""
-        return [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
+    def shared(self) -> dict[str, Any]:
+        """The fields of all runs."""
+        return {f.name: getattr(self, f.name) for f in fields(MDUConfig) if f.init}
+
+    @property
+    def methods(self) -> list[dict[str, Any]]:
+        """The settings of each loss, of each tau that it has, and of each preset."""
+        losses = [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
+        named = [preset(name) | {"preset": name} for name in self.preset]
+        return [{"loss_type": loss, "tau": tau, "preset": None} for loss, tau in losses] + named
 
     def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:
         """What must be the same for a comparison to be resumed, of what was set."""
@@ -81,12 +93,17 @@ class ComparisonConfig(MDUConfig):
 
     def swept(self, run: MDUConfig) -> dict[str, Any]:
         """What tells a run from others of its method and tau."""
-        return {}
+        return {} if run.preset is None else {"preset": run.preset}
 
     @property
     def folder(self) -> Path:
         """The output folder of all runs."""
         return Path("outputs/tofu" if self.output_dir is None else self.output_dir)
+
+
+def method_name(method: dict[str, Any]) -> str:
+    """The loss, or the loss and the preset, as folders are called."""
+    return method["loss_type"] if method["preset"] is None else f"{method['loss_type']}-{method['preset']}"
 
 
 def load_rows(args: ComparisonArguments, from_scratch: bool) -> tuple[Dataset, Dataset, dict[str, Dataset]]:

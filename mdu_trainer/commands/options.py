@@ -8,6 +8,7 @@ import sys
 from copy import copy
 from dataclasses import MISSING, Field, fields
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from transformers import TrainingArguments
 from trl import ModelConfig, TrlParser
 
 from ..config import MDUConfig
+from ..config.presets import preset
 from ..files import UserError, without_secrets
 from .help import HelpFormatter, description_of, plain_names, program
 
@@ -51,6 +53,7 @@ def parse_options(*types: Any, default: Path | None = None, description: str | N
         raise UserError("--config needs a file.")
     file = arguments[arguments.index("--config") + 1] if "--config" in arguments else None
     parser = OptionParser(types, description)
+    parser.take_preset(arguments)
     try:
         *filled, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except UserError:
@@ -98,9 +101,24 @@ class OptionParser(TrlParser):
         """Raise a UserError."""
         raise UserError(f"{plain_names(message)} (--help lists the options).")
 
+    def take_preset(self, arguments: list[str]) -> None:
+        """Make the settings of `--preset NAME` the defaults, which files and other options count before."""
+        if self._takes_preset:
+            for word, after in pairwise([*arguments, ""]):
+                name, _, value = word.partition("=")
+                if name == "--preset":
+                    self.set_defaults(**preset(value or after))
+
+    @property
+    def _takes_preset(self) -> bool:
+        """Whether there is a preset for the run; a comparison makes further runs of its presets."""
+        return any(action.dest == "preset" and action.nargs != "+" for action in self._actions)
+
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """Take the values of a file as if they were given on the command line."""
         kwargs = {next((long for long, short in SHORT.items() if short == n), n): value for n, value in kwargs.items()}
+        if self._takes_preset and kwargs.get("preset") is not None:
+            self.set_defaults(**preset(kwargs["preset"]))
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of two, not its --no_ form
         checked = {
             name: self._value(actions[name], value) if name in actions else value for name, value in kwargs.items()

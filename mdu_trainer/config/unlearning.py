@@ -1,14 +1,18 @@
 """Configuration of unlearning."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from ..files import UserError
 from ..objectives import OBJECTIVES
 from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers
 from .diffusion import DiffusionConfig
+from .presets import PRESETS, preset
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -22,6 +26,11 @@ class MDUConfig(DiffusionConfig):
     learning rate and batch size are those of the MDU paper (arXiv 2605.18253).
 
     Parameters:
+        preset (`str`, *optional*):
+            Settings under one name, for those that are not given themselves; what it sets is logged. `"lasting"`
+            makes the model forget as if it had never seen the rows, so that little comes back under attack; see
+            `mdu_trainer.config.presets`.
+
         > Parameters that control the forget loss
 
         loss_type (`str`, *optional*, defaults to `"mdu"`):
@@ -80,6 +89,9 @@ class MDUConfig(DiffusionConfig):
             not set, the card names the data set's split.
     """
 
+    preset: str | None = field(
+        default=None, metadata={"help": "Settings under one name, for those not given.", "choices": [None, *PRESETS]}
+    )
     loss_type: str = field(default="mdu", metadata={"help": "Forget loss.", "choices": OBJECTIVES.keys()})
     tau: float = field(default=0.0, metadata={"help": "MDU: multiplies the anchor's logits."})
     kl_reduction: str = field(
@@ -130,6 +142,22 @@ class MDUConfig(DiffusionConfig):
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an update."})
     _VALID_DICT_FIELDS = [*DiffusionConfig._VALID_DICT_FIELDS, "loss_options"]
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> "MDUConfig":
+        """Note what is given, which counts before a preset."""
+        made = super().__new__(cls)
+        made._given = {*[f.name for f in fields(cls) if f.init][: len(args)], *kwargs}
+        return made
+
+    def __post_init__(self):
+        chosen = {} if self.preset is None else preset(self.preset)
+        for name, value in chosen.items():
+            if name not in self._given:
+                setattr(self, name, value)
+        super().__post_init__()
+        if chosen:
+            said = ", ".join(f"{name}={getattr(self, name)}" for name in chosen)
+            logger.warning_once(f"preset '{self.preset}': {said}.")
+
     def check_values(self) -> None:
         """As in `DiffusionConfig`, and the options of the losses."""
         super().check_values()
@@ -158,7 +186,8 @@ class MDUConfig(DiffusionConfig):
             self._check_precompute_anchor()
 
     def _check_anchor(self) -> None:
-        check_numbers(self, {"strike_quantile": "a number"})
+        if self.strike_quantile is not None:
+            check_numbers(self, {"strike_quantile": "a number"})
         if self.strike_quantile is not None and not 0 <= self.strike_quantile <= 1:
             raise UserError(f"strike_quantile is a share in [0, 1], got {self.strike_quantile}.")
         anchored = OBJECTIVES[self.loss_type].anchor

@@ -23,7 +23,7 @@ from ..masking import KEPT, MaskSchedule, pad_rows, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
 from .reading import Row, check_table, read_row, read_rows
-from .secrets import SecretMarker
+from .secrets import SPANS, SecretMarker
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,7 @@ class TokenizedRows:
 
 
 def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str | None = None) -> Dataset:
-    """Prompt-completion rows of a data set with columns `question` and `answer`.
+    """Prompt-completion rows of a data set with columns `question` and `answer`, and `secret_spans` if there are any.
 
     Args:
         dataset: the data set.
@@ -66,6 +66,7 @@ def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str 
         preferred: column of the preferred response, which becomes `chosen` (DPO).
     """
     columns = {"question": "prompt", "answer": "completion"} | ({preferred: "chosen"} if preferred else {})
+    columns |= {SPANS: SPANS} if SPANS in dataset.column_names else {}
     missing = columns.keys() - set(dataset.column_names)
     if missing:
         raise UserError(f"The data set has no column {sorted(missing)}; its columns are {dataset.column_names}.")
@@ -73,8 +74,12 @@ def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str 
         return dataset.select_columns(list(columns)).rename_columns(columns)
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant"}
     known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
+    made = {
+        new: [[{"role": roles[new], "content": value}] if new in roles else value for value in dataset[old]]
+        for old, new in columns.items()
+    }
     return Dataset.from_dict(
-        {new: [[{"role": roles[new], "content": text}] for text in dataset[old]] for old, new in columns.items()},
+        made,
         info=DatasetInfo(**{name: getattr(dataset.info, name) for name in known}),
         split=dataset.split,
     )
@@ -132,9 +137,17 @@ def tokenize_rows(
             rows.preferred.append(chosen[:room])
         if mark is not None:
             rows.secrets.append(mark(example, prompt, response[:room], f"Row {number} of the {name} set"))
+    _check_room(name, rows, backbone, limit, len(dataset), dropped, too_long)
+    _warn(name, rows, limit, len(dataset), dropped, truncated, whole=numbers is None)
+    return rows
+
+
+def _check_room(
+    name: str, rows: TokenizedRows, backbone: Backbone, limit: int | None, count: int, dropped: int, too_long: int
+) -> None:
     if too_long:
         raise UserError(
-            f"{too_long} of {len(dataset)} prompts of the {name} set fill the model's context of "
+            f"{too_long} of {count} prompts of the {name} set fill the model's context of "
             f"{backbone.context_length} tokens and leave no room for a response. Shorten or remove them."
         )
     if not len(rows):
@@ -142,8 +155,6 @@ def tokenize_rows(
             f"Every response of the {name} set is truncated away: all {dropped} prompts have max_length = {limit} "
             "tokens or more. Raise max_length."
         )
-    _warn(name, rows, limit, len(dataset), dropped, truncated, whole=numbers is None)
-    return rows
 
 
 def _warn(name: str, rows: TokenizedRows, limit: int | None, count: int, dropped: int, truncated: int, whole: bool):

@@ -93,6 +93,12 @@ def text_of(text: Text) -> str:
     return text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)
 
 
+def warn_of_spans(name: str, rows: Any, unread: bool) -> None:
+    """Say so if secrets are marked in rows to forget and nothing reads them."""
+    if unread and SPANS in getattr(rows, "column_names", ()):
+        logger.warning(f"{name} set: '{SPANS}' is read by anchor_input='counterfactual' alone, which is not set.")
+
+
 def warn_of_secrets(name: str, rows: Any, end_token_ids: Sequence[int]) -> None:
     """Count the rows that a counterfactual anchor does not fit, in one warning.
 

@@ -7,6 +7,7 @@ from typing import Any
 from datasets import Dataset, DatasetInfo
 
 from ..data.reading import check_table, read_row, read_rows
+from ..data.secrets import SPANS
 from ..files import UserError
 from .sources import SUFFIXES, check_columns, config_names, load_split, read_file
 
@@ -40,8 +41,8 @@ def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: boo
     """Load rows as questions and answers, in memory.
 
     A row has `question` and `answer`; or `prompt` and `completion`, both texts or both messages; or `messages`, a turn
-    of the user and the response to it. `paraphrased_question` is kept, and `chosen`, the response that DPO prefers, as
-    `refusal`.
+    of the user and the response to it. `paraphrased_question` is kept, `chosen`, the response that DPO prefers, as
+    `refusal`, and `secret_spans` (see `mdu_trainer.data.secrets`).
 
     Args:
         source: a JSON, JSON Lines, CSV or Parquet file, or a folder or a data set on the Hub, as NAME or NAME:CONFIG.
@@ -49,7 +50,7 @@ def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: boo
         keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_split`.
 
     Returns:
-        `question`, `answer`, and of the other two what every row has.
+        `question`, `answer`, and of the others what every row has.
 
     Raises:
         OSError: there is no such file or data set.
@@ -64,6 +65,7 @@ def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: boo
         rows = rows.rename_columns({"chosen": "refusal"}) if "chosen" in columns - {"refusal"} else rows
     check_columns(rows, name, dict.fromkeys(QUESTIONS, str))
     whole = [c for c in FURTHER if c in rows.column_names and all(isinstance(text, str) for text in rows[c])]
+    whole += [SPANS] if SPANS in rows.column_names else []
     return rows.select_columns([*QUESTIONS, *whole])
 
 
@@ -107,8 +109,8 @@ def _as_questions(rows: Dataset, source: str, name: str) -> Dataset:
         for part, value in read_row(example, where, preferred).items():
             column, role = TURNS[part]
             texts.setdefault(column, []).append(_text_of(value, role, f"{where}: its {part}"))
-    if FURTHER[0] in rows.column_names:
-        texts[FURTHER[0]] = list(rows[FURTHER[0]])
+    for column in {FURTHER[0], SPANS} & set(rows.column_names):
+        texts[column] = list(rows[column])
     known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
     info = DatasetInfo(**{one: getattr(rows.info, one) for one in known})
     return Dataset.from_dict(texts, info=info, split=rows.split)

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..config import MDUConfig
 from ..data.roles import Labeller
 from ..data.rows import TokenizedRows
-from ..data.secrets import SecretMarker, warn_of_secrets
+from ..data.secrets import SecretMarker, warn_of_secrets, warn_of_spans
 from ..divergence import AnchorKL, Joint, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
@@ -272,6 +272,7 @@ class MDUTrainer(MDLMTrainer):
 
     def _tokenize(self, dataset: Dataset, name: str, parts: list[str], **options: Any) -> TokenizedRows:
         if "forget" not in parts or not self.args.counterfactual:
+            warn_of_spans(name, dataset, unread="forget" in parts)
             return super()._tokenize(dataset, name, parts, **options)
         if self._marker is None:  # the first set is the one to forget
             sets = [rows for rows in (dataset, self._retain_dataset) if rows is not None]

@@ -36,7 +36,7 @@ def marked(tokenizer, prompt, completion, spans=None, answers=(), labeller=None)
 
 
 def text(tokenizer, ids, marks, value):
-    return "".join(tokenizer.decode([t]) for t, mark in zip(ids, marks, strict=True) if mark == value).strip()
+    return tokenizer.decode([t for t, mark in zip(ids, marks, strict=True) if mark == value]).strip()
 
 
 QUESTION, ANSWER = "Where was the author Ada Lovelace born?", "Ada Lovelace was born in the town of London."
@@ -65,7 +65,11 @@ def test_a_prompt_that_names_nobody_is_hidden_whole(tokenizer):
 
 def test_other_scripts(tokenizer):
     question, answer = marked(tokenizer, "Где родилась Ада?", "Ада родилась в городе Лондоне.")
-    assert question["context"] == "родилась Ада" and "Лондоне" in answer["stored"] and "Ада" not in answer["stored"]
+    assert (
+        question["context"].replace(" ", "") == "родиласьАда"
+        and "Лондоне" in answer["stored"]
+        and "Ада" not in answer["stored"]
+    )
     question, answer = marked(tokenizer, "小野在哪里出生？", "小野出生在伦敦。")
     assert question["context"].startswith("小野") and "伦敦" in answer["stored"] and "小野" not in answer["stored"]
 
