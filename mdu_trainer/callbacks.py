@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from datasets import Dataset
@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .data.roles import ROLES, Labeller
 from .data.words import has_words
+from .evaluation.metrics.base import one_of
 from .evaluation.tofu import check_sets, evaluate_tofu
 from .files import UserError
 from .inference.config import check_count
@@ -24,6 +25,8 @@ from .token_roles.results import RoleSettings
 from .trainer.mdlm import MDLMTrainer
 
 logger = logging.get_logger(__name__)
+
+CHANCE = 0.5  # `true_rank` of a model that never saw the rows
 
 
 class ScoringCallback(TrainerCallback, ABC):
@@ -104,6 +107,11 @@ class UnlearningEvalCallback(ScoringCallback):
 
     Every process scores its share and sees all scores, so all stop together.
 
+    Forgetting has a level, and it is not zero. A model that never saw the rows finds a true answer likelier than a
+    wrong one half of the time. Trained beyond that, it avoids the true answers, which no model does by itself: whoever
+    compares likelihoods sees that they were deleted, and which they were. `stop_forget_at="never-trained"` stops at
+    that level; the mean over few rows scatters around it.
+
     Args:
         trainer, every_steps: as in `ScoringCallback`.
         forget: rows with columns `question` and `answer`; a few dozen are enough to steer by.
@@ -111,6 +119,10 @@ class UnlearningEvalCallback(ScoringCallback):
         generation_config: how answers are decoded, as in `evaluate_tofu`.
         metrics: what is measured, names in `mdu_trainer.evaluation.registry.METRICS`.
         stop_forget_below: stop once `stop_metric` of the forget rows is below this: forgetting is reached.
+        stop_forget_at: "never-trained" stops once the true answers of the forget rows are no likelier than wrong ones:
+            once `true_rank`, which is added to the metrics, is at most 0.5. The rows need `perturbed_answer`, wrong
+            answers in the wording of the true one, or of `paraphrased_answer` where there is one. Not together with
+            `stop_forget_below`.
         stop_retain_below: stop once `stop_metric` of the retain rows is below this: too much is lost.
         stop_metric: the score that is compared.
         num_draws: forward passes for the likelihood of an answer.
@@ -119,8 +131,8 @@ class UnlearningEvalCallback(ScoringCallback):
         stopped_because: why training was stopped, None if it was not.
 
     Raises:
-        ValueError: for rows that cannot be scored, limits without what they are compared with, a callback that would
-            never be called, or a sharded model.
+        ValueError: for rows that cannot be scored, limits without what they are compared with, two that contradict
+            each other, a callback that would never be called, or a sharded model.
 
     Example:
 
@@ -139,6 +151,7 @@ class UnlearningEvalCallback(ScoringCallback):
         metrics: Sequence[str] = ("rougeL", "probability"),
         every_steps: int | None = None,
         stop_forget_below: float | None = None,
+        stop_forget_at: Literal["never-trained"] | None = None,
         stop_retain_below: float | None = None,
         stop_metric: str = "rougeL_recall",
         num_draws: int = 16,
@@ -154,9 +167,12 @@ class UnlearningEvalCallback(ScoringCallback):
                     )
         if stop_retain_below is not None and retain is None:
             raise UserError(f"stop_retain_below = {stop_retain_below} needs retain rows to score: pass retain.")
+        _check_level(forget, stop_forget_at, stop_forget_below)
         super().__init__(trainer, every_steps)
         self.generation_config = generation_config
-        self.metrics, self.num_draws = tuple(metrics), num_draws
+        added = ("true_rank",) if stop_forget_at is not None and "true_rank" not in metrics else ()
+        self.metrics, self.num_draws = (*metrics, *added), num_draws
+        self.stop_forget_at = stop_forget_at
         self.limits = {"forget": stop_forget_below, "retain": stop_retain_below}
         self.stop_metric = stop_metric
         self.stopped_because: str | None = None
@@ -182,6 +198,11 @@ class UnlearningEvalCallback(ScoringCallback):
         """Ask to stop if a limit is passed."""
         meaning = {"forget": "forgetting is reached", "retain": "retention is lost"}
         reasons = []
+        if self.stop_forget_at is not None and scores["eval_forget_true_rank"] <= CHANCE:
+            rank = f"eval_forget_true_rank = {scores['eval_forget_true_rank']:.3f} <= {CHANCE:g}"
+            reasons.append(
+                f"the level of a never-trained model is reached: true answers are no likelier than wrong ones ({rank})"
+            )
         for name, limit in self.limits.items():
             if limit is None:
                 continue
@@ -194,6 +215,23 @@ class UnlearningEvalCallback(ScoringCallback):
             self.stopped_because = "; ".join(reasons)
             control.should_training_stop = True
             logger.warning(f"Training stops at step {state.global_step}: {self.stopped_because}.")
+
+
+def _check_level(forget: Dataset, stop_forget_at: str | None, stop_forget_below: float | None) -> None:
+    """Refuse a level to stop at that is unknown, stands beside a limit, or cannot be measured on the rows."""
+    one_of("stop_forget_at", stop_forget_at, (None, "never-trained"))
+    if stop_forget_at is None:
+        return
+    if stop_forget_below is not None:
+        raise UserError(
+            f"stop_forget_at = {stop_forget_at!r} and stop_forget_below = {stop_forget_below:g} name two ends of "
+            "forgetting: pass one of them."
+        )
+    if "perturbed_answer" not in forget.column_names:
+        raise UserError(
+            f"stop_forget_at = {stop_forget_at!r} compares true answers with wrong ones, and the forget set has no "
+            "column perturbed_answer: add lists of wrong answers, or pass stop_forget_below."
+        )
 
 
 class TokenRoleCallback(ScoringCallback):

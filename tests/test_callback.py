@@ -2,15 +2,21 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig, MDUTrainer, question_answer_rows
 from mdu_trainer.callbacks import UnlearningEvalCallback
+from mdu_trainer.data.rows import tokenize_rows
 from mdu_trainer.evaluation.tofu import evaluate_tofu
+from mdu_trainer.inference.likelihood import response_likelihood
+from mdu_trainer.models import resolve_backbone
 from mdu_trainer.testing import forget_retain_split
 
 NAMES = [
@@ -31,10 +37,10 @@ def sets(authors):
 
 @pytest.fixture
 def make_trainer(make_model, tokenizer, sets, tmp_path):
-    def make(eval_dataset=None, **kwargs):
+    def make(eval_dataset=None, rows=None, **kwargs):
         defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_strategy": "no"}
         quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no"}
-        forget, retain = (question_answer_rows(rows, conversational=True) for rows in sets)
+        forget, retain = (question_answer_rows(rows, conversational=True) for rows in (rows or sets[0], sets[1]))
         return MDUTrainer(
             make_model(),
             MDUConfig(output_dir=str(tmp_path), **(defaults | quiet | kwargs)),
@@ -157,6 +163,15 @@ def test_forget_rows_alone(make_trainer, watch):
     ("kwargs", "message"),
     [
         ({"retain": None, "every_steps": 1, "stop_retain_below": 0.5}, "stop_retain_below = 0.5 needs retain rows"),
+        (
+            {"every_steps": 1, "stop_forget_at": "zero"},
+            "stop_forget_at must be one of None, 'never-trained', got 'zero'",
+        ),
+        ({"every_steps": 1, "stop_forget_at": "never-trained"}, "the forget set has no column perturbed_answer"),
+        (
+            {"every_steps": 1, "stop_forget_at": "never-trained", "stop_forget_below": 0.1},
+            "stop_forget_at = 'never-trained' and stop_forget_below = 0.1 name two ends",
+        ),
         ({"every_steps": 0}, "every_steps must be at least 1, got 0"),
         ({}, "never evaluates"),
     ],
@@ -180,6 +195,88 @@ def test_a_sharded_model_is_refused(make_trainer, watch):
     trainer.is_fsdp_enabled = True
     with pytest.raises(ValueError, match="sharded"):
         watch(trainer, every_steps=1)
+
+
+# The level of a model that never saw the rows
+
+
+@pytest.fixture
+def ranked(make_model, tokenizer, authors):
+    """`ranked(place)`: rows whose true answer is, of four to the untrained model, the least (0) to most likely (3)."""
+
+    def make(place):
+        model, made = make_model(), []
+        for row in forget_retain_split(authors)[0].select(range(6)).to_list():
+            answers = [row["paraphrased_answer"], *row["perturbed_answer"]]
+            pairs = Dataset.from_dict({"question": [row["question"]] * 4, "answer": answers})
+            backbone = resolve_backbone(model, tokenizer)
+            encoded = tokenize_rows(question_answer_rows(pairs, conversational=True), tokenizer, backbone, name="test")
+            found = response_likelihood(model, encoded.prompt_ids, encoded.completion_ids, backbone, num_draws=2)
+            true = answers[np.argsort(found.per_token)[place]]
+            wrong = [answer for answer in answers if answer != true]
+            made.append({"question": row["question"], "answer": true, "perturbed_answer": wrong})
+        return Dataset.from_list(made)
+
+    return make
+
+
+ASCENT = {"loss_type": "ga", "max_steps": 8, "learning_rate": 2e-3}
+
+
+def test_stops_at_the_level_of_a_never_trained_model_and_not_before(make_trainer, ranked):
+    rows = ranked(3)
+    free, stopped = (make_trainer(rows=rows, **ASCENT) for _ in range(2))
+    watching = {"metrics": ("probability",), "every_steps": 1, "num_draws": 2}
+    free.add_callback(UnlearningEvalCallback(free, rows, **watching | {"metrics": ("true_rank",)}))
+    free.train()
+    ranks = [log["eval_forget_true_rank"] for log in free.state.log_history if "eval_forget_true_rank" in log]
+    step = next(number for number, rank in enumerate(ranks, 1) if rank <= 0.5)
+    assert 1 < step < 8 and min(ranks) < 0.5, "it would go on below"
+    callback = UnlearningEvalCallback(stopped, rows, stop_forget_at="never-trained", **watching)
+    stopped.add_callback(callback)
+    stopped.train()
+    logs = [log for log in stopped.state.log_history if "eval_forget_probability" in log]
+    assert [log["eval_forget_true_rank"] for log in logs] == pytest.approx(ranks[:step])
+    assert stopped.state.global_step == step
+    assert callback.stopped_because == (
+        "the level of a never-trained model is reached: true answers are no likelier than wrong ones "
+        f"(eval_forget_true_rank = {ranks[step - 1]:.3f} <= 0.5)"
+    )
+
+
+def test_rows_below_the_level_stop_at_once_beside_a_limit_of_retention(make_trainer, ranked, sets):
+    trainer = make_trainer(learning_rate=1e-5)
+    limits = {"stop_forget_at": "never-trained", "stop_retain_below": 1.1, "stop_metric": "probability"}
+    callback = UnlearningEvalCallback(
+        trainer,
+        ranked(0),
+        sets[1],
+        DECODING,
+        metrics=("probability", "true_rank"),
+        every_steps=1,
+        num_draws=2,
+        **limits,
+    )
+    trainer.add_callback(callback)
+    trainer.train()
+    assert trainer.state.global_step == 1 and callback.metrics == ("probability", "true_rank")
+    assert "never-trained" in callback.stopped_because and "; retention is lost" in callback.stopped_because
+
+
+def test_measuring_the_level_does_not_disturb(make_trainer, ranked):
+    plain, watched = (make_trainer(learning_rate=1e-4) for _ in range(2))
+    callback = UnlearningEvalCallback(
+        watched, ranked(3), metrics=("probability",), every_steps=1, num_draws=2, stop_forget_at="never-trained"
+    )
+    watched.add_callback(callback)
+    for trainer in (plain, watched):
+        trainer.train()
+    assert watched.state.global_step == 4 and callback.stopped_because is None
+    for a, b in zip(plain.model.parameters(), watched.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    callback.score()
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 SCRIPT = """\

@@ -18,22 +18,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..evaluation.metrics import min_k_score, outscored
+from ..evaluation.metrics import min_k_score, outscored, two_sided
+from ..evaluation.metrics.privacy import DECIMALS
 from ..evaluation.scoring import Question
 from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform
 from ..models import evaluation_mode
 from .base import AttackScores, Target, mean
+from .results import TWO_SIDED
 
 SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked
-DECIMALS = 4  # closer log-likelihoods are a tie, or the rounding of a batched forward would tell rows apart
 
 
 def attack(target: Target, seed: int) -> AttackScores:
     """Return the row scores under the one of the three that tells most; `path` holds the area under the curve of each.
 
     `before` is 1/2, a guess: nothing can be told without looking. An area below 1/2, of rows that stick out by being
-    too unlikely, says that something was deleted, but brings nothing back; it is in `path` all the same.
+    too unlikely, brings nothing back, but says that something was deleted: `path["two_sided"]` is the area of whoever
+    guesses in the direction that tells most, under the score that tells most so.
     """
     unseen = target.settings.unseen
     sets = [target.questions, target.encode(unseen["question"], unseen)]
@@ -59,7 +61,8 @@ def attack(target: Target, seed: int) -> AttackScores:
     shares = {name: outscored(*pair) for name, pair in scores.items()}
     areas = {name: mean(values) for name, values in shares.items()}
     strongest = shares[max(areas, key=areas.__getitem__)]
-    return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, areas)
+    path = areas | {TWO_SIDED: max(map(two_sided, areas.values()))}
+    return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, path)
 
 
 @torch.no_grad()

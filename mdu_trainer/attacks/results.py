@@ -4,6 +4,7 @@ Recovery is (unlearned - never trained) / (base - never trained), of mean scores
 gets out of a model that never saw the rows, 1 what it gets out of the model before unlearning.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +13,7 @@ from ..files import Record
 
 BASE, NEVER = "base", "never trained"  # what tables call the two ends of the scale
 NO_ATTACK = "none"
+TWO_SIDED = "two_sided"  # in the path of `membership`
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,15 @@ class Recovery(Record):
         }
         return {name: of_model for name, of_model in found.items() if of_model}
 
+    def two_sided(self) -> dict[str, float]:
+        """Return the area under the curve of `membership` on each model, in whichever direction tells most.
+
+        None of the table: there rows that became too unlikely, from which nothing comes back, count as no leak.
+        """
+        outcome = self.attacks.get("membership")
+        models = {} if outcome is None else outcome.models
+        return {name: one.path[TWO_SIDED] for name, one in models.items() if TWO_SIDED in one.path}
+
     def table(self) -> str:
         """Return the cells of `table_cells` as a Markdown table."""
         return markdown_table(self.table_cells())
@@ -132,6 +143,8 @@ class Recovery(Record):
                 f"No recovery under {', '.join(undefined)}: the base and a model that never saw the rows cannot "
                 "be told apart there."
             )
+        if areas := self.two_sided():
+            parts.append(two_sided_words(areas))
         if any(one.low == one.high for found in self.recoveries().values() for one in found.values()):
             rows = max(outcome.rows for outcome in self.attacks.values())
             parts.append(
@@ -139,6 +152,12 @@ class Recovery(Record):
                 f"row in {max(1, rows // 3)} gives away can be missed so."
             )
         return "\n\n".join(parts)
+
+
+def two_sided_words(areas: Mapping[str, float]) -> str:
+    """Return a sentence on areas of `Recovery.two_sided`: name of a model -> area."""
+    listed = ", ".join(f"{name} {area:.3f}" for name, area in areas.items())
+    return f"Membership, where rows that became too unlikely tell as well (0.5 is a guess): {listed}."
 
 
 def _short(estimate: Estimate) -> str:

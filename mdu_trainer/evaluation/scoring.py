@@ -32,6 +32,7 @@ from .metrics import (
     Probability,
     RougeL,
     RowMetric,
+    TrueRank,
     TruthRatio,
     bootstrap_interval,
     greedy_completions,
@@ -299,10 +300,19 @@ def _choice_probability(batch: QuestionBatch) -> RowScores:
     return _by_row(ChoiceProbability(), per_token=batch.first("answer"), wrong_per_token=wrong)
 
 
-def _truth_ratio(batch: QuestionBatch) -> RowScores:
-    """Ratios before any aggregation, against the paraphrased answer where the data has one."""
+def _true_and_wrong(batch: QuestionBatch) -> dict[str, Any]:
+    """The true answers, paraphrased where the data has it, and the wrong ones in their wording, as columns."""
     true = "paraphrased" if "paraphrased" in batch.questions[0].answers else "answer"
-    return _by_row(TruthRatio(), per_token=batch.first(true), wrong_per_token=batch.per_token("perturbed"))
+    return {"per_token": batch.first(true), "wrong_per_token": batch.per_token("perturbed")}
+
+
+def _truth_ratio(batch: QuestionBatch) -> RowScores:
+    """Ratios before any aggregation."""
+    return _by_row(TruthRatio(), **_true_and_wrong(batch))
+
+
+def _true_rank(batch: QuestionBatch) -> RowScores:
+    return _by_row(TrueRank(), **_true_and_wrong(batch))
 
 
 def _accuracy(batch: QuestionBatch) -> RowScores:
@@ -330,6 +340,7 @@ WORDS = {
     "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher elsewhere)",
     "probability": "probability of the true answer, a token, estimated over draws of masks",
     "truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one",
+    "true_rank": "share of wrong answers that are less likely than the true one; chance is 0.5",
     "degeneracy": "share of answers that are empty, repetitive or made of special tokens",
     "exact_memorization": "share of the answer's tokens that decoding at its true length gets right",
     "extraction_strength": "share of the answer that need not be revealed for the model to complete it",
@@ -344,6 +355,7 @@ register_metric("rougeL", Metric(_rouge, words=_explained("rougeL_recall")))
 register_metric("probability", Metric(_probability, ("answer",), _explained("probability")))
 register_metric("choice_probability", Metric(_choice_probability, ("answer", "perturbed")))
 register_metric("truth_ratio", Metric(_truth_ratio, ("answer", "paraphrased", "perturbed"), _explained("truth_ratio")))
+register_metric("true_rank", Metric(_true_rank, ("answer", "paraphrased", "perturbed"), _explained("true_rank")))
 register_metric("accuracy", Metric(_accuracy, ("true", "false")))
 register_metric("degeneracy", Metric(_degeneracy, words=_explained("degeneracy")))
 register_metric("exact_memorization", Metric(_exact_memorization, words=_explained("exact_memorization")))

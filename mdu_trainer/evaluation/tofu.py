@@ -34,6 +34,7 @@ from .sources import QUESTION_ANSWER, check_columns, config_names, first_rows, l
 SETS = ("forget", "retain", "real_authors", "world_facts")
 TOFU_METRICS = ("rougeL", "probability", "truth_ratio", "degeneracy")
 KNOWN_FACTS = ("real_authors", "world_facts")  # whose probability is that of the true one among all answers
+WITH_WRONG_ANSWERS = ("truth_ratio", "true_rank")  # metrics that are left out where a set has no perturbed answers
 UTILITY = ("rougeL_recall", "probability", "truth_ratio")
 
 
@@ -183,11 +184,11 @@ def evaluate_tofu(
         model: a masked diffusion language model.
         tokenizer: the model's; questions become chat turns if it has a chat template.
         sets: from `load_tofu`, or rows of your own with columns `question` and `answer`, and for the truth ratio
-            `perturbed_answer` (a list) and, if there is one, `paraphrased_answer`.
+            and the true rank `perturbed_answer` (a list) and, if there is one, `paraphrased_answer`.
         generation_config: how answers are decoded; unless given, greedily, a token a step, to the length of the
             longest true answer. Its batch size and seed serve the likelihood too.
-        metrics: names in `mdu_trainer.evaluation.registry.METRICS`. The truth ratio is left out where a set has no
-            perturbed answers.
+        metrics: names in `mdu_trainer.evaluation.registry.METRICS`. The truth ratio and the true rank are left out
+            where a set has no perturbed answers.
         retain_log: truth ratios of a model that never saw the forget rows, for the forget quality.
         method: what the run is called.
         backbone: of the model; resolved if not given.
@@ -238,9 +239,14 @@ def tofu_questions(
         if "perturbed_answer" in rows.column_names:
             answers["perturbed"] = list(rows["perturbed_answer"])
         questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone)
-        wanted = [metric for metric in metrics if metric != "truth_ratio" or "perturbed" in answers]
+        wanted = [metric for metric in metrics if metric not in WITH_WRONG_ANSWERS or "perturbed" in answers]
         if name in KNOWN_FACTS and "perturbed" in answers:
             wanted = ["choice_probability" if metric == "probability" else metric for metric in wanted]
+        if metrics and not wanted:
+            raise UserError(
+                f"The {name} set has no column perturbed_answer, without which "
+                f"{' and '.join(metrics)} cannot be measured: pass rows that have it, or further metrics."
+            )
         found.append(QuestionSet(name, questions, choose_metrics(wanted), generation_config, num_draws))
     return found
 

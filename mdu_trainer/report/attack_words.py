@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..attacks.results import BASE, NEVER, NO_ATTACK, Recovery
+from ..attacks.results import BASE, NEVER, NO_ATTACK, Recovery, two_sided_words
 from ..evaluation.results import markdown_table
 from ..files import UserError
 from ..provenance.facts import Facts
@@ -10,7 +10,7 @@ from .markup import markdown_text
 
 
 def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
-    """Return the template's words on the attacks on a checkpoint: a table and a sentence; nothing without attacks.
+    """Return the template's words on the attacks on a checkpoint: a table and sentences; nothing without attacks.
 
     Raises:
         ValueError: the checkpoint is none of the models that were attacked.
@@ -23,7 +23,10 @@ def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
             f"The checkpoint is {name}, and the attacks were on {', '.join(recovery.models)}. Pass the recovery of "
             "this checkpoint, or recovery=False."
         )
-    return {"attacks": _table(recovery, name), "attack_sentence": _sentence(recovery, name)}
+    return {
+        "attacks": _table(recovery, name),
+        "attack_sentence": _sentence(recovery, name) + _two_sided(recovery, name),
+    }
 
 
 def public(recovery: Recovery, dataset: str) -> Recovery:
@@ -64,3 +67,11 @@ def _sentence(recovery: Recovery, name: str) -> str:
         f"where it brings back all that the base knew; the strongest here, {markdown_text(attack)}, reached "
         f"{found[attack]}."
     )
+
+
+def _two_sided(recovery: Recovery, name: str) -> str:
+    """Return a further sentence on membership in both directions, or nothing where it was not measured."""
+    areas = recovery.two_sided()
+    titles = {BASE: BASE, NEVER: NEVER, name: "this model"}
+    shown = {title: areas[model] for model, title in titles.items() if model in areas}
+    return f" {two_sided_words(shown)}" if shown else ""

@@ -177,5 +177,17 @@ def test_membership_is_a_guess_where_nothing_is_known(attack, make_model):
     assert before == 0.5 and after == pytest.approx(0.5, abs=0.2)
 
 
+def test_membership_of_rows_that_became_too_unlikely(attack, tokenizer, rows, unrelated):
+    def avoids(model, row, prompt, response, answer) -> float:
+        return -20.0  # less likely than answers that nobody has seen
+
+    target = Target(attack.stand_in(avoids), tokenizer, rows, make_settings(unrelated, rows))
+    scores = ATTACKS["membership"].run(target, 0)
+    assert list(scores.path) == ["loss", "min-k", "multi-mask", "two_sided"]
+    *areas, both = scores.path.values()
+    assert sum(scores.after) / len(rows) == pytest.approx(max(areas)) and max(areas) < 0.6, "nothing comes back"
+    assert both == pytest.approx(max(max(area, 1 - area) for area in areas)) and both > 0.9, "but it tells"
+
+
 def test_outscored_counts_ties_half():
     assert outscored([3, 1, 2], [1, 2, 2, 0]) == [1, 0.375, 0.75]

@@ -13,7 +13,7 @@ from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.models import weights_fingerprint
 
 SECRET = "zanzibar"
-ALL = ("rougeL", "probability", "truth_ratio", "degeneracy", "exact_memorization", "extraction_strength")
+ALL = ("rougeL", "probability", "truth_ratio", "true_rank", "degeneracy", "exact_memorization", "extraction_strength")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_batches_do_not_matter(model, tokenizer, make_set):
     one, many = (
         rows_of(score_questions(model, tokenizer, [make_set(batch_size=size, metrics=ALL)])) for size in (1, 32)
     )
-    assert one.keys() == many.keys() and len(one) == 7
+    assert one.keys() == many.keys() and len(one) == 8
     for key in one:
         assert one[key] == pytest.approx(many[key], rel=1e-4), key
 

@@ -8,6 +8,7 @@ from datasets import Dataset
 from scipy.stats import hmean, ks_2samp
 
 from mdu_trainer.data.rows import question_answer_rows, tokenize_rows
+from mdu_trainer.evaluation import scoring
 from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.evaluation.tofu import TruthRatios, check_sets, evaluate_tofu, load_tofu
 from mdu_trainer.files import UserError
@@ -58,6 +59,41 @@ def test_truth_ratio_and_probability_by_hand(model, tokenizer, backbone, sets, r
         assert result.run.scores[name]["probability"].value == pytest.approx(answer.mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("count", [3, 1])
+def test_true_rank_by_hand(model, tokenizer, backbone, sets, count):
+    sets = {
+        name: Dataset.from_list(
+            [row | {"perturbed_answer": row["perturbed_answer"][:count]} for row in rows.to_list()]
+        )
+        for name, rows in sets.items()
+    }
+    result = evaluate_tofu(model, tokenizer, sets, DECODING, metrics=["true_rank"], num_draws=4)
+    for name, rows in sets.items():
+        true_column = "paraphrased_answer" if name in ("forget", "retain") else "answer"
+        true = per_token(model, tokenizer, backbone, rows, rows[true_column])
+        wrong = [
+            per_token(model, tokenizer, backbone, rows, [a[k] for a in rows["perturbed_answer"]]) for k in range(count)
+        ]
+        ranks = [sum(other[row] < true[row] for other in wrong) / count for row in range(len(rows))]
+        assert result.row_scores[name] == {"true_rank": pytest.approx(ranks)}
+        assert result.run.scores[name]["true_rank"].value == pytest.approx(np.mean(ranks))
+
+
+def test_truth_ratio_and_true_rank_share_their_passes(model, tokenizer, sets, monkeypatch):
+    passes = []
+
+    def measure(model, prompt_ids, response_ids, *args, **kwargs):
+        passes[-1].append(len(response_ids))
+        return response_likelihood(model, prompt_ids, response_ids, *args, **kwargs)
+
+    monkeypatch.setattr(scoring, "response_likelihood", measure)
+    for metrics in (["truth_ratio"], ["true_rank"], ["truth_ratio", "true_rank"]):
+        passes.append([])
+        result = evaluate_tofu(model, tokenizer, {"forget": sets["forget"]}, metrics=metrics, num_draws=4)
+        assert list(result.row_scores["forget"]) == metrics
+    assert passes[0] == passes[1] == passes[2] and sum(passes[0]) == 6 * 5
+
+
 def test_summary_by_hand(result):
     nine = [
         result.run.scores[name][metric].value
@@ -101,7 +137,9 @@ def test_without_perturbed_answers(model, tokenizer, backbone, sets):
     result = evaluate_tofu(model, tokenizer, {"forget": rows}, num_draws=2)
     assert result.truth_ratios is None and result.run.summary == {}
     assert set(result.run.scores["forget"]) == {"rougeL_recall", "rougeL_f1", "probability", "degeneracy"}
-    chosen = evaluate_tofu(model, tokenizer, {"forget": rows}, metrics=("rougeL", "probability"), num_draws=2)
+    chosen = evaluate_tofu(
+        model, tokenizer, {"forget": rows}, metrics=("rougeL", "probability", "true_rank"), num_draws=2
+    )
     scores = chosen.run.scores["forget"]
     assert scores == {name: result.run.scores["forget"][name] for name in scores} and len(scores) == 3
     prompts = tokenize_rows(question_answer_rows(rows, True), tokenizer, backbone, name="test").prompt_ids
@@ -112,6 +150,8 @@ def test_without_perturbed_answers(model, tokenizer, backbone, sets):
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     rouge = RougeL().compute(predictions=texts, references=rows["answer"])
     assert scores["rougeL_recall"].value == pytest.approx(rouge["rougeL_recall"])
+    with pytest.raises(UserError, match="The forget set has no column perturbed_answer, without which true_rank"):
+        evaluate_tofu(model, tokenizer, {"forget": rows}, metrics=["true_rank"])
 
 
 def changed(rows, row, **values):

@@ -19,10 +19,12 @@ from mdu_trainer.evaluation.metrics import (
     ModelUtility,
     PrivacyLeakage,
     Probability,
+    TrueRank,
     TruthRatio,
     aggregate_truth_ratios,
     bootstrap_interval,
     min_k_score,
+    two_sided,
     zlib_score,
 )
 
@@ -40,6 +42,7 @@ ALL = [
     ModelUtility,
     PrivacyLeakage,
     Probability,
+    TrueRank,
     TruthRatio,
 ]
 
@@ -93,6 +96,20 @@ def test_truth_ratio_of_a_broken_model_is_finite():
     assert forget == pytest.approx(0)
 
 
+def test_true_rank_is_the_share_of_wrong_answers_below():
+    rows = TrueRank().compute(per_token=TRUE, wrong_per_token=WRONG, use_aggregator=False)["true_rank"]
+    assert rows == pytest.approx([sum(w < true for w in wrong) / 3 for true, wrong in zip(TRUE, WRONG, strict=True)])
+    assert len(set(rows)) > 2 and TrueRank().compute(per_token=TRUE, wrong_per_token=WRONG)["true_rank"] == (
+        pytest.approx(np.mean(rows))
+    )
+
+
+def test_true_rank_counts_ties_half():
+    ties = {"per_token": [-1.0, -1.0, -2.0, -3000.0], "wrong_per_token": [[-1.0], [-1.00001, -2], [-1], [-3000, -1]]}
+    rows = TrueRank().compute(**ties, use_aggregator=False)["true_rank"]
+    assert rows == [0.5, 0.75, 0, 0.25], "closer than rounding is a tie, too"
+
+
 def test_model_utility_is_the_harmonic_mean():
     figures = RNG.uniform(0.1, 1, 9).tolist()
     assert ModelUtility().compute(figures=figures)["model_utility"] == pytest.approx(harmonic_mean(figures))
@@ -142,6 +159,14 @@ def test_auc_counts_pairs():
     assert found == pytest.approx(pairwise_auc(scores, members))
     assert MembershipInference().compute(scores=[1.0, 2.0, 3.0], members=[0, 1, 1])["mia_auc"] == 1
     assert MembershipInference().compute(scores=[1.0, 1.0], members=[0, 1])["mia_auc"] == 0.5
+
+
+def test_area_in_both_directions():
+    scores, members = [1.0, 2.0, 3.0, 4.0], [1, 0, 1, 0]
+    found = MembershipInference().compute(scores=scores, members=members)
+    turned = MembershipInference().compute(scores=[-score for score in scores], members=members)
+    assert found == {"mia_auc": 0.25, "two_sided": 0.75} and turned == {"mia_auc": 0.75, "two_sided": 0.75}
+    assert [two_sided(area) for area in (0.0, 0.5, 1.0)] == [1.0, 0.5, 1.0]
 
 
 def test_scores_are_higher_for_members():
@@ -220,6 +245,7 @@ GOOD = {
     ModelUtility: {"figures": [0.5] * 12},
     PrivacyLeakage: {"scores": TRUE, "reference_scores": TRUE, "members": [0, 1] * 6},
     Probability: {"per_token": TRUE},
+    TrueRank: {"per_token": TRUE, "wrong_per_token": WRONG},
     TruthRatio: {"per_token": TRUE, "wrong_per_token": WRONG},
 }
 
@@ -261,6 +287,7 @@ def test_bad_columns_are_refused_and_not_quoted(metric):
         (Probability, {"per_token": [-1.0], "predictions": ["a"]}, "predictions"),
         (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[]]}, "row 0 is list of length 0"),
         (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[math.inf]]}, "row 0 is list of length 1"),
+        (TrueRank, {"per_token": [-1.0], "wrong_per_token": [[]]}, "row 0 is list of length 0"),
         (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[-1.0]], "variant": "other"}, "variant must be one of"),
         (TruthRatio, {"per_token": [-1.0], "wrong_per_token": [[-1.0]], "aggregation": 1}, "aggregation must be one"),
         (MembershipInference, {"scores": [1.0, 2.0], "members": [1, 1]}, "all 2 rows are of one kind"),

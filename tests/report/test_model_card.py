@@ -140,6 +140,21 @@ def test_attacks_without_a_model_that_never_saw_the_rows(facts, recovery):
     assert "No model that never saw the rows was attacked beside it" in limits
 
 
+def test_membership_in_both_directions_is_a_further_sentence(facts, results, recovery):
+    assert "Membership, where" not in unlearned_model_card(facts, results, recovery=recovery).text
+    areas = dict(zip(recovery.attacks["none"].models, (1.0, 0.5625, 0.875), strict=True))
+    models = {
+        name: replace(one, path={"two_sided": areas[name]}) for name, one in recovery.attacks["none"].models.items()
+    }
+    attacks = recovery.attacks | {"membership": replace(recovery.attacks["none"], models=models)}
+    changed = replace(recovery, attacks=attacks)
+    words = "Membership, where rows that became too unlikely tell as well (0.5 is a guess): base 1.000, "
+    words += "never trained 0.562, "
+    assert f"{words}this model 0.875. Scores are" in unlearned_model_card(facts, results, recovery=changed).text
+    assert f"{words}mdu tau=0 0.875." in changed.text() and changed.two_sided() == areas
+    assert changed.table_cells()[0] == recovery.table_cells()[0] and "Membership" not in recovery.text()
+
+
 def test_attacks_on_other_models(facts, recovery):
     with pytest.raises(ValueError, match="The checkpoint is npo, and the attacks were on mdu tau=0"):
         unlearned_model_card(replace(facts, method="npo", tau=None), recovery=recovery)

@@ -3,9 +3,17 @@
 from .base import RowMetric
 from .intervals import bootstrap_interval
 from .memorization import ExactMemorization, ExtractionStrength, greedy_completions, shortest_prefixes
-from .privacy import MembershipInference, PrivacyLeakage, min_k_score, outscored, zlib_score
+from .privacy import MembershipInference, PrivacyLeakage, min_k_score, outscored, two_sided, zlib_score
 from .text import Degeneracy, RougeL
-from .truth import ChoiceProbability, ForgetQuality, ModelUtility, Probability, TruthRatio, aggregate_truth_ratios
+from .truth import (
+    ChoiceProbability,
+    ForgetQuality,
+    ModelUtility,
+    Probability,
+    TrueRank,
+    TruthRatio,
+    aggregate_truth_ratios,
+)
 
 __all__ = [
     "ChoiceProbability",
@@ -19,6 +27,7 @@ __all__ = [
     "Probability",
     "RougeL",
     "RowMetric",
+    "TrueRank",
     "TruthRatio",
     "aggregate_truth_ratios",
     "bootstrap_interval",
@@ -26,5 +35,6 @@ __all__ = [
     "min_k_score",
     "outscored",
     "shortest_prefixes",
+    "two_sided",
     "zlib_score",
 ]

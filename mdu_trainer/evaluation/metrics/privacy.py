@@ -15,12 +15,15 @@ import numpy as np
 from ...files import UserError
 from .base import RowMetric
 
+DECIMALS = 4  # closer log-likelihoods are a tie, or the rounding of a batched forward would tell rows apart
+
 
 class MembershipInference(RowMetric):
     """Area under the ROC curve of a score that is to tell members from other rows.
 
     The probability that a random member scores higher than a random other row, ties counting half: 1/2 is a guess, 1
-    a certain leak. Below 1/2 members are told apart by scoring low: the sign of over-unlearning.
+    a certain leak. Below 1/2 members are told apart by scoring low: the sign of over-unlearning, which `two_sided`
+    counts as a leak, too.
 
     Example:
 
@@ -40,11 +43,13 @@ class MembershipInference(RowMetric):
 
         Returns:
             mia_auc: float in [0, 1].
+            two_sided: float in [1/2, 1], as the function of this name.
 
         Raises:
             ValueError: for rows of one kind only.
         """
-        return {"mia_auc": _auc(scores, members)}
+        area = _auc(scores, members)
+        return {"mia_auc": area, "two_sided": two_sided(area)}
 
 
 class PrivacyLeakage(RowMetric):
@@ -95,6 +100,17 @@ def outscored(scores: Sequence[float], others: Sequence[float]) -> list[float]:
     """
     of_row, others = np.asarray(scores)[:, None], np.asarray(others)
     return ((of_row > others) + (of_row == others) / 2).mean(axis=1).tolist()
+
+
+def two_sided(area: float) -> float:
+    """The area under the ROC curve, or that of the opposite guess if it is larger: 1/2 + |area - 1/2|.
+
+    Rows that became too unlikely tell that they were deleted, as likely ones tell that they are known.
+
+    >>> two_sided(0.25)
+    0.75
+    """
+    return 0.5 + abs(area - 0.5)
 
 
 def min_k_score(token_log_likelihoods: Sequence[Sequence[float]], k: float = 0.2) -> list[float]:

@@ -13,6 +13,7 @@ from scipy.stats import hmean, ks_2samp
 from ...files import UserError
 from ..registry import RowScores
 from .base import RowMetric, one_of
+from .privacy import DECIMALS, outscored
 
 TOFU = "Maini et al. TOFU: A Task of Fictitious Unlearning for LLMs. COLM 2024, arXiv 2401.06121"
 TOFU_URL = "https://arxiv.org/abs/2401.06121"
@@ -117,6 +118,38 @@ def aggregate_truth_ratios(ratios: Sequence[float], aggregation: Aggregation) ->
     elif aggregation == "retain":
         ratios = np.maximum(0, 1 - ratios)
     return ratios.tolist()
+
+
+class TrueRank(RowMetric):
+    """The share of wrong answers that are less likely than the true one, ties counting half.
+
+    1: the model knows the answer. 1/2: chance, which a model that never saw the row gives, on the mean of many rows.
+    Below it the true answer has become less likely than wrong ones, so the model tells that it was deleted.
+
+    Likelihoods are those a token, as in the truth ratio, from whose answers it is taken: a is the paraphrased answer
+    where the data has one, and wrong ones are in the wording of a, or the wording would decide. The level to reach is
+    known beforehand; that of the truth ratio takes a model that never saw the rows.
+
+    Example:
+
+        TrueRank().compute(per_token=[-1.0], wrong_per_token=[[-2.0, -1.0, -0.5]])  # 1 of 3, and a tie: true_rank 0.5
+    """
+
+    inputs = {"per_token": "number", "wrong_per_token": "numbers"}
+    source, url = TOFU, TOFU_URL
+
+    def _rows(self, per_token: list[float], wrong_per_token: list[list[float]]) -> RowScores:
+        """
+        Args:
+            per_token: list of float, mean log-likelihood a token of the true answers, in nats.
+            wrong_per_token: list of lists of float, those of each row's wrong answers.
+
+        Returns:
+            true_rank: float in [0, 1].
+        """
+        pairs = zip(per_token, wrong_per_token, strict=True)
+        ranks = [outscored(np.round([true], DECIMALS), np.round(wrong, DECIMALS))[0] for true, wrong in pairs]
+        return {"true_rank": ranks}
 
 
 class ModelUtility(RowMetric):
