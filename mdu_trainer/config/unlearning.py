@@ -7,7 +7,7 @@ import torch
 
 from ..files import UserError
 from ..objectives import OBJECTIVES
-from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers
+from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers, is_whole
 from .diffusion import DiffusionConfig
 
 
@@ -54,6 +54,9 @@ class MDUConfig(DiffusionConfig):
             `"nelbo"` is the masked-diffusion bound a token; `"kl"` the divergence from the model at the start.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             lambda. 0 to unlearn without a retain set.
+        retain_batch_size (`int`, *optional*):
+            Retain rows per device and micro-batch, a multiple of `per_device_train_batch_size`: each forget row comes
+            with equally many of them. As many as forget rows if not set.
 
         > Parameters that control the copy of the model at the start (losses that need one, models without adapters)
 
@@ -90,6 +93,9 @@ class MDUConfig(DiffusionConfig):
     )
     retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
+    retain_batch_size: int | None = field(
+        default=None, metadata={"help": "Retain rows per device and micro-batch; as many as forget rows if unset."}
+    )
 
     reference_precision: str = field(
         default="full", metadata={"help": "Precision of the copy at the start.", "choices": ["full", "8bit"]}
@@ -103,7 +109,8 @@ class MDUConfig(DiffusionConfig):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Forget rows, and as many retain rows, per device and micro-batch."}
+        default=4,
+        metadata={"help": "Forget rows (and retain rows, see retain_batch_size) per device and micro-batch."},
     )
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an update."})
     _VALID_DICT_FIELDS = [*DiffusionConfig._VALID_DICT_FIELDS, "loss_options"]
@@ -132,6 +139,28 @@ class MDUConfig(DiffusionConfig):
                 ) from None
         if self.precompute_anchor:
             self._check_precompute_anchor()
+        if self.retain_batch_size is not None:
+            self._check_retain_batch_size()
+
+    @property
+    def rows_a_counter(self) -> dict[str, int]:
+        """How many rows of a set `data.rows.RowPairs` takes together, by its name; 1 of sets that are not named."""
+        forget_rows = self.per_device_train_batch_size
+        return {} if self.retain_batch_size is None else {"retain": self.retain_batch_size // forget_rows}
+
+    def _check_retain_batch_size(self) -> None:
+        rows, forget_rows = self.retain_batch_size, self.per_device_train_batch_size
+        if not is_whole(rows, 1) or rows % forget_rows:
+            raise UserError(
+                f"retain_batch_size must be a multiple of per_device_train_batch_size = {forget_rows}, got {rows}: "
+                f"each forget row comes with equally many retain rows. Take {forget_rows} or {2 * forget_rows}, or "
+                "lower per_device_train_batch_size and raise gradient_accumulation_steps."
+            )
+        if self.retain_weight == 0:
+            raise UserError(
+                "retain_batch_size is set but retain_weight is 0, so no retain row would be read. Set retain_weight, "
+                "or leave retain_batch_size out."
+            )
 
     def _check_precompute_anchor(self) -> None:
         if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":

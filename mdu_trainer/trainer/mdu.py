@@ -127,7 +127,7 @@ class MDUTrainer(MDLMTrainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Scores]:
-        """L = L_forget + retain_weight * L_retain of B pairs, and with `return_outputs` the scores of each.
+        """L = L_forget + retain_weight * L_retain of a batch, and with `return_outputs` the scores of each example.
 
             L_forget = E_t [ 1/|M_t| sum_{i in M_t} KL( p_theta(.|x, y_t)_i || softmax(tau logits_theta0(m, y_t)_i) ) ]
 
@@ -237,8 +237,9 @@ class MDUTrainer(MDLMTrainer):
         return self.reference
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
-        counts = [batch["forget"]["weight"].sum() for batch in batches]
-        sizes: dict[str, Tensor] = dict.fromkeys(("forget_loss", "retain_loss"), self._mean_over_update(counts))
+        names = [name for name in ("forget", "retain") if name in batches[0]]
+        counts = {name: [batch[name]["weight"].sum() for batch in batches] for name in names}
+        sizes = {f"{name}_loss": self._mean_over_update(counts[name]) for name in names}
         if self._pools_tokens:
             noised = [forward_process(batch["forget"], self.backbone.mask_token_id) for batch in batches]
             pairs = zip(noised, batches, strict=True)
