@@ -58,6 +58,14 @@ class MDUConfig(DiffusionConfig):
             Retain rows per device and micro-batch, a multiple of `per_device_train_batch_size`: each forget row comes
             with equally many of them. As many as forget rows if not set.
 
+        > Parameters that control rewinding, before training: theta <- theta_pre + (1 - a) (theta - theta_pre)
+
+        rewind_to (`str`, *optional*):
+            theta_pre, the checkpoint from before fine-tuning: a folder or Hub id. Of a LoRA adapter it is the base,
+            and the adapter is scaled by 1 - a. The anchor stays that of the model as it was given.
+        rewind_share (`float`, *optional*):
+            a, the share of the way back: above 0 and at most 1. Needed with `rewind_to`.
+
         > Parameters that control the copy of the model at the start (losses that need one, models without adapters)
 
         reference_precision (`str`, *optional*, defaults to `"full"`):
@@ -95,6 +103,13 @@ class MDUConfig(DiffusionConfig):
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
     retain_batch_size: int | None = field(
         default=None, metadata={"help": "Retain rows per device and micro-batch; as many as forget rows if unset."}
+    )
+
+    rewind_to: str | None = field(
+        default=None, metadata={"help": "Checkpoint before fine-tuning, towards which the weights are set back first."}
+    )
+    rewind_share: float | None = field(
+        default=None, metadata={"help": "Share of the way back to rewind_to: above 0 and at most 1."}
     )
 
     reference_precision: str = field(
@@ -141,6 +156,7 @@ class MDUConfig(DiffusionConfig):
             self._check_precompute_anchor()
         if self.retain_batch_size is not None:
             self._check_retain_batch_size()
+        self._check_rewind()
 
     @property
     def rows_a_counter(self) -> dict[str, int]:
@@ -161,6 +177,18 @@ class MDUConfig(DiffusionConfig):
                 "retain_batch_size is set but retain_weight is 0, so no retain row would be read. Set retain_weight, "
                 "or leave retain_batch_size out."
             )
+
+    def _check_rewind(self) -> None:
+        if self.rewind_to is None and self.rewind_share is None:
+            return
+        if not self.rewind_to or self.rewind_share is None:
+            raise UserError(
+                "rewind_to and rewind_share go together: the checkpoint from before fine-tuning, and the share of the "
+                f"way back to it; got {self.rewind_to!r} and {self.rewind_share}. Set both, or leave both out."
+            )
+        check_numbers(self, {"rewind_share": POSITIVE})
+        if self.rewind_share > 1:
+            raise UserError(f"rewind_share is a share of the way back, at most 1, got {self.rewind_share}.")
 
     def _check_precompute_anchor(self) -> None:
         if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":

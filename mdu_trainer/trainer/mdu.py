@@ -25,6 +25,7 @@ from .evaluating import Score, Scores, has_both
 from .mdlm import Batch, MDLMTrainer
 from .precompute import precompute_anchors
 from .reference import Reference
+from .rewind import check_rewind, rewind
 
 logger = logging.get_logger(__name__)
 
@@ -66,6 +67,7 @@ class MDUTrainer(MDLMTrainer):
     config_class = MDUConfig
     _doing = "unlearning"
     _publishes_by_list = True
+    _rewound = False  # whether the model was set back towards the one before fine-tuning
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class MDUTrainer(MDLMTrainer):
         _check_retain(self.args, self.train_dataset is not None, self._retain_dataset is not None)
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
-        self._anchor_head = None
+        self._anchor_head, self._rewound = None, False
         self.reference = self._make_reference()
 
     def _make_reference(self) -> Reference | None:
@@ -121,6 +123,7 @@ class MDUTrainer(MDLMTrainer):
             self._anchor_head = precompute_anchors(self)
             if not isinstance(self.model, PeftModel):
                 self.reference = None  # from now on the live model is not theta_0
+        rewind(self)
 
     # The loss
 
@@ -264,6 +267,7 @@ class MDUTrainer(MDLMTrainer):
 
     def _check_run(self) -> None:
         super()._check_run()
+        check_rewind(self)
         if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1:
             _check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
 
