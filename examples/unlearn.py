@@ -40,6 +40,7 @@ def main(args: UnlearnArguments, config: MDUConfig, model_args: ModelConfig) -> 
     if "retain" not in rows:
         say_what_is_not_kept()
         config.retain_weight = 0.0
+        config.check_values()
     folder, chosen, path = Path(config.output_dir), settings(args, config, model_args), model_args.model_name_or_path
     with model_folder(folder, [path, args.forget, args.retain], args, chosen):
         model, tokenizer = load(path, model_args, config.trust_remote_code, is_trainable=True)

@@ -27,6 +27,7 @@ CASES = {
     "mdu pooled": {"tau": 0.5, "kl_reduction": "token", "gradient_accumulation_steps": 2},
     "mdu by length": {"tau": 0.5, "train_sampling_strategy": "group_by_length"},
     "mdu precomputed": {"tau": 0.5, "precompute_anchor": True},
+    "mdu more retain rows": {"tau": 0.5, "retain_batch_size": 8},  # two with each forget row: an epoch is 11 pairs
     "npo": {"loss_type": "npo"},
     "retain kl": {"loss_type": "ga", "retain_loss_type": "kl"},
 }
@@ -58,6 +59,8 @@ def make_trainer(folder: Path, backend: str, case: str) -> MDUTrainer:
         use_cpu=True,
     )
     args.per_device_train_batch_size = GLOBAL_BATCH // args.gradient_accumulation_steps // args.world_size
+    if args.retain_batch_size is not None:
+        args.retain_batch_size = 2 * args.per_device_train_batch_size
     args.per_device_eval_batch_size = 4 // args.world_size
     if backend == "fsdp2":
         use_fsdp2()

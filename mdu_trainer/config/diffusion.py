@@ -131,6 +131,11 @@ class DiffusionConfig(TrainingArguments):
         return {"trust_remote_code": self.trust_remote_code} | cast(dict, self.model_init_kwargs or {})
 
     @property
+    def rows_a_counter(self) -> dict[str, int]:
+        """How many rows of a set `data.rows.RowPairs` takes together, by its name; 1 of sets that are not named."""
+        return {}
+
+    @property
     def mask_options(self) -> dict[str, float]:
         """The options of `masking.MaskSchedule`."""
         return {name: getattr(self, name) for name in ("t_min", "t_max", "time_epsilon")}

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from ..files import UserError
 from ..objectives import OBJECTIVES
-from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers
+from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers, is_whole
 from .diffusion import DiffusionConfig
 from .presets import PRESETS, preset
 
@@ -74,6 +74,17 @@ class MDUConfig(DiffusionConfig):
             `"nelbo"` is the masked-diffusion bound a token; `"kl"` the divergence from the model at the start.
         retain_weight (`float`, *optional*, defaults to `1.0`):
             lambda. 0 to unlearn without a retain set.
+        retain_batch_size (`int`, *optional*):
+            Retain rows per device and micro-batch, a multiple of `per_device_train_batch_size`: each forget row comes
+            with equally many of them. As many as forget rows if not set.
+
+        > Parameters that control rewinding, before training: theta <- theta_pre + (1 - a) (theta - theta_pre)
+
+        rewind_to (`str`, *optional*):
+            theta_pre, the checkpoint from before fine-tuning: a folder or Hub id. Of a LoRA adapter it is the base,
+            and the adapter is scaled by 1 - a. The anchor stays that of the model as it was given.
+        rewind_share (`float`, *optional*):
+            a, the share of the way back: above 0 and at most 1. Needed with `rewind_to`.
 
         > Parameters that control the copy of the model at the start (losses that need one, models without adapters)
 
@@ -124,6 +135,16 @@ class MDUConfig(DiffusionConfig):
     )
     retain_loss_type: str = field(default="nelbo", metadata={"help": "Retain loss.", "choices": ["nelbo", "kl"]})
     retain_weight: float = field(default=1.0, metadata={"help": "lambda; 0 to unlearn without a retain set."})
+    retain_batch_size: int | None = field(
+        default=None, metadata={"help": "Retain rows per device and micro-batch; as many as forget rows if unset."}
+    )
+
+    rewind_to: str | None = field(
+        default=None, metadata={"help": "Checkpoint before fine-tuning, towards which the weights are set back first."}
+    )
+    rewind_share: float | None = field(
+        default=None, metadata={"help": "Share of the way back to rewind_to: above 0 and at most 1."}
+    )
 
     reference_precision: str = field(
         default="full", metadata={"help": "Precision of the copy at the start.", "choices": ["full", "8bit"]}
@@ -137,7 +158,8 @@ class MDUConfig(DiffusionConfig):
 
     learning_rate: float = field(default=1e-5, metadata={"help": "The initial learning rate for AdamW."})
     per_device_train_batch_size: int = field(
-        default=4, metadata={"help": "Forget rows, and as many retain rows, per device and micro-batch."}
+        default=4,
+        metadata={"help": "Forget rows (and retain rows, see retain_batch_size) per device and micro-batch."},
     )
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "Micro-batches an update."})
     _VALID_DICT_FIELDS = [*DiffusionConfig._VALID_DICT_FIELDS, "loss_options"]
@@ -184,6 +206,41 @@ class MDUConfig(DiffusionConfig):
         self._check_anchor()
         if self.precompute_anchor:
             self._check_precompute_anchor()
+        if self.retain_batch_size is not None:
+            self._check_retain_batch_size()
+        self._check_rewind()
+
+    @property
+    def rows_a_counter(self) -> dict[str, int]:
+        """How many rows of a set `data.rows.RowPairs` takes together, by its name; 1 of sets that are not named."""
+        forget_rows = self.per_device_train_batch_size
+        return {} if self.retain_batch_size is None else {"retain": self.retain_batch_size // forget_rows}
+
+    def _check_retain_batch_size(self) -> None:
+        rows, forget_rows = self.retain_batch_size, self.per_device_train_batch_size
+        if not is_whole(rows, 1) or rows % forget_rows:
+            raise UserError(
+                f"retain_batch_size must be a multiple of per_device_train_batch_size = {forget_rows}, got {rows}: "
+                f"each forget row comes with equally many retain rows. Take {forget_rows} or {2 * forget_rows}, or "
+                "lower per_device_train_batch_size and raise gradient_accumulation_steps."
+            )
+        if self.retain_weight == 0:
+            raise UserError(
+                "retain_batch_size is set but retain_weight is 0, so no retain row would be read. Set retain_weight, "
+                "or leave retain_batch_size out."
+            )
+
+    def _check_rewind(self) -> None:
+        if self.rewind_to is None and self.rewind_share is None:
+            return
+        if not self.rewind_to or self.rewind_share is None:
+            raise UserError(
+                "rewind_to and rewind_share go together: the checkpoint from before fine-tuning, and the share of the "
+                f"way back to it; got {self.rewind_to!r} and {self.rewind_share}. Set both, or leave both out."
+            )
+        check_numbers(self, {"rewind_share": POSITIVE})
+        if self.rewind_share > 1:
+            raise UserError(f"rewind_share is a share of the way back, at most 1, got {self.rewind_share}.")
 
     def _check_anchor(self) -> None:
         if self.strike_quantile is not None:

@@ -9,6 +9,7 @@ question/answer data set maps in one line:
 The columns `tools` and `chat_template_kwargs` go to the chat template, as in TRL.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -55,6 +56,9 @@ class TokenizedRows:
     def keys(self) -> list[tuple[int, ...]]:
         """Return the ids of each row, by which two rows are the same."""
         return [tuple(p + r) for p, r in zip(self.prompt_ids, self.completion_ids, strict=True)]
+
+
+Order = Callable[[TokenizedRows, int, int], Tensor]  # (rows, seed, visit) -> row numbers
 
 
 def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str | None = None) -> Dataset:
@@ -193,19 +197,23 @@ def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:
 class RowPairs(torch.utils.data.Dataset):
     """Rows of several sets side by side, addressed by a counter that runs on over epochs.
 
-    An epoch is one pass over the largest set; the smaller ones are cycled. Each pass over a set is a visit, with an
-    order and masks that are functions of (seed, visit) alone, so nothing depends on batch size, processes or
+    An epoch is one pass over the set that lasts longest; the others are cycled. Each pass over a set is a visit, with
+    an order and masks that are functions of (seed, visit) alone, so nothing depends on batch size, processes or
     resumption. With 2 rows of "forget" and 4 of "retain", both in order, the first epoch is
 
         counter    0       1       2       3         4 begins the second epoch
         forget     row 0   row 1   row 0   row 1     visits 0, 0, 1, 1
         retain     row 0   row 1   row 2   row 3     visit 0
 
+    A counter may bring several rows of a set, which then last for fewer counters. With two retain rows a counter,
+    number 1 brings row 1 of "forget" and rows 2 and 3 of "retain", and the epoch ends there.
+
     Args:
         parts: name -> rows, e.g. {"forget": ..., "retain": ...}.
         seed: seed of the orders.
-        order: `(rows, seed, visit) -> row numbers`, see `shuffled`, `in_order` and `length_grouped`.
+        order: `(rows, seed, visit) -> row numbers`, see `shuffled`, `in_order` and `length_grouped`; or one by name.
         schedules: name -> the times and the mask noise of its rows.
+        rows_a_counter: name -> rows of the set that a counter brings; 1 for sets that are not named.
 
     Attributes:
         anchors: (visit, row) -> `[n, H]`, the anchors of a forget row's masked tokens, where they were computed
@@ -216,26 +224,38 @@ class RowPairs(torch.utils.data.Dataset):
         self,
         parts: dict[str, TokenizedRows],
         seed: int,
-        order: Callable[[TokenizedRows, int, int], Tensor],
+        order: Order | Mapping[str, Order],
         schedules: dict[str, MaskSchedule],
+        rows_a_counter: Mapping[str, int] | None = None,
     ):
         self.parts = parts
         self.seed = seed
         self.order = order
         self.schedules = schedules
+        self.rows_a_counter = rows_a_counter or {}
         self.anchors: Mapping[tuple[int, int], Tensor] = {}
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
-        return max(len(rows) for rows in self.parts.values())
+        return max(math.ceil(len(rows) / self.rows_a_counter.get(name, 1)) for name, rows in self.parts.items())
 
-    def __getitem__(self, counter: int) -> dict[str, Row]:
-        """The rows of a counter `>= 0`; `~counter` stands for the same rows as filler, which weighs nothing."""
+    def __getitem__(self, counter: int) -> dict[str, Row | list[Row]]:
+        """The rows of a counter `>= 0`; `~counter` stands for the same rows as filler, which weighs nothing.
+
+        Of a set in `rows_a_counter` it is a list of rows.
+        """
         weight, counter = float(counter >= 0), max(counter, ~counter)
-        return {name: self._row(name, rows, counter) | {"weight": weight} for name, rows in self.parts.items()}
+        item: dict[str, Row | list[Row]] = {}
+        for name in self.parts:
+            count = self.rows_a_counter.get(name, 1)
+            rows = [self._row(name, count * counter + i) | {"weight": weight} for i in range(count)]
+            item[name] = rows if name in self.rows_a_counter else rows[0]
+        return item
 
-    def _row(self, name: str, rows: TokenizedRows, counter: int) -> Row:
-        visit, slot = divmod(counter, len(rows))
+    def _row(self, name: str, number: int) -> Row:
+        """Return a row of a set by its number, which runs on over the visits."""
+        rows = self.parts[name]
+        visit, slot = divmod(number, len(rows))
         row = int(self._order(name, visit)[slot])
         item = {
             "prompt_ids": rows.prompt_ids[row],
@@ -256,7 +276,8 @@ class RowPairs(torch.utils.data.Dataset):
         key = (name, visit)
         if key not in self._orders:
             self._orders = {k: v for k, v in self._orders.items() if k[0] != name or k[1] >= visit - 1}
-            self._orders[key] = self.order(self.parts[name], self.seed, visit)
+            order = self.order[name] if isinstance(self.order, Mapping) else self.order
+            self._orders[key] = order(self.parts[name], self.seed, visit)
         return self._orders[key]
 
 
@@ -270,7 +291,7 @@ def shuffled(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
     return permutation(seed, visit, len(rows))
 
 
-def length_grouped(batch_size: int) -> Callable[[TokenizedRows, int, int], Tensor]:
+def length_grouped(batch_size: int) -> Order:
     """Batches of rows of like length, in shuffled order; rows of equal length are shuffled."""
 
     def order(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
@@ -308,7 +329,7 @@ class EpochSampler(torch.utils.data.Sampler[int]):
 
 @dataclass
 class DataCollatorForUnlearning:
-    """Pads rows on the right into {"forget": batch, "retain": batch, ...}.
+    """Pads rows on the right into {"forget": batch, "retain": batch, ...}. Lists of rows are joined.
 
     A batch has `input_ids`, `attention_mask` and `completion_mask`, int64 `[B, L]`; the diffusion times `t`, float
     `[B]`, and the mask noise `noise`, float `[B, L]`; and `weight`, float `[B]`: 0 for rows that only fill up the
@@ -326,11 +347,12 @@ class DataCollatorForUnlearning:
     pad_token_id: int
     end_token_id: int | None = None
 
-    def __call__(self, features: list[dict[str, Row]]) -> dict[str, dict[str, Tensor]]:
-        batch = {name: self._pad([f[name] for f in features], "completion_ids") for name in features[0]}
-        first = next(iter(features[0]))
-        if "preferred" in features[0][first]:
-            batch["preferred"] = self._pad([f[first] for f in features], "preferred")
+    def __call__(self, features: list[dict[str, Row | list[Row]]]) -> dict[str, dict[str, Tensor]]:
+        rows = {name: _flat([f[name] for f in features]) for name in features[0]}
+        batch = {name: self._pad(rows[name], "completion_ids") for name in rows}
+        first = next(iter(rows.values()))
+        if "preferred" in first[0]:
+            batch["preferred"] = self._pad(first, "preferred")
         return batch
 
     def _pad(self, rows: list[Row], response: str) -> dict[str, Tensor]:
@@ -356,3 +378,7 @@ class DataCollatorForUnlearning:
         if all("anchor" in row for row in rows):
             batch["anchor"] = torch.cat([row["anchor"] for row in rows])
         return batch
+
+
+def _flat(rows: Sequence[Row | list[Row]]) -> list[Row]:
+    return [row for one in rows for row in (one if isinstance(one, list) else [one])]

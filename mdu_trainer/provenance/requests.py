@@ -25,6 +25,7 @@ from .texts import row_texts
 logger = logging.get_logger(__name__)
 
 CONTROL_TOKEN = re.compile(r"[<\[].*[>\]]")  # <|user|>, [MASK]
+HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 PACKAGES = ("transformers", "torch", "peft", "trl", "accelerate", "datasets", "huggingface-hub")
 TRAINING_OPTIONS = (
     *("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "max_length", "t_min", "t_max"),
@@ -165,6 +166,12 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
         "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
         "processes": args.world_size,
     }
+    if args.retain_batch_size is not None and args.retain_weight:
+        micro_batch = args.retain_batch_size * args.gradient_accumulation_steps
+        training["retain_rows_an_update"] = micro_batch * args.world_size
+    if args.rewind_to is not None:
+        on_hub = HUB_ID.fullmatch(args.rewind_to) and not Path(args.rewind_to).exists()
+        training["rewound"] = f"{args.rewind_share:g} of the way to {args.rewind_to if on_hub else 'a local model'}"
     return Facts(
         method=args.loss_type,
         tau=args.tau if OBJECTIVES[args.loss_type].anchor else None,

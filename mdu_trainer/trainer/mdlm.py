@@ -379,10 +379,11 @@ def _with_adapter(
 
 
 def _pairs(parts: dict[str, TokenizedRows], args: DiffusionConfig) -> RowPairs:
-    by_length = length_grouped(args.train_batch_size * args.world_size)
+    rows, counts = args.train_batch_size * args.world_size, args.rows_a_counter
+    by_length = {name: length_grouped(rows * counts.get(name, 1)) for name in parts}
     orders = {"random": shuffled, "sequential": in_order, "group_by_length": by_length}
     seed = args.seed if args.data_seed is None else args.data_seed
-    return RowPairs(parts, seed, orders[args.train_sampling_strategy], schedules(args, parts))
+    return RowPairs(parts, seed, orders[args.train_sampling_strategy], schedules(args, parts), counts)
 
 
 def _with_targets(peft_config: Any, backbone: Backbone) -> PeftConfig:

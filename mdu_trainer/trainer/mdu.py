@@ -28,6 +28,7 @@ from .forget_rows import check_prompts, check_retain, warn_of_overlap
 from .mdlm import Batch, MDLMTrainer
 from .precompute import precompute_anchors
 from .reference import Reference
+from .rewind import check_rewind, rewind
 
 logger = logging.get_logger(__name__)
 
@@ -70,6 +71,7 @@ class MDUTrainer(MDLMTrainer):
     config_class = MDUConfig
     _doing = "unlearning"
     _publishes_by_list = True
+    _rewound = False  # whether the model was set back towards the one before fine-tuning
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class MDUTrainer(MDLMTrainer):
         check_retain(self.args, self.train_dataset is not None, self._retain_dataset is not None)
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
-        self._anchor_head = None
+        self._anchor_head, self._rewound = None, False
         self.reference = self._make_reference()
 
     def _make_reference(self) -> Reference | None:
@@ -128,13 +130,14 @@ class MDUTrainer(MDLMTrainer):
             self._anchor_head = precompute_anchors(self)
             if not isinstance(self.model, PeftModel):
                 self.reference = None  # from now on the live model is not theta_0
+        rewind(self)
 
     # The loss
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Batch], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Tensor | tuple[Tensor, Scores]:
-        """L = L_forget + retain_weight * L_retain of B pairs, and with `return_outputs` the scores of each.
+        """L = L_forget + retain_weight * L_retain of a batch, and with `return_outputs` the scores of each example.
 
             L_forget = E_t [ 1/|M_t| sum_{i in M_t} KL( p_theta(.|x, y_t)_i || softmax(tau logits_theta0(m, y_t)_i) ) ]
 
@@ -246,8 +249,9 @@ class MDUTrainer(MDLMTrainer):
         return self.reference
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
-        counts = [batch["forget"]["weight"].sum() for batch in batches]
-        sizes: dict[str, Tensor] = dict.fromkeys(("forget_loss", "retain_loss"), self._mean_over_update(counts))
+        names = [name for name in ("forget", "retain") if name in batches[0]]
+        counts = {name: [batch[name]["weight"].sum() for batch in batches] for name in names}
+        sizes = {f"{name}_loss": self._mean_over_update(counts[name]) for name in names}
         if self._pools_tokens:
             noised = [forward_process(batch["forget"], self.backbone.mask_token_id) for batch in batches]
             pairs = zip(noised, batches, strict=True)
@@ -267,6 +271,7 @@ class MDUTrainer(MDLMTrainer):
 
     def _check_run(self) -> None:
         super()._check_run()
+        check_rewind(self)
         if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1 and not self.args.counterfactual:
             check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
 

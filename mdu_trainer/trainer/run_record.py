@@ -30,6 +30,7 @@ from .distributed import is_partitioned
 
 RUN_FILE = "run.json"
 ROWS_AN_UPDATE = "rows an update (per_device_train_batch_size x gradient_accumulation_steps x processes)"
+RETAIN_ROWS = "retain rows with each forget row (retain_batch_size / per_device_train_batch_size)"
 
 # Fields of the configuration that change no weight. All others are compared, those of later versions too
 UNCOMPARED = frozenset(
@@ -53,7 +54,10 @@ UNCOMPARED = frozenset(
 )
 # Those that are compared as what they come to: the rows of an update, and the updates
 DERIVED = frozenset(
-    "per_device_train_batch_size gradient_accumulation_steps max_steps num_train_epochs beta loss_options".split()
+    """
+    per_device_train_batch_size retain_batch_size gradient_accumulation_steps max_steps num_train_epochs beta
+    loss_options
+    """.split()
 )
 # Those that decide which weights are kept, where the best ones are loaded at the end
 SELECTION = frozenset(
@@ -224,6 +228,8 @@ def _settings(args: DiffusionConfig, model: nn.Module, loss_options: dict[str, A
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in left_out}
     micro_batch = args.train_batch_size * args.world_size
     settings[ROWS_AN_UPDATE] = micro_batch * args.gradient_accumulation_steps
+    if isinstance(args, MDUConfig) and args.retain_weight:
+        settings[RETAIN_ROWS] = args.rows_a_counter.get("retain", 1)
     if args.train_sampling_strategy == "group_by_length" or args.dataloader_drop_last:
         settings["rows a micro-batch (per_device_train_batch_size x processes)"] = micro_batch
     if isinstance(args, MDLMConfig) and args.pad_with_end_tokens:  # a row's loss depends on the rows beside it

@@ -286,6 +286,32 @@ def test_pairs_cycle_the_smaller_set():
     assert again[13] == pairs[13], "a row is a function of its counter"
 
 
+def test_pairs_with_several_rows_of_a_set():
+    parts = {"forget": rows_of([1] * 2), "retain": rows_of([1] * 5)}
+
+    def pairs(count, **sizes):
+        chosen = {name: rows_of([1] * size) for name, size in sizes.items()} or parts
+        return RowPairs(chosen, 0, in_order, schedules(**{n: len(r) for n, r in chosen.items()}), {"retain": count})
+
+    def places(item):
+        return [(row["visit"], row["row"]) for row in item["retain"]]
+
+    two = pairs(2)
+    assert len(two) == 3 and [two[i]["forget"]["row"] for i in range(4)] == [0, 1, 0, 1]
+    assert [places(two[i]) for i in range(3)] == [[(0, 0), (0, 1)], [(0, 2), (0, 3)], [(0, 4), (1, 0)]]
+    assert len(pairs(2, forget=4, retain=5)) == 4, "the forget rows last longer"
+    few = pairs(4, forget=2, retain=3)
+    assert len(few) == 2 and places(few[1]) == [(1, 1), (1, 2), (2, 0), (2, 1)], "fewer rows than a counter brings"
+    filler = two[~1]
+    assert filler["forget"]["weight"] == 0 and [row["weight"] for row in filler["retain"]] == [0, 0]
+    batch = DataCollatorForUnlearning(pad_token_id=0)([two[1], two[2], filler])
+    assert batch["forget"]["weight"].tolist() == [1, 1, 0]
+    assert batch["retain"]["weight"].tolist() == [1, 1, 1, 1, 0, 0]
+    assert batch["retain"]["input_ids"][:4, 0].tolist() == [2, 3, 4, 0]
+    one = RowPairs(parts, 0, in_order, schedules(forget=2, retain=5))
+    assert one[7]["retain"] == two[3]["retain"][1], "a row is a function of its number"
+
+
 def test_orders():
     rows = rows_of([5, 1, 4, 2, 3, 6, 9])
     assert in_order(rows, 0, 3).tolist() == list(range(7))

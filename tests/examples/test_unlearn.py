@@ -176,6 +176,8 @@ def test_without_rows_to_keep(unlearn, tmp_path):
     assert all(set(run.scores) == {"forget"} for run in Results.load(tmp_path / "out" / "results.json").runs)
     assert Facts.load(tmp_path / "out").retain is None
     assert "Without --retain" not in unlearn(out=tmp_path / "both")
+    refused = unlearn("--retain_batch_size", 4, out=tmp_path / "more", retain=False, expect=2)
+    assert "retain_batch_size is set but retain_weight is 0" in refused
 
 
 def test_a_preferred_response(unlearn, tmp_path):

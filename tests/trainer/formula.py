@@ -98,6 +98,7 @@ def expected_loss(trainer, initial, batch):
         total = sum(value for value, _ in forget) / len(forget)
     if "retain" in batch:
         kind = trainer.args.retain_loss_type
+        rows = range(len(batch["retain"]["t"]))
         retain = [expected_row(trainer, initial, "retain", batch, i, kind)[0] for i in rows]
         total = total + trainer.args.retain_weight * sum(retain) / len(retain)
     return total

@@ -72,6 +72,7 @@ OTHER = {
     r"loss_type (was mdu, now npo)": {"loss_type": "npo"},
     r"tau (was 0.5, now 0.25)": {"tau": 0.25},
     r"retain_weight (was 1.0, now 2.0)": {"retain_weight": 2.0},
+    r"per_device_train_batch_size) (was 1, now 2)": {"retain_batch_size": 4},
     r"t_min (was 0.0, now 0.5)": {"t_min": 0.5},
     r"processes) (was 4, now 8)": {"per_device_train_batch_size": 4},
     r"adapter r (was 2, now 4)": {"peft_config": LORA | {"r": 4}},
@@ -105,6 +106,7 @@ SILENT = {
     "logs, names and saves": {"logging_steps": 7, "run_name": "other", "save_steps": 2, "save_total_limit": 1},
     "loader processes": {"dataloader_num_workers": 1, "dataloader_pin_memory": True},
     "micro-batches of the same update": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    "as many retain rows as before, named": {"retain_batch_size": 2},
     "options that the loss does not read": {"gamma": 1.0, "alpha": 2.0, "beta": 3.0},
     "evaluation that decides nothing": {
         "eval_strategy": "steps",
@@ -135,6 +137,7 @@ def test_every_field_of_the_configuration_is_compared_or_known_to_change_no_weig
         auto_find_batch_size load_best_model_at_end ignore_data_skip full_determinism seed dataloader_drop_last
         data_seed dataloader_in_order train_sampling_strategy max_length t_min t_max time_epsilon loss_type tau
         kl_reduction anchor_source gamma alpha retain_loss_type retain_weight reference_precision
+        rewind_to rewind_share
     """.split()
     assert fields - UNCOMPARED - DERIVED - SELECTION == set(compared), "decide whether a new field changes weights"
     record = make_trainer(tmp_path, KIND)._current_record()
