@@ -108,7 +108,8 @@ class Facts(FolderRecord):
     @property
     def name(self) -> str:
         """Return the name of the model in tables and pictures, as `Run.name` does."""
-        return self.method if self.tau is None else f"{self.method} tau={self.tau:g}"
+        of_preset = f" preset={self.training['preset']}" if self.training.get("preset") else ""
+        return (self.method if self.tau is None else f"{self.method} tau={self.tau:g}") + of_preset
 
     def revision_of(self, base: str | None) -> str | None:
         """Return the commit of a base on the Hub, None unless it is the one on record."""

@@ -166,6 +166,8 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
         "autocast": "bfloat16" if args.bf16 else "float16" if args.fp16 else "none",
         "processes": args.world_size,
     }
+    if args.preset is not None:
+        training["preset"] = args.preset
     if args.retain_batch_size is not None and args.retain_weight:
         micro_batch = args.retain_batch_size * args.gradient_accumulation_steps
         training["retain_rows_an_update"] = micro_batch * args.world_size

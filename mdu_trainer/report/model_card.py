@@ -218,6 +218,8 @@ def chosen_run(results: Results, facts: Facts) -> Run:
     if len(found) > 1:
         training = {SWEPT.get(name, name): value for name, value in facts.training.items()}
         found = [run for run in found if all(training.get(name) == value for name, value in run.settings.items())]
+        most = max((len(run.settings) for run in found), default=0)  # a preset's run has the tau of another
+        found = [run for run in found if len(run.settings) == most]
     if len(found) != 1:
         raise UserError(
             f"The checkpoint is {facts.name}, of which the results have {len(found)} runs instead of one "

@@ -48,10 +48,11 @@ def plot_tradeoff(runs: Sequence[Run], file: PictureFile, recoveries: Recoveries
     """
     figure, panels = new_figure(columns=2 if recoveries else 1, size=(11.5, 4.8) if recoveries else None)
     axes, beside = panels if recoveries else (panels, None)
-    of_tau = sorted((run for run in runs if run.tau is not None), key=lambda run: run.tau)
+    of_tau = sorted((run for run in runs if run.tau is not None and not run.settings), key=lambda run: run.tau)
     level = level_of(runs, place_of(FORGET))
     axes.set(xlabel=TO_LEVEL if level else AXES[FORGET], ylabel=AXES["retain"], xlim=(0, 1), ylim=(0, 1.05))
-    is_path = len({run.tau for run in of_tau}) == len(of_tau)  # and not a sweep over more than tau
+    named = [run for run in runs if run.settings.keys() == {"preset"}]
+    is_path = not any(run.settings for run in runs if run not in named)  # and no sweep over more than tau
     if is_path:
         axes.plot(*_points(of_tau), color=run_styles(["mdu"])["mdu"].colour, linewidth=1, alpha=0.5, zorder=1)
     methods = list(dict.fromkeys(run.method for run in runs))
@@ -67,7 +68,8 @@ def plot_tradeoff(runs: Sequence[Run], file: PictureFile, recoveries: Recoveries
         beside.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8.5, frameon=False)
     if is_path:  # last, where all has found its place
         others = [_point(run) for run in runs if run.tau is None]
-        label_points(axes, [_point(run) for run in of_tau], [f"\u03c4={run.tau:g}" for run in of_tau], others)
+        texts = [f"\u03c4={run.tau:g}" for run in of_tau] + [run.settings["preset"] for run in named]
+        label_points(axes, [_point(run) for run in [*of_tau, *named]], texts, others)
     save_figure(figure, file)
 
 

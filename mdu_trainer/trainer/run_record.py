@@ -35,7 +35,7 @@ RETAIN_ROWS = "retain rows with each forget row (retain_batch_size / per_device_
 # Fields of the configuration that change no weight. All others are compared, those of later versions too
 UNCOMPARED = frozenset(
     """
-    output_dir run_name project trackio_space_id trackio_bucket_id trackio_static_space_id report_to
+    output_dir run_name preset project trackio_space_id trackio_bucket_id trackio_static_space_id report_to
     do_train do_eval do_predict resume_from_checkpoint force_resume restore_callback_states_from_checkpoint
     logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
     log_level_replica disable_tqdm include_num_input_tokens_seen skip_memory_metrics debug
