@@ -64,7 +64,7 @@ SCALES = {
         authors=12,
         forgotten=2,
         finetuning=DEMO,
-        updates={"max_steps": 100, "per_device_train_batch_size": 16, "retain_batch_size": 32},
+        updates={"max_steps": 80, "per_device_train_batch_size": 16, "retain_batch_size": 32},
         attacking={"relearn_steps": 80},
     ),
     "large": Scale(
