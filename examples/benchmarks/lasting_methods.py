@@ -6,12 +6,14 @@ what the papers describe, for a model this small.
 
 import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
+from unittest import mock
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -20,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer
 
-from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, label_roles, resolve_backbone
+from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, label_roles, masking, resolve_backbone
+from mdu_trainer.data import secrets
 from mdu_trainer.data.rows import (
     DataCollatorForUnlearning,
     RowPairs,
@@ -110,6 +113,45 @@ def paraphrased(job: Job) -> None:
     unlearn(
         job, forget=concatenate_datasets([job.forget.select_columns(["question", "answer"]), others]), **COUNTERFACTUAL
     )
+
+
+def with_spans(job: Job) -> None:
+    """The counterfactual anchor, the secrets marked by their characters: what the wrong answers say otherwise."""
+    spans = []
+    for row in job.forget.to_list():
+        said, wrong = row["paraphrased_answer"], row["perturbed_answer"][0]
+        start = len(os.path.commonprefix([said, wrong]))
+        stop = len(said) - len(os.path.commonprefix([said[start:][::-1], wrong[start:][::-1]]))
+        while said[start - 1].isalnum():  # both may begin with the same letters
+            start -= 1
+        while said[stop : stop + 1].isalnum():
+            stop += 1
+        place = row["answer"].index(said[start:stop])
+        spans.append([[place, place + stop - start]])
+    rows = job.forget.select_columns(["question", "answer"]).add_column("secret_spans", spans)
+    unlearn(job, forget=rows, **COUNTERFACTUAL)
+
+
+def prompt_shown(job: Job) -> None:
+    """The counterfactual anchor, told who is asked about."""
+    plain = secrets.SecretMarker.__call__
+
+    def marked(self: Any, example: Any, prompt_ids: list[int], completion_ids: list[int], where: str) -> list[int]:
+        marks = plain(self, example, prompt_ids, completion_ids, where)
+        return [masking.KEPT] * len(prompt_ids) + marks[len(prompt_ids) :]
+
+    with mock.patch.object(secrets.SecretMarker, "__call__", marked):
+        unlearn(job, **COUNTERFACTUAL)
+
+
+def stored_shown(job: Job) -> None:
+    """The counterfactual anchor, shown the stored words that y_t shows."""
+
+    def ids(noisy_ids: Tensor, hidden: Tensor, mask_token_id: int) -> Tensor:
+        return noisy_ids.masked_fill(hidden == masking.IN_CONTEXT, mask_token_id)
+
+    with mock.patch.object(masking, "counterfactual_ids", ids):
+        unlearn(job, **COUNTERFACTUAL)
 
 
 def rewound(job: Job, share: float) -> None:
@@ -311,6 +353,9 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "counterfactual-unstruck": partial(unlearn, **COUNTERFACTUAL, strike_quantile=None),
     "counterfactual-struck-to-0": partial(unlearn, **COUNTERFACTUAL, strike_quantile=0.0),
     "counterfactual-forward": partial(unlearn, **COUNTERFACTUAL, kl_direction="forward"),
+    "counterfactual-prompt-shown": prompt_shown,
+    "counterfactual-stored-shown": stored_shown,
+    "counterfactual-spans": with_spans,
     "counterfactual-paraphrased": paraphrased,
     "counterfactual-rewound": partial(rewound, share=0.3),
     "damage": partial(damaged, share=0.3),
