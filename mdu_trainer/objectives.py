@@ -106,6 +106,14 @@ def dpo(terms: ForgetTerms, *, beta: float) -> Tensor:
     return -logsigmoid(beta * (preferred_log_ratio - log_ratio))
 
 
+class Variant(NamedTuple):
+    """How an objective is explained under another setting."""
+
+    title: str
+    words: str
+    formula: str
+
+
 @dataclass(frozen=True)
 class Objective:
     """A forget loss, what it needs besides the prediction on forget examples, and how it is explained.
@@ -119,7 +127,7 @@ class Objective:
         options: its own constants and their defaults. `beta`, `gamma` and `alpha` are fields of `MDUConfig`; any
             other is set through `MDUConfig.loss_options`.
         settings: further fields of `MDUConfig` that change it, which cards report.
-        variants: value of `anchor_input` -> the words and the formula in place of these, where it changes them.
+        variants: value of `anchor_input` -> the title, words and formula in place of these, where it changes them.
         anchor: reads the divergence to the prompt-masked anchor.
         reference: reads theta_0's bound.
         preferred: reads preferred responses.
@@ -133,7 +141,7 @@ class Objective:
     formula: str = ""
     options: Mapping[str, float] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
-    variants: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    variants: Mapping[str, "Variant"] = field(default_factory=dict)
     anchor: bool = False
     reference: bool = False
     preferred: bool = False
@@ -151,11 +159,12 @@ _KL = (
     r"\mathcal L_\text{forget}=\mathbb E_t\Big[\tfrac1{|M_t|}\sum_{i\in M_t}\mathrm{KL}\big(p_\theta(\cdot"
     r"\mid x,y_t)_i\;\big\|\;\mathrm{softmax}(\tau\cdot"
 )
-_COUNTERFACTUAL = _KL + r"\mathrm{strike}_{y_i}[\mathrm{logits}_{\theta_0}(x^\prime,y^\prime_t)_i])\big)\Big]"
-_COUNTERFACTUAL_WORDS = (
-    "The prediction for a pair (x, y) to forget was pulled towards what the model says to the same question about "
-    "nobody it has met: the words that say who is meant are masked in x', these and the stored words in y'_t, and the "
-    "true tokens of stored words are struck out, so that they get the logit of a middling token."
+_COUNTERFACTUAL = Variant(
+    title="Masked Diffusion Unlearning with a counterfactual anchor",
+    words="The prediction for a pair (x, y) to forget was pulled towards what the model says to the same question "
+    "about nobody it has met: the words that say who is meant are masked in x', these and the stored words in y'_t, "
+    "and the true tokens of stored words are struck out, so that they get the logit of a middling token.",
+    formula=_KL + r"\mathrm{strike}_{y_i}[\mathrm{logits}_{\theta_0}(x^\prime,y^\prime_t)_i])\big)\Big]",
 )
 
 OBJECTIVES: dict[str, Objective] = {
@@ -167,7 +176,7 @@ OBJECTIVES: dict[str, Objective] = {
         "see the prompt, flattened by tau: 0 is the uniform distribution, 1 the plain prompt-masked prediction.",
         formula=_KL + r"\mathrm{logits}_{\theta_0}(m,y_t)_i)\big)\Big]",
         settings=("kl_reduction", "kl_direction", "anchor_source", "anchor_input", "strike_quantile"),
-        variants={"counterfactual": (_COUNTERFACTUAL_WORDS, _COUNTERFACTUAL)},
+        variants={"counterfactual": _COUNTERFACTUAL},
         anchor=True,
         linear=True,
     ),
@@ -226,8 +235,8 @@ OBJECTIVES: dict[str, Objective] = {
 def described(name: str, options: Mapping[str, Any] | None = None) -> Objective:
     """The objective of a name, as it was with some options; of one that came from outside, the name alone."""
     objective = OBJECTIVES.get(name) or Objective(loss=mdu, title=name)
-    words, formula = objective.variants.get((options or {}).get("anchor_input", ""), (None, None))
-    return replace(objective, words=words or objective.words, formula=formula or objective.formula)
+    variant = objective.variants.get((options or {}).get("anchor_input", ""))
+    return objective if variant is None else replace(objective, **variant._asdict())
 
 
 def register_objective(name: str, objective: Objective) -> None:

@@ -314,7 +314,7 @@ def has_chat_template(folder: Path) -> bool:
 def card_wording() -> str:
     """Return the wording of every card, which is no quote of a row: the template and the texts that go into it."""
     methods = [method.words for method in OBJECTIVES.values()]
-    methods += [words for method in OBJECTIVES.values() for words, _ in method.variants.values()]
+    methods += [one.words for method in OBJECTIVES.values() for one in method.variants.values()]
     return " ".join([template_path().read_text(encoding="utf-8"), *methods, *score_words().values(), CHAT_PROMPT])
 
 

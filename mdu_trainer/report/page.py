@@ -261,8 +261,7 @@ def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
         }
         for model in models
     ]
-    objectives = [described(model.facts.method, model.facts.options) for model in models]
-    methods = {one.formula or one.title: one for one in objectives}
+    methods = {one.title: one for one in (described(model.facts.method, model.facts.options) for model in models)}
     curves = histories and _draw(
         plot_losses,
         histories,

@@ -191,6 +191,18 @@ def test_every_objective_has_its_words(facts, method):
     assert "no rows were trained to be kept" in card.text and "None" not in card.text and "{{" not in card.text
 
 
+def test_a_counterfactual_anchor_is_explained_as_such(facts, results):
+    options = facts.options | {"anchor_input": "counterfactual", "strike_quantile": 0.5}
+    changed = replace(facts, tau=1.0, options=options, training=facts.training | {"preset": "lasting"})
+    run = next(run for run in results.runs if run.tau == 1.0)
+    both = replace(results, runs=[*results.runs, replace(run, settings={"preset": "lasting"})])
+    assert chosen_run(both, changed).name == changed.name == "mdu tau=1 preset=lasting"
+    assert chosen_run(both, replace(facts, tau=1.0)).name == "mdu tau=1"
+    text = unlearned_model_card(changed, both).text
+    assert "Masked Diffusion Unlearning with a counterfactual anchor" in text and "strike}_{y_i}" in text
+    assert "strike}_{y_i}" not in unlearned_model_card(facts, results).text
+
+
 def test_paths_of_the_machine_are_not_shown(facts, results, tmp_path):
     facts = replace(facts, base_path=str(tmp_path))
     for name in (f"{tmp_path} forget01", "../shared/data forget01", "~/data forget01"):
