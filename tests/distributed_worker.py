@@ -24,7 +24,12 @@ GLOBAL_BATCH = 8
 CASES = {
     "mdu tau=0": {"tau": 0.0},
     "mdu tau=.5": {"tau": 0.5},
-    "mdu pooled": {"tau": 0.5, "kl_reduction": "token", "gradient_accumulation_steps": 2},
+    "mdu pooled": {
+        "tau": 0.5,
+        "anchor_input": "counterfactual",
+        "kl_reduction": "token",
+        "gradient_accumulation_steps": 2,
+    },
     "mdu by length": {"tau": 0.5, "train_sampling_strategy": "group_by_length"},
     "mdu precomputed": {"tau": 0.5, "precompute_anchor": True},
     "mdu more retain rows": {"tau": 0.5, "retain_batch_size": 8},  # two with each forget row: an epoch is 11 pairs
