@@ -18,6 +18,7 @@ SAMPLERS = [
     {},
     {"block_length": 5},
     {"block_length": 5, "steps": 6},
+    {"schedule": "dllm", "block_length": 5, "steps": 6},
     {"remasking": "margin", "steps": 4},
     {"remasking": "entropy", "schedule": "dream", "steps": 5},
     {"remasking": "random", "block_length": 4},
