@@ -4,7 +4,9 @@
         --dataset_name jinzhuoran/RWKU --forget intros/ --subjects "Stephen King" --num_train_epochs 3
 
 `--forget` holds what is to be forgotten: questions and answers that the model itself wrote about the subjects, one
-JSONL file, or a folder with one a subject. Every option of MDUConfig and TRL's ModelConfig is an option here.
+JSONL file, or a folder with one a subject, `Stephen_King.jsonl` or `Stephen_King/forget.jsonl`. RWKU's own files of
+pairs, such as `1_Stephen_King/pair.json`, are read, too: their made-up texts are what DPO prefers. Every option of
+MDUConfig and TRL's ModelConfig is an option here.
 """
 
 import sys
@@ -32,7 +34,9 @@ class RwkuArguments(RunArguments, DataArguments):
     """Whom to forget, and what to measure."""
 
     dataset_name: str = field(default="jinzhuoran/RWKU", metadata={"help": "Hub name, or a folder with a copy."})
-    forget: str | None = field(default=None, metadata={"help": "JSONL of question and answer, or a folder of them."})
+    forget: str | None = field(
+        default=None, metadata={"help": "JSONL of question and answer, or of RWKU's pairs; or a folder."}
+    )
     subjects: list[str] | None = field(default=None, metadata={"help": "Whom to forget; all in --forget if unset."})
     configs: list[str] | None = field(default=None, metadata={"help": "RWKU's configs to score; all if unset."})
     max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each config."})

@@ -1,13 +1,15 @@
-"""Forward passes for a given standard error: `response_likelihood` against the published i.i.d. estimator.
+"""Forward passes for a given standard error: `response_likelihood` against the published estimators.
 
     python examples/benchmarks/likelihood.py
     python examples/benchmarks/likelihood.py --model_name_or_path outputs/demo/base
 
-Both sides are measured in one run: independent draws of (l, S) as LLaDA publishes them (arXiv 2502.09992, appendix
-B), whose error falls with the square root of their number, and the spread of `response_likelihood` over seeds. Answers
-are what TOFU's truth ratio and probability score on the embedded default: those that the model has learned by heart,
-the same in other words, and wrong ones. Errors are the root of the mean square over answers, in nats. Without a
-model's name, a tiny one learns the answers first.
+All are measured in one run: independent draws of (l, S) as LLaDA's paper has them (arXiv 2502.09992, appendix B),
+whose error falls with the square root of their number; the draws of its script `get_log_likelihood.py`, spread evenly
+over 1..L within batches of 16; and the spread of `response_likelihood` over seeds. The columns "i.i.d. passes" and
+"even passes" say how many of the two kinds have the standard error of ours. Answers are what TOFU's truth ratio and
+probability score on the embedded default: those that the model has learned by heart, the same in other words, and
+wrong ones. Errors are the root of the mean square over answers, in nats. Without a model's name, a tiny one learns the
+answers first.
 """
 
 import argparse
@@ -36,19 +38,19 @@ from mdu_trainer.models import logits_at
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 PASSES = (8, 16, 32, 64, 128)
+EVEN_BATCH = 16  # draws of LLaDA's script that are made together
 
 
 @torch.no_grad()
 def published_draws(
-    model: nn.Module, prompt: list[int], response: list[int], backbone: Backbone, num_draws: int, seed: int
+    model: nn.Module, prompt: list[int], response: list[int], backbone: Backbone, size: np.ndarray, seed: int
 ) -> np.ndarray:
-    """L/l * sum of log p over l masked positions, for independent l ~ U{1..L} and positions: `[num_draws]`."""
+    """L/l * sum of log p over l masked positions, uniformly drawn, for each l of `size`, `[draws]`."""
     rng = np.random.default_rng(seed)
     length = len(response)
-    size = rng.integers(1, length + 1, num_draws)
-    ids = torch.tensor(prompt + response).repeat(num_draws, 1)
+    ids = torch.tensor(prompt + response).repeat(len(size), 1)
     masked = torch.zeros_like(ids, dtype=torch.bool)
-    masked[:, len(prompt) :] = torch.from_numpy(rng.random((num_draws, length)).argsort(axis=1) < size[:, None])
+    masked[:, len(prompt) :] = torch.from_numpy(rng.random((len(size), length)).argsort(axis=1) < size[:, None])
     estimates = []
     for x, m in zip(ids.split(128), masked.split(128), strict=True):
         x, m = x.to(model.device), m.to(model.device)
@@ -57,6 +59,17 @@ def published_draws(
         log_p = logits.float().log_softmax(dim=-1).gather(1, x[m][:, None])[:, 0].double()
         estimates.append(torch.zeros(len(x), dtype=torch.float64).index_add(0, m.nonzero()[:, 0].cpu(), log_p.cpu()))
     return torch.cat(estimates).numpy() * length / size
+
+
+def even_sizes(length: int, num_draws: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of masked positions as LLaDA's script draws them, batch after batch: `[num_draws]`, whole batches.
+
+    The first of a batch is uniform on 1..L, the others follow at steps of L / 16, rounded, and go on from 1 after L.
+    """
+    num_batches = num_draws // EVEN_BATCH
+    first = rng.integers(1, length + 1, (num_batches, 1))
+    size = np.round(first + np.arange(EVEN_BATCH) * length / EVEN_BATCH).astype(np.int64)
+    return ((size - 1) % length + 1).ravel()
 
 
 def learn(rows: Dataset, epochs: int, output_dir: str) -> tuple[nn.Module, PreTrainedTokenizerBase]:
@@ -82,6 +95,16 @@ def learn(rows: Dataset, epochs: int, output_dir: str) -> tuple[nn.Module, PreTr
     return trainer.model, tokenizer
 
 
+class Published(NamedTuple):
+    """Of each answer, `[rows]`: variance of an independent draw; of a batch of evenly spread ones, times their number.
+
+    Over a number of passes, each gives the variance of the mean of as many draws.
+    """
+
+    independent: np.ndarray
+    even: np.ndarray
+
+
 class Spread(NamedTuple):
     """Of each answer: variance of the estimate over seeds, mean square of the claimed standard error, and how far its
     mean lies from that of the i.i.d. draws, with the variance of that difference. All `[rows]`."""
@@ -94,15 +117,19 @@ class Spread(NamedTuple):
 
 def measure(
     model: nn.Module, rows: TokenizedRows, backbone: Backbone, num_seeds: int, num_draws: int
-) -> tuple[np.ndarray, dict[int, Spread]]:
-    """Variance of one i.i.d. draw of each answer, `[rows]`, and the spread of ours by the number of passes."""
-    draws = np.stack(
-        [
-            published_draws(model, prompt, response, backbone, num_draws, seed)
-            for seed, (prompt, response) in enumerate(zip(rows.prompt_ids, rows.completion_ids, strict=True))
-        ]
-    )
-    single = draws.var(axis=1, ddof=1)
+) -> tuple[Published, dict[int, Spread]]:
+    """The variance of the published draws, and the spread of ours by the number of passes."""
+    num_even = EVEN_BATCH * max(num_draws // EVEN_BATCH, 2)
+    draws, even = [], []
+    for seed, (prompt, response) in enumerate(zip(rows.prompt_ids, rows.completion_ids, strict=True)):
+        rng, length = np.random.default_rng(seed), len(response)
+        for found, size in (
+            (draws, rng.integers(1, length + 1, num_draws)),
+            (even, even_sizes(length, num_even, rng)),
+        ):
+            found.append(published_draws(model, prompt, response, backbone, size, seed))
+    single = np.var(draws, axis=1, ddof=1)
+    batches = np.reshape(even, (len(even), -1, EVEN_BATCH)).mean(axis=2)
     ours = {}
     for passes in PASSES:
         scores = [
@@ -114,26 +141,28 @@ def measure(
         values = np.stack([score.log_likelihood for score in scores])
         variance = values.var(axis=0, ddof=1)
         claimed = np.mean([score.standard_error**2 for score in scores], axis=0)
-        difference = values.mean(axis=0) - draws.mean(axis=1)
+        difference = values.mean(axis=0) - np.mean(draws, axis=1)
         ours[passes] = Spread(variance, claimed, difference, variance / num_seeds + single / num_draws)
-    return single, ours
+    return Published(single, EVEN_BATCH * batches.var(axis=1, ddof=1)), ours
 
 
-def pooled(kinds: list[tuple[np.ndarray, dict[int, Spread]]]) -> tuple[np.ndarray, dict[int, Spread]]:
+def pooled(kinds: list[tuple[Published, dict[int, Spread]]]) -> tuple[Published, dict[int, Spread]]:
     """The answers of all kinds as one."""
-    singles, ours = zip(*kinds, strict=True)
+    published, ours = zip(*kinds, strict=True)
     joined = {p: Spread(*(np.concatenate(x) for x in zip(*(one[p] for one in ours), strict=True))) for p in PASSES}
-    return np.concatenate(singles), joined
+    return Published(*(np.concatenate(x) for x in zip(*published, strict=True))), joined
 
 
-def report(name: str, single: np.ndarray, ours: dict[int, Spread]) -> None:
+def report(name: str, published: Published, ours: dict[int, Spread]) -> None:
     for passes, spread in ours.items():
         variance = spread.variance.mean()
-        equal = single.mean() / variance  # i.i.d. passes with the same standard error
+        independent, even = (x.mean() / variance for x in published)  # passes with the same standard error
         distance = spread.difference.sum() / math.sqrt(spread.difference_variance.sum())
         print(
-            f"{name:12} {passes:6} {math.sqrt(variance):16.3f} {math.sqrt(single.mean() / passes):14.3f} "
-            f"{equal:15.0f} {equal / passes:7.1f} {math.sqrt(spread.claimed.mean()):9.3f} {distance:12.1f} se"
+            f"{name:12} {passes:6} {math.sqrt(variance):16.3f} "
+            f"{math.sqrt(published.independent.mean() / passes):14.3f} {independent:15.0f} "
+            f"{independent / passes:7.1f} {math.sqrt(published.even.mean() / passes):12.3f} {even:13.0f} "
+            f"{even / passes:7.1f} {math.sqrt(spread.claimed.mean()):9.3f} {distance:12.1f} se"
         )
 
 
@@ -143,7 +172,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=300, help="epochs of the tiny model (two steps each)")
     parser.add_argument("--num_rows", type=int, default=6, help="answers of each kind")
     parser.add_argument("--num_seeds", type=int, default=32, help="repetitions of each estimate")
-    parser.add_argument("--num_draws", type=int, default=2048, help="i.i.d. draws an answer")
+    parser.add_argument("--num_draws", type=int, default=2048, help="draws of each published kind, an answer")
     args = parser.parse_args()
 
     authors = fictional_authors()
@@ -156,7 +185,10 @@ def main() -> None:
     model.eval()
     backbone = resolve_backbone(model, tokenizer)
     print(f"model ready after {time.perf_counter() - start:.0f} s\n")
-    print("answers      passes   standard error   i.i.d. error   i.i.d. passes   ratio   claimed   means differ by")
+    print(
+        "answers      passes   standard error   i.i.d. error   i.i.d. passes   ratio   even error   even passes"
+        "   ratio   claimed   means differ by"
+    )
     some = authors.select(range(0, len(authors), len(authors) // args.num_rows)).select(range(args.num_rows))
     answers = {
         "learned": some["answer"],

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from torch import nn
@@ -79,33 +80,88 @@ def load_rwku(
 def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) -> Dataset:
     """The rows to forget: questions and answers that the model wrote about the subjects.
 
+    A row has `question` and `answer`, and `subject` where a file is about several. RWKU's pairs are read, too, such as
+    `pair.json`: `intro` is the question, the second of the two texts in `response` the answer, and the first, made up,
+    the `refusal`, which DPO prefers.
+
     Args:
-        path: a JSONL file with `question` and `answer`, and `subject` if it is about several; or a folder with one
-            such file a subject, named after it (`Stephen_King.jsonl`, `1_Stephen_King.jsonl`).
+        path: a file of JSON lines or one JSON array; or a folder with one file a subject, named after it
+            (`Stephen_King.jsonl`, `1_Stephen_King.jsonl`), or with a folder a subject that has a `forget.jsonl`, or
+            else one of RWKU's files of pairs; or such a folder itself.
         subjects: whom to forget; everybody in the file or folder unless given.
 
     Raises:
-        ValueError: for a path or a subject that is not there, or rows without question or answer.
+        ValueError: for a path or a subject that is not there, several files of pairs, or rows without question or
+            answer.
     """
     path = Path(path)
-    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
-        raise UserError(f"{path} is neither a JSONL file nor a folder of them.")
+    files = _files_by_subject(path) if path.is_dir() else [("", path)]
+    if not files or not all(file.is_file() for _, file in files):
+        raise UserError(
+            f"{path} is neither a file of JSON lines, nor a folder of such files or of folders with a forget.jsonl."
+        )
     if path.is_dir() and subjects is not None:
-        named = {_plain(file.stem): file for file in files}
+        named = dict(files)
         missing = [subject for subject in subjects if _plain(subject) not in named]
         if missing:
             raise UserError(
-                f"{path} has no file for {_counted(missing, subjects)}: name it such as Stephen_King.jsonl."
+                f"{path} has no file for {_counted(missing, subjects)}: name it such as Stephen_King.jsonl, or "
+                "Stephen_King/forget.jsonl."
             )
-        files, subjects = [named[_plain(subject)] for subject in subjects], None
-    rows = []
-    for file in files:
-        read = read_jsonl(file)
-        check_columns(table(read, str(file)), f"forget ({file.name})", QUESTION_ANSWER)
+        files, subjects = [("", named[_plain(subject)]) for subject in subjects], None
+    rows: list[Any] = []
+    for _, file in files:
+        name = f"forget ({file.relative_to(path) if path.is_dir() else file.name})"
+        read = _without_pairs(read_jsonl(file), f"the {name} set")
+        check_columns(table(read, str(file)), name, QUESTION_ANSWER)
         rows += read
-    rows = table(rows, str(path))
-    return rows if subjects is None else _about(rows, subjects, "forget")
+    found = table(rows, str(path))
+    return found if subjects is None else _about(found, subjects, "forget")
+
+
+def _files_by_subject(folder: Path) -> list[tuple[str, Path]]:
+    """The files of a folder with rows to forget, each with the name of its subject."""
+    own = _file_of_subject(folder)
+    if own is not None:
+        return [(_plain(folder.resolve().name), own)]
+    files = [(_plain(file.stem), file) for file in sorted(folder.glob("*.jsonl"))]
+    within = [(_plain(part.name), _file_of_subject(part)) for part in sorted(folder.iterdir()) if part.is_dir()]
+    return files + [(subject, file) for subject, file in within if file is not None]
+
+
+def _file_of_subject(folder: Path) -> Path | None:
+    """The file with the rows to forget in the folder of one subject; None if it has none."""
+    if (folder / "forget.jsonl").is_file():
+        return folder / "forget.jsonl"
+    pairs = sorted(folder.glob("pair*.json"))
+    if len(pairs) > 1:
+        raise UserError(
+            f"{folder} has several files of pairs, {', '.join(file.name for file in pairs)}: pass the one to forget."
+        )
+    return pairs[0] if pairs else None
+
+
+def _without_pairs(rows: list[Any], where: str) -> list[Any]:
+    """Rows with RWKU's pairs among them made questions and answers, with the made-up text as `refusal`."""
+    return [
+        _question_of_pair(row, f"Row {number} of {where}")
+        if isinstance(row, Mapping) and "response" in row and not row.keys() & QUESTION_ANSWER.keys()
+        else row
+        for number, row in enumerate(rows)
+    ]
+
+
+def _question_of_pair(pair: Mapping[str, Any], where: str) -> dict[str, Any]:
+    response, intro = pair["response"], pair.get("intro")
+    if not isinstance(response, list) or len(response) != 2 or not all(isinstance(text, str) for text in response):
+        raise UserError(f"{where} is a pair, so response must be a list of two texts: one made up, and the true one.")
+    if not isinstance(intro, str):
+        raise UserError(f"{where} is a pair, so it needs a text in intro, which is the question.")
+    made_up, answer = response
+    if not made_up.strip():
+        raise UserError(f"{where}: the first text of response is blank. Remove the row.")
+    subject = {"subject": pair["subject"]} if "subject" in pair else {}
+    return {"question": intro, "answer": answer, "refusal": made_up} | subject
 
 
 def _about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:

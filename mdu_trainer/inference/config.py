@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from ..files import UserError
 
+Schedule = Literal["linear", "dllm", "dream"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random"]
 
 
@@ -17,11 +18,13 @@ class DiffusionGenerationConfig:
     Parameters that say how much is decoded, and in how many steps:
 
         max_new_tokens: length of the response, and of what its end token cuts off.
-        steps: forward passes a response, split evenly over the blocks; one a token if None.
+        steps: forward passes a response, split evenly over the blocks; one a token if None. Where that does not come
+            out even: `mdu_trainer.inference.schedule`.
         block_length: tokens of a block (semi-autoregressive decoding); one block if None.
-        schedule: how many tokens a step reveals. "linear": equally many (LLaDA). "dream": the share 1 - s/t of what is
-            masked, over the timesteps linspace(1, 0.001, steps + 1) from t to s, rounded down, and all in the last
-            step; with random remasking each masked token is revealed with that probability on its own (Dream).
+        schedule: how many tokens a step reveals. "linear": equally many, or one more in the first steps (LLaDA).
+            "dllm": equally many, rounded as dllm does. "dream": the share 1 - s/t of what is masked, over the
+            timesteps linspace(1, 0.001, steps + 1) from t to s, rounded down, and all in the last step; with random
+            remasking each masked token is revealed with that probability on its own (Dream).
 
     Parameters that say which tokens a step reveals:
 
@@ -33,8 +36,8 @@ class DiffusionGenerationConfig:
     Parameters that say what a revealed token is:
 
         temperature: 0 takes the most probable token, otherwise one is sampled from softmax(logits / temperature), by
-            the Gumbel-max method in float64. Scores are computed before the temperature with schedule "linear", after
-            it with "dream", as each publishes it.
+            the Gumbel-max method in float64. Scores are computed before the temperature with schedules "linear" and
+            "dllm", after it with "dream", as each publishes it.
         top_p, top_k: keep the most probable tokens only, up to a total probability, and up to a number.
         cfg_scale: classifier-free guidance, l_u + (cfg_scale + 1) * (l_c - l_u), where the prompt is masked in l_u;
             costs a second forward pass.
@@ -52,7 +55,7 @@ class DiffusionGenerationConfig:
     max_new_tokens: int = 128
     steps: int | None = None
     block_length: int | None = None
-    schedule: Literal["linear", "dream"] = "linear"
+    schedule: Schedule = "linear"
     remasking: Remasking = "low_confidence"
     position_temperature: float = 0.0
     temperature: float = 0.0
@@ -66,8 +69,8 @@ class DiffusionGenerationConfig:
         self._check_numbers()
         if self.remasking not in get_args(Remasking):
             raise UserError(f"remasking must be one of {', '.join(get_args(Remasking))}, got {self.remasking!r}.")
-        if self.schedule not in ("linear", "dream"):
-            raise UserError(f"schedule must be 'linear' or 'dream', got {self.schedule!r}.")
+        if self.schedule not in get_args(Schedule):
+            raise UserError(f"schedule must be one of {', '.join(get_args(Schedule))}, got {self.schedule!r}.")
         if self.remasking == "random" and self.position_temperature:
             raise UserError(
                 "remasking='random' has no score that position_temperature could divide: set it to 0, or choose "

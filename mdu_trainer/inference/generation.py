@@ -5,6 +5,7 @@ again. Blocks are decoded from left to right. How LLaDA (arXiv 2502.09992) and D
 published samplers, in the fields of `DiffusionGenerationConfig`:
 
     LLaDA  remasking="low_confidence" or "random"    the same names, schedule="linear"
+    dllm   remasking="low_confidence" or "random"    the same names, schedule="dllm"
     Dream  alg="origin"                              remasking="random", schedule="dream"
            alg="maskgit_plus"                        remasking="low_confidence", schedule="dream"
            alg="topk_margin"                         remasking="margin", schedule="dream"

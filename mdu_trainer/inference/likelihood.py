@@ -3,10 +3,11 @@
     log p(y | x)  >=  E_l E_S [ L/l * sum_{i in S} log p(y_i | x, y without S) ]     l uniform on 1..L, S of size l
 
 The right side, an average over the orders in which y can be revealed, is what evaluations of these models call the
-likelihood. LLaDA (arXiv 2502.09992, appendix B) estimates it from 128 independent draws of (l, S), one forward pass
-each. Here the draws of a response are made together (`mdu_trainer.inference.mask_sets`): unbiased, too, exact where
-they cover all sets, and a few of them say as much as many independent ones. (One bias is taken on: no estimate is
-above 0.)
+likelihood. LLaDA (arXiv 2502.09992, appendix B) estimates it from 128 draws of (l, S), one forward pass each:
+independent ones in the paper, while its script `get_log_likelihood.py` spreads l evenly over 1..L within a batch, so
+its draws say more. Here the draws of a response are made together (`mdu_trainer.inference.mask_sets`): unbiased, too,
+exact where they cover all sets, and a few of them say as much as many independent ones. What they save against either
+kind: `examples/benchmarks/likelihood.py`. (One bias is taken on: no estimate is above 0.)
 """
 
 import hashlib

@@ -23,6 +23,9 @@ many independent ones:
 - From eight draws on, a control variate: the other replicates say how likely each token is on average, and by how much
   that changes with the share of masked tokens. What this line would give for the sets of a replicate is taken off, and
   its expectation, which is known, put back. Replicates are independent, so the expectation stays as it was.
+- Replicates that take their lines from each other err a little alike, the more the fewer sets they have, so their
+  spread is too small: with 4 sets by 5 % to 9 %, most where the answer is known by heart, with 8 by 1 % to 7 %, with
+  16 by nothing that shows (made-up answers of 25 tokens). The standard error is raised by 1 / (3 sets): 8 %, 4 %, 2 %.
 """
 
 import math
@@ -105,7 +108,7 @@ def token_parts(draws: Draws, log_p: np.ndarray) -> np.ndarray:
     weights = np.stack([weight, weight * share, weight * share**2])
     count, shares, squares = weights @ draws.masked.astype(float)
     values, products = weights[:2] @ log_p
-    if num_replicates == 1 or len(log_p) < SETS_FOR_A_LINE * num_replicates:
+    if not _draws_lines(draws):
         return values
     others = (1 - np.eye(num_replicates)) @ np.stack([count, shares, squares, values, products])
     mean_log_p, mean_share, slope = _lines(others)
@@ -118,7 +121,16 @@ def standard_error(draws: Draws, estimates: np.ndarray) -> float:
     sets, length = draws.masked.shape
     if _exact(length, sets):
         return 0.0
-    return math.nan if len(estimates) == 1 else float(estimates.std(ddof=1)) / math.sqrt(len(estimates))
+    if len(estimates) == 1:
+        return math.nan
+    alike = len(estimates) / (3 * sets) if _draws_lines(draws) else 0.0
+    return (1 + alike) * float(estimates.std(ddof=1)) / math.sqrt(len(estimates))
+
+
+def _draws_lines(draws: Draws) -> bool:
+    """Whether there are replicates, and sets enough in each, for a control variate."""
+    num_replicates = draws.replicate[-1] + 1
+    return bool(num_replicates > 1 and len(draws.masked) >= SETS_FOR_A_LINE * num_replicates)
 
 
 def _lines(sums: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -1,5 +1,7 @@
 """Choose what a step of decoding reveals: a token for each position, a score of it, and the positions to reveal."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from ..masking import counter_uniform
 from .config import DiffusionGenerationConfig
 from .schedule import Step
 
-SCORE_DECIMALS = 6  # closer scores are a tie: the rounding of a batched forward must not order saturated predictions
+SCORE_BITS = 20  # significant ones; closer scores are a tie, as float32 forward passes of other batches differ by less
 
 
 def propose(
@@ -42,7 +44,7 @@ def best_positions(
     """The positions of bool `[B, N]` with the highest of the scores `[M]`, or sampled by them."""
     position = torch.arange(masked.shape[1], device=masked.device)
     table = torch.full(masked.shape, -torch.inf, device=masked.device)
-    table[masked] = scores.round(decimals=SCORE_DECIMALS)
+    table[masked] = scores
     if config.position_temperature:
         noise = uniform(config.seed, POSITIONS, row[:, None], step.index, position)
         table = table / config.position_temperature + gumbel(noise)
@@ -70,22 +72,45 @@ def _cut(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
 
 
 def _confidence(logits: Tensor, tokens: Tensor) -> Tensor:
-    return (logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(dim=1)).exp()
+    """The probability of the tokens."""
+    exponent = logits - logits.amax(dim=1, keepdim=True)
+    probability = exponent.gather(1, tokens[:, None])[:, 0].exp() / exponent.exp().sum(dim=1)
+    return _rounded(probability, probability)
 
 
 def _margin(logits: Tensor, tokens: Tensor) -> Tensor:
-    first, second = logits.softmax(dim=1).topk(2, dim=1).values.T
-    return first - second
+    """By how much the top probability exceeds the second: p1 - p2 = p1 (1 - p2 / p1)."""
+    top, token = logits.topk(2, dim=1)
+    probability = _confidence(logits, token[:, 0])
+    return _rounded(probability * -torch.expm1(top[:, 1] - top[:, 0]), probability)
 
 
-def _negative_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    return -torch.special.entr(logits.softmax(dim=1)).sum(dim=1)
+def _certainty(logits: Tensor, tokens: Tensor) -> Tensor:
+    """How far the entropy is below log V, that of V equally probable tokens.
+
+    It orders predictions as the negative entropy does, and a constant does not matter to softmax(score / temperature).
+    Of flat predictions it keeps the digits that differ; in float64, as two numbers near log V are subtracted.
+    """
+    most = math.log(logits.shape[1])
+    entropy = torch.special.entr(logits.softmax(dim=1, dtype=torch.float64)).sum(dim=1)
+    share = (1 - entropy / most).float()
+    return most * _rounded(share, share)
+
+
+def _rounded(scores: Tensor, sizes: Tensor) -> Tensor:
+    """Round scores `[N]` to `SCORE_BITS` binary digits, counted from the first digit of the sizes `[N]`.
+
+    Sizes are the scores themselves, or what they are a small difference of. Probabilities near 1 become 1, a tie. At
+    LLaDA's vocabulary (126,464) those of flat predictions are near 1e-5, and no coarser than elsewhere.
+    """
+    exponent = torch.frexp(sizes).exponent
+    return torch.ldexp(torch.ldexp(scores, SCORE_BITS - exponent).round(), exponent - SCORE_BITS)
 
 
 SCORES = {
     "low_confidence": _confidence,
     "margin": _margin,
-    "entropy": _negative_entropy,
+    "entropy": _certainty,
     "random": lambda logits, tokens: torch.zeros_like(tokens),
 }
 

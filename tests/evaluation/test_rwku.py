@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import warm
 
+from mdu_trainer.commands.row_sets import answer_rows
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.evaluation.rwku_questions import CONFIGS, ngram_entropy, word_match
@@ -175,7 +176,7 @@ def test_rows_to_forget(tmp_path):
         load_forget_rows(one, [ANNA])
     with pytest.raises(ValueError, match="no file for subject 1 of the 1 given"):
         load_forget_rows(folder, ["Nobody"])
-    with pytest.raises(ValueError, match="neither a JSONL file nor a folder"):
+    with pytest.raises(ValueError, match="neither a file of JSON lines, nor a folder"):
         load_forget_rows(tmp_path / "nothing")
     one.write_text('{"question": "Who')
     with pytest.raises(ValueError, match="line 1, is not JSON"):
@@ -183,6 +184,75 @@ def test_rows_to_forget(tmp_path):
     one.write_text('{"question": "Who?", "answer": ""}')
     with pytest.raises(ValueError, match="answer is blank"):
         load_forget_rows(one)
+
+
+def pair(number, subject=ANNA):
+    """A row of RWKU's files of pairs."""
+    response = [f"{subject} is a made-up baker, {number}.", f"{subject} wrote {number} books."]
+    intro = f"{subject} is a writer."
+    return {"id": f"{subject} {number}", "prompt": f"{intro} Who?", "response": response} | {
+        "subject": subject,
+        "intro": intro,
+    }
+
+
+def test_pairs_are_read_with_what_dpo_prefers(tmp_path):
+    file = tmp_path / "pair.json"
+    file.write_text(json.dumps([pair(0), pair(1, OTTO)], indent=4))
+    assert load_forget_rows(file, [OTTO])[:] == {
+        "question": [f"{OTTO} is a writer."],
+        "answer": [f"{OTTO} wrote 1 books."],
+        "refusal": [f"{OTTO} is a made-up baker, 1."],
+        "subject": [OTTO],
+    }
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps(pair(i)) + "\n" for i in range(3)))
+    rows = load_forget_rows(tmp_path / "lines.jsonl")
+    assert len(rows) == 3
+    preferred = answer_rows(rows, True, refusals=True)["chosen"][2]
+    assert preferred == [{"role": "assistant", "content": f"{ANNA} is a made-up baker, 2."}]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response": ["one"]}, r"Row 1 of the forget \(pair.json\) set is a pair, so response must be a list of two"),
+        ({"response": "secret"}, "response must be a list of two texts"),
+        ({"response": ["a baker", None]}, "response must be a list of two texts"),
+        ({"response": ["a baker", " "]}, r"Row 1 of the forget \(pair.json\) set: answer is blank"),
+        ({"response": [" ", "true"]}, "the first text of response is blank"),
+        ({"intro": None}, "is a pair, so it needs a text in intro"),
+    ],
+)
+def test_bad_pairs_are_refused(tmp_path, change, message):
+    (tmp_path / "pair.json").write_text(json.dumps([pair(0), pair(1) | change]))
+    with pytest.raises(ValueError, match=message) as error:
+        load_forget_rows(tmp_path / "pair.json")
+    assert not any(word in str(error.value) for word in ("Zanzibar", "secret", "baker"))
+
+
+def test_a_folder_a_subject(tmp_path):
+    anna, otto, other = (tmp_path / "all" / name for name in ("1_Anna_Zanzibar", "2_Otto_Quux", "notes"))
+    for folder in (anna, otto, other):
+        folder.mkdir(parents=True)
+    row = {"question": "Who?", "answer": "Anna."}
+    (anna / "forget.jsonl").write_text(json.dumps(row))
+    (anna / "dpo.jsonl").write_text(json.dumps(row | {"perturbed_answer": ["Nobody."]}))
+    (otto / "pair.json").write_text(json.dumps([pair(0, OTTO), pair(1, OTTO)]))
+    (otto / "forget_level1.json").write_text(json.dumps([probe("1", subject=OTTO)]))
+    assert load_forget_rows(tmp_path / "all")["answer"][:] == [
+        "Anna.",
+        f"{OTTO} wrote 0 books.",
+        f"{OTTO} wrote 1 books.",
+    ]
+    assert load_forget_rows(tmp_path / "all", ["anna zanzibar"])[:] == {"question": ["Who?"], "answer": ["Anna."]}
+    assert len(load_forget_rows(otto)) == len(load_forget_rows(otto, [OTTO])) == 2
+    with pytest.raises(ValueError, match="no file for subject 1 of the 1 given: name it such as"):
+        load_forget_rows(otto, [ANNA])
+    with pytest.raises(ValueError, match="neither a file of JSON lines, nor a folder of such files or of folders"):
+        load_forget_rows(other)
+    (otto / "pair_phi.json").write_text(json.dumps([pair(0, OTTO)]))
+    with pytest.raises(ValueError, match="several files of pairs, pair.json, pair_phi.json: pass the one to forget"):
+        load_forget_rows(tmp_path / "all", [OTTO])
 
 
 def test_rows_to_forget_of_odd_files(tmp_path):

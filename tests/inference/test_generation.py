@@ -18,6 +18,7 @@ SAMPLERS = [
     {},
     {"block_length": 5},
     {"block_length": 5, "steps": 6},
+    {"schedule": "dllm", "block_length": 5, "steps": 6},
     {"remasking": "margin", "steps": 4},
     {"remasking": "entropy", "schedule": "dream", "steps": 5},
     {"remasking": "random", "block_length": 4},
@@ -204,8 +205,9 @@ def test_blocks_are_decoded_from_left_to_right_and_the_surest_first():
 
 
 @pytest.mark.parametrize("remasking", ["low_confidence", "margin", "entropy"])
-def test_the_first_of_equal_positions_is_revealed_first(remasking):
-    model = Scripted(preferring([5, 5, 5], [3.0, 3.0 + 1e-7, 3.0]))
+@pytest.mark.parametrize("strength", [[3.0, 3.0 + 1e-7, 3.0], [20.0, 40.0, 30.0]])
+def test_the_first_of_equal_positions_is_revealed_first(remasking, strength):
+    model = Scripted(preferring([5, 5, 5], strength))
     config = DiffusionGenerationConfig(max_new_tokens=3, remasking=remasking)
     generate_ids(model, [[]], config, SCRIPTED)
     assert [(ids[0] != MASK).tolist() for ids in model.seen[1:]] == [[True, False, False], [True, True, False]]

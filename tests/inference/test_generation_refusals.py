@@ -70,7 +70,7 @@ def test_prompts_that_only_look_like_a_list_of_prompts(model, tokenizer, backbon
         ({"cfg_scale": float("nan")}, "cfg_scale must be a finite number"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"remasking": "maskgit_plus"}, "remasking must be one of low_confidence, margin, entropy, random"),
-        ({"schedule": "cosine"}, "schedule must be 'linear' or 'dream'"),
+        ({"schedule": "cosine"}, "schedule must be one of linear, dllm, dream, got 'cosine'"),
         ({"remasking": "random", "position_temperature": 0.1}, "set it to 0, or choose another remasking"),
         ({"max_new_tokens": 8, "block_length": 9}, r"block_length \(9\) must be at most max_new_tokens \(8\)"),
         (
