@@ -119,7 +119,8 @@ def recovery_of(unlearned: Sequence[float], never: Sequence[float], base: Sequen
 
     rows = np.arange(columns.shape[1])
     value = float(ratio(rows, axis=-1))
-    low, high = bootstrap_interval(rows, ratio)
+    with np.errstate(invalid="ignore"):  # the spread of infinite ratios, which nobody asks for
+        low, high = bootstrap_interval(rows, ratio)
     known = low is not None and high is not None and math.isfinite(high - low)
     return Estimate(value, low, high) if known else None
 
