@@ -59,6 +59,17 @@ class MDUConfig(DiffusionConfig):
             MDU at tau > 0: compute all anchors before training, into `anchor_cache` in the output folder, and keep no
             copy of the model. A resumed run reads what is there. The file is derived from forget data and is not for
             sharing.
+        forget_masking (`str`, *optional*, defaults to `"random"`):
+            Which tokens of a response to forget are masked. `"random"` masks each with probability t. `"content"`
+            masks all but special tokens (the end of a turn), which stay visible and out of the loss. `"generated"`
+            masks those of them that occur among the tokens that the model itself generates for the prompt: greedily,
+            as many as the longest response has, in at most 128 steps. A row without such a token is masked as by
+            `"content"`. Where t is not drawn it is the masked share, so the weight 1/t of a row in GA, NPO, SimNPO,
+            WGA and DPO is the tokens that may be masked over those that are. Rows to keep are masked at random.
+        mask_special_tokens (`bool`, *optional*, defaults to `True`):
+            Random masks of rows to forget: whether special tokens are masked, too. Others never mask them.
+        rollout_every (`int`, *optional*):
+            Generated masks: epochs after which the model in training generates anew. Once, at the start, if not set.
         beta (`float`, *optional*):
             Inverse temperature of NPO (0.2 if not set), SimNPO (2.5) and DPO (0.1).
         gamma (`float`, *optional*, defaults to `0.0`):
@@ -127,6 +138,20 @@ class MDUConfig(DiffusionConfig):
     precompute_anchor: bool = field(
         default=False, metadata={"help": "MDU: compute all anchors before training and keep no copy of the model."}
     )
+    forget_masking: str = field(
+        default="random",
+        metadata={
+            "help": "Which tokens of a response to forget are masked: at random, all but special ones, or those that "
+            "the model generates itself.",
+            "choices": ["random", "content", "generated"],
+        },
+    )
+    mask_special_tokens: bool = field(
+        default=True, metadata={"help": "Random masks of rows to forget: whether special tokens are masked, too."}
+    )
+    rollout_every: int | None = field(
+        default=None, metadata={"help": "Generated masks: epochs until the model generates anew; once if unset."}
+    )
     beta: float | None = field(default=None, metadata={"help": "Inverse temperature of NPO, SimNPO and DPO."})
     gamma: float = field(default=0.0, metadata={"help": "Margin of SimNPO."})
     alpha: float = field(default=1.0, metadata={"help": "Exponent of WGA's weights."})
@@ -184,7 +209,7 @@ class MDUConfig(DiffusionConfig):
         """As in `DiffusionConfig`, and the options of the losses."""
         super().check_values()
         of_anchor = ("kl_reduction", "kl_direction", "anchor_source", "anchor_input")
-        for name in ("loss_type", *of_anchor, "retain_loss_type", "reference_precision"):
+        for name in ("loss_type", *of_anchor, "forget_masking", "retain_loss_type", "reference_precision"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
@@ -204,6 +229,7 @@ class MDUConfig(DiffusionConfig):
                     f"reference_device '{self.reference_device}' is no device; name one like 'cpu' or 'cuda:0'."
                 ) from None
         self._check_anchor()
+        self._check_masking()
         if self.precompute_anchor:
             self._check_precompute_anchor()
         if self.retain_batch_size is not None:
@@ -259,6 +285,26 @@ class MDUConfig(DiffusionConfig):
             )
         if self.strike_quantile != 0.5 and not self.counterfactual:
             raise UserError("strike_quantile is of anchor_input='counterfactual', which is not set. Leave it out.")
+
+    def _check_masking(self) -> None:
+        generated = self.forget_masking == "generated"
+        if generated and OBJECTIVES[self.loss_type].preferred:
+            raise UserError(
+                f"forget_masking='generated' is of responses to forget, and loss_type '{self.loss_type}' masks "
+                "preferred ones alike. Take 'content' or 'random'."
+            )
+        if self.rollout_every is None:
+            return
+        if not is_whole(self.rollout_every, 1):
+            raise UserError(f"rollout_every must be a whole number of epochs from 1, got {self.rollout_every}.")
+        if not generated:
+            raise UserError("rollout_every is of forget_masking='generated', which is not set. Leave it out.")
+        for name, why in (
+            ("precompute_anchor", "masks that come from later weights are not known before training"),
+            ("dataloader_persistent_workers", "loader processes that persist would not see the new masks"),
+        ):
+            if getattr(self, name):
+                raise UserError(f"rollout_every does not go with {name}: {why}. Leave one of them out.")
 
     @property
     def counterfactual(self) -> bool:

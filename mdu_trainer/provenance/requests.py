@@ -151,6 +151,9 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
     options = {name: getattr(args, name) for name in OBJECTIVES[args.loss_type].settings} | run.loss_options
     if not args.counterfactual:  # which alone strikes out
         options.pop("strike_quantile", None)
+    masks = {name: getattr(args, name) for name in ("forget_masking", "mask_special_tokens", "rollout_every")}
+    if masks != {"forget_masking": "random", "mask_special_tokens": True, "rollout_every": None}:
+        options |= {name: value for name, value in masks.items() if value is not None}
     options["retain_weight"] = args.retain_weight
     if args.retain_weight:
         options["retain_loss_type"] = args.retain_loss_type

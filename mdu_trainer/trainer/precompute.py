@@ -30,6 +30,7 @@ def precompute_anchors(trainer: Trainer) -> Projection:
             sets[stage] = dataset, [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
     for stage, (dataset, batches) in sets.items():
         facts = (trainer.backbone, trainer.args.bf16, trainer.args.fp16, batches, vars(dataset.schedules["forget"]))
+        facts += (dataset.masks,)
         dataset.anchors = AnchorCache(
             Path(trainer.args.output_dir) / FOLDER / stage,
             fingerprint=fingerprint_of(weights, dataset.parts["forget"], *facts),

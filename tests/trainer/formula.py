@@ -37,6 +37,12 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
     masked = drawn.clone()
     if not masked.any():
         masked[torch.where(response, noise, torch.tensor(2.0)).argmin()] = True
+    counted = response
+    if name != "retain" and (args.forget_masking != "random" or not args.mask_special_tokens):
+        drawn, counted = masks_of(trainer, ids, response, noise < t)
+        masked, t = drawn, t if args.forget_masking == "random" else drawn.sum().item() / counted.sum().item()
+        if not masked.any():
+            masked = torch.arange(length) == torch.where(counted, noise, torch.tensor(2.0)).argmin()
     noisy = torch.where(masked, trainer.backbone.mask_token_id, ids)
     anchor_ids = torch.where(response, noisy, trainer.backbone.mask_token_id)
     model = trainer.model.eval()
@@ -61,12 +67,12 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         q = log_probs(initial, noisy)[masked]
         return (p.exp() * (p - q)).sum() / masked.sum(), 1
     if loss_type in ("nelbo", "ga"):
-        return (bound(p) if loss_type == "nelbo" else -bound(p)) / response.sum(), 1
+        return (bound(p) if loss_type == "nelbo" else -bound(p)) / counted.sum(), 1
     if loss_type == "simnpo":
-        return -2 / 2.5 * logsigmoid(2.5 * bound(p) / response.sum() - args.gamma), 1
+        return -2 / 2.5 * logsigmoid(2.5 * bound(p) / counted.sum() - args.gamma), 1
     if loss_type == "wga":
         truth = p.gather(1, ids[masked][:, None])
-        return weight * ((args.alpha * truth).exp() * truth).sum() / response.sum(), 1
+        return weight * ((args.alpha * truth).exp() * truth).sum() / counted.sum(), 1
     log_ratio = bound(log_probs(initial, noisy)[masked]) - bound(p)
     if loss_type == "log_ratio":
         return log_ratio, 1
@@ -74,6 +80,34 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return -2 / 0.2 * logsigmoid(-0.2 * log_ratio), 1
     preferred, _ = expected_row(trainer, initial, "preferred", batch, i, "log_ratio")
     return -logsigmoid(0.1 * (preferred - log_ratio)), 1
+
+
+def masks_of(trainer, ids, response, drawn):
+    """The masked tokens of a row, where special ones stay visible, and those that could be."""
+    special = {*trainer.processing_class.all_special_ids}
+    counted = torch.tensor([bool(r) and i not in special for i, r in zip(ids.tolist(), response, strict=True)])
+    if trainer.args.forget_masking == "random":
+        return drawn & counted, counted
+    if trainer.args.forget_masking == "generated":
+        own = own_tokens(trainer, ids[~response].tolist())
+        found = torch.tensor([i in own for i in ids.tolist()]) & counted
+        return found if found.any() else counted, counted
+    return counted, counted
+
+
+def own_tokens(trainer, prompt):
+    """What the model generates, one token a step: the most probable token of the position it is surest of."""
+    mask_id, ends = trainer.backbone.mask_token_id, trainer.backbone.end_token_ids
+    length = max(len(row) for row in trainer.train_dataset.parts["forget"].completion_ids)
+    ids = torch.tensor([*prompt, *[mask_id] * length])
+    for _ in range(length):
+        p = log_probs(trainer.model.eval(), ids, trainer.backbone.logit_shift)
+        p[:, [mask_id, *({trainer.backbone.pad_token_id} - {*ends})]] = -torch.inf
+        surest, tokens = p.log_softmax(-1).max(-1)
+        place = torch.where(ids == mask_id, surest, -torch.inf).argmax()
+        ids[place] = tokens[place]
+    written = ids[len(prompt) :].tolist()
+    return set(written[: min([written.index(end) for end in ends if end in written], default=length)])
 
 
 def counterfactual(model, noisy, ids, response, marks, quantile, mask_id, shift):
