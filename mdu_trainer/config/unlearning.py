@@ -14,6 +14,8 @@ from .presets import PRESETS, preset
 
 logger = logging.get_logger(__name__)
 
+OWN_ANCHORS = ("initial", "current", "ema")  # values of anchor_source; all others name a checkpoint
+
 
 @dataclass
 class MDUConfig(DiffusionConfig):
@@ -42,10 +44,15 @@ class MDUConfig(DiffusionConfig):
             MDU: `"sequence"` averages over the masked tokens of each row, then over rows (the paper's equation).
             `"token"` averages over the masked tokens of all rows of an update.
         anchor_source (`str`, *optional*, defaults to `"initial"`):
-            MDU: whose prediction is the anchor. `"initial"` is the model at the start; `"current"` is the model in
-            training, without gradient.
+            MDU at tau > 0: whose prediction is the anchor, without gradient. `"initial"` is the model at the start;
+            `"current"` is the model in training; `"ema"` is the moving average of its weights, which takes one more
+            copy. Anything else is the name or path of a checkpoint, such as that from before fine-tuning, loaded once.
+        anchor_ema_decay (`float`, *optional*, defaults to `0.999`):
+            Moving average: what is kept of it in an update.
         anchor_input (`str`, *optional*, defaults to `"masked_prompt"`):
             MDU at tau > 0: what the anchor is predicted from. `"masked_prompt"` (the paper's) masks the whole prompt.
+            `"hidden_prompt"` takes it out of attention, and leaves all tokens where they stand. `"prompt"` shows it;
+            for another checkpoint alone, as the model's own prediction would have it learn nothing.
             `"counterfactual"` keeps the question and masks who it is about: the words that the answer repeats and
             names in the prompt, these and the stored words in the answer; and the true tokens of stored words are
             struck out. So the anchor is what the model would say had it never met the person. Stored words are found
@@ -122,11 +129,19 @@ class MDUConfig(DiffusionConfig):
     )
     anchor_source: str = field(
         default="initial",
-        metadata={"help": "MDU: the anchor is the model's at the start, or now.", "choices": ["initial", "current"]},
+        metadata={
+            "help": "MDU: whose prediction is the anchor: initial, current, ema, or a checkpoint's name or path."
+        },
+    )
+    anchor_ema_decay: float = field(
+        default=0.999, metadata={"help": "MDU: what an update keeps of the average that is the anchor's source."}
     )
     anchor_input: str = field(
         default="masked_prompt",
-        metadata={"help": "MDU: what the anchor is predicted from.", "choices": ["masked_prompt", "counterfactual"]},
+        metadata={
+            "help": "MDU: what the anchor is predicted from.",
+            "choices": ["masked_prompt", "hidden_prompt", "prompt", "counterfactual"],
+        },
     )
     strike_quantile: float | None = field(
         default=0.5, metadata={"help": "Counterfactual anchor: where in the vocabulary a struck token lies."}
@@ -208,7 +223,7 @@ class MDUConfig(DiffusionConfig):
     def check_values(self) -> None:
         """As in `DiffusionConfig`, and the options of the losses."""
         super().check_values()
-        of_anchor = ("kl_reduction", "kl_direction", "anchor_source", "anchor_input")
+        of_anchor = ("kl_reduction", "kl_direction", "anchor_input")
         for name in ("loss_type", *of_anchor, "forget_masking", "retain_loss_type", "reference_precision"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
@@ -285,6 +300,41 @@ class MDUConfig(DiffusionConfig):
             )
         if self.strike_quantile != 0.5 and not self.counterfactual:
             raise UserError("strike_quantile is of anchor_input='counterfactual', which is not set. Leave it out.")
+        self._check_anchor_source()
+
+    def _check_anchor_source(self) -> None:
+        if not isinstance(self.anchor_source, str) or not self.anchor_source:
+            raise UserError(
+                f"anchor_source must be {', '.join(OWN_ANCHORS)}, or a checkpoint's name or path, got "
+                f"{self.anchor_source!r}."
+            )
+        if self.anchor_input == "prompt" and self.anchor_checkpoint is None:
+            raise UserError(
+                f"anchor_input='prompt' with anchor_source='{self.anchor_source}' asks the model for its own "
+                "prediction: the KL would be zero, and nothing forgotten. Name another checkpoint as anchor_source, "
+                "or take anchor_input='masked_prompt'."
+            )
+        check_numbers(self, {"anchor_ema_decay": POSITIVE})
+        if self.anchor_ema_decay >= 1:
+            raise UserError(f"anchor_ema_decay must be smaller than 1, got {self.anchor_ema_decay}.")
+        if self.anchor_ema_decay != 0.999 and self.anchor_source != "ema":
+            raise UserError("anchor_ema_decay is of anchor_source='ema', which is not set. Leave it out.")
+        if self.anchor_source == "ema" and self.reference_precision != "full":
+            raise UserError(
+                f"reference_precision='{self.reference_precision}' is of a copy that does not change, and "
+                "anchor_source='ema' averages weights. Leave it out, or set reference_device='cpu'."
+            )
+
+    @property
+    def anchor_checkpoint(self) -> str | None:
+        """The name or path of another checkpoint whose prediction is the anchor."""
+        return None if self.anchor_source in OWN_ANCHORS else self.anchor_source
+
+    @property
+    def may_equal_anchor(self) -> bool:
+        """Whether a row without a prompt has the model's own prediction for an anchor."""
+        own = self.tau == 1 and self.anchor_checkpoint is None and not self.counterfactual
+        return own and OBJECTIVES[self.loss_type].anchor
 
     def _check_masking(self) -> None:
         generated = self.forget_masking == "generated"
@@ -312,10 +362,10 @@ class MDUConfig(DiffusionConfig):
         return self.anchor_input == "counterfactual"
 
     def _check_precompute_anchor(self) -> None:
-        if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":
+        if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source in ("current", "ema"):
             raise UserError(
-                "precompute_anchor is for loss_type='mdu' at tau > 0 with anchor_source='initial'; here no anchor is "
-                "read that could be computed before training. Leave it out."
+                "precompute_anchor is for loss_type='mdu' at tau > 0 with an anchor_source that does not change; here "
+                "no anchor is read that could be computed before training. Leave it out."
             )
         if self.retain_weight and self.retain_loss_type == "kl":
             raise UserError(

@@ -24,10 +24,12 @@ from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
 from ..models import measure_at
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
-from .anchors import compute_before_training, make_reference, predict_anchor
+from .anchors import make_anchor, make_reference, predict_anchor
+from .average import MovingAverage
 from .evaluating import Score, Scores, has_both
 from .forget_rows import check_prompts, check_retain, warn_of_overlap
 from .mdlm import Batch, MDLMTrainer
+from .precompute import compute_before_training
 from .reference import Reference
 from .rewind import check_rewind, rewind
 from .rollouts import Rollout, check_room, load_rollout, save_rollout, set_masks
@@ -94,6 +96,7 @@ class MDUTrainer(MDLMTrainer):
         super().__init__(model, args, train_dataset, *others, **options)
         self._anchor_head: Projection | None = None  # of the anchors computed before training
         self.reference = make_reference(self)
+        self.anchor = make_anchor(self)
         self.provenance = self._open_provenance(train_dataset, retain_dataset)
 
     @property
@@ -113,6 +116,7 @@ class MDUTrainer(MDLMTrainer):
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
         self._anchor_head, self._rewound = None, False
         self.reference = make_reference(self)
+        self.anchor = make_anchor(self)
 
     def _prepare_training(self) -> None:
         for stage, dataset in {"train": self.train_dataset, **self._eval_sets}.items():
@@ -137,7 +141,8 @@ class MDUTrainer(MDLMTrainer):
         weight = {name: batch["weight"] for name, batch in inputs.items()}  # [B], 0 for pairs that fill up a batch
         forget, retain = noised.get("forget"), noised.get("retain")
 
-        # 2. The anchor: theta_0 on (m, y_t) at M_t, [N, V] before its head; at tau = 0 it is uniform, without a pass
+        # 2. The anchor: theta_0 on (m, y_t) at M_t, or what `anchor_source` and `anchor_input` say, [N, V] before its
+        # head; at tau = 0 it is uniform, without a pass
         anchored = forget is not None and self.forget_objective.anchor and self.args.tau > 0
         anchor = predict_anchor(self, model, inputs["forget"], forget) if anchored else None
 
@@ -218,11 +223,7 @@ class MDUTrainer(MDLMTrainer):
 
     @property
     def _theta_0(self) -> Reference:
-        if self.reference is None:
-            raise UserError(
-                "The anchors of this eval set were not computed before training. Pass it to the constructor, or set "
-                "precompute_anchor=False."
-            )
+        assert self.reference is not None
         return self.reference
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
@@ -249,7 +250,7 @@ class MDUTrainer(MDLMTrainer):
     def _check_run(self) -> None:
         super()._check_run()
         check_rewind(self)
-        if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1 and not self.args.counterfactual:
+        if self.train_dataset and self.args.may_equal_anchor:
             check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
         if self.args.forget_masking == "generated":
             check_room(self.train_dataset.parts["forget"], self.backbone.context_length)
@@ -336,11 +337,15 @@ class MDUTrainer(MDLMTrainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         save_rollout(self, output_dir)
+        if isinstance(self.anchor, MovingAverage) and self.args.should_save:
+            self.anchor.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_rollout(self, checkpoint)
+        if checkpoint is not None and isinstance(self.anchor, MovingAverage):
+            self.anchor.load(checkpoint)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, private unless `private` or `args.hub_private_repo` says otherwise."""

@@ -34,6 +34,19 @@ def make_speaker(make_model, tokenizer, sets):
 
 
 @pytest.fixture
+def save_other(make_model, tokenizer, tmp_path):
+    """`save_other(dtype, **kwargs)`: the folder of another checkpoint of the same vocabulary."""
+
+    def save(dtype=torch.float32, processing_class=tokenizer, **kwargs):
+        folder = tmp_path / "other"
+        make_model(**({"seed": 7} | kwargs)).to(dtype).save_pretrained(folder)
+        processing_class.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture
 def make_trainer(make_model, tokenizer, sets, tmp_path):
     def make(model=None, forget=sets[0], retain=sets[1], cls=MDUTrainer, **kwargs):
         config = MDUConfig if cls is MDUTrainer else MDLMConfig

@@ -1,5 +1,7 @@
 """The losses by their formulas: one row at a time, without padding, hooks or shared code."""
 
+import copy
+
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -54,12 +56,13 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return -weight * log_p.gather(1, ids[masked][:, None]).sum()
 
     if loss_type == "mdu":
-        live = model if args.anchor_source == "current" else initial
+        live = {"initial": initial, "current": model}.get(args.anchor_source) or trainer.expected_source
         if args.anchor_input == "counterfactual":
             how = part["secrets"][i, :length], args.strike_quantile, trainer.backbone.mask_token_id, shift
             logits = counterfactual(live, noisy, ids, response, *how)[masked]
         else:
-            logits = log_probs(live, anchor_ids)[masked]
+            shown = {"masked_prompt": anchor_ids, "prompt": noisy, "hidden_prompt": noisy[response]}[args.anchor_input]
+            logits = log_probs(live, shown)[masked[-len(shown) :]]
         q = (args.tau * logits).log_softmax(-1)
         large, other = (q, p) if args.kl_direction == "forward" else (p, q)
         return (large.exp() * (large - other)).sum() / masked.sum(), masked.sum()
@@ -108,6 +111,15 @@ def own_tokens(trainer, prompt):
         ids[place] = tokens[place]
     written = ids[len(prompt) :].tolist()
     return set(written[: min([written.index(end) for end in ends if end in written], default=length)])
+
+
+def averaged(model, live, decay):
+    """A model with the weights decay w + (1 - decay) w_live."""
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for mean, p in zip(average.parameters(), live.parameters(), strict=True):
+            mean.copy_(decay * mean + (1 - decay) * p)
+    return average
 
 
 def counterfactual(model, noisy, ids, response, marks, quantile, mask_id, shift):
