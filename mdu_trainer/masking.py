@@ -99,7 +99,7 @@ class Noised(NamedTuple):
         targets: `[N]`, the true tokens at the masked positions.
         batch_index: `[N]`, the example of each masked position.
         num_masked: `[B]`, |M_t|.
-        num_response: `[B]`, |y|.
+        num_response: `[B]`, |y|: the positions of the response that may be masked.
         weight: `[B]`, 1/t; 0 where the draw had masked nothing, so that the bound stays unbiased.
         strike: what is struck out of the anchor, where it is counterfactual.
     """
@@ -174,7 +174,8 @@ def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
 
     Args:
         batch: `input_ids`, `attention_mask`, `completion_mask` and `noise` `[B, L]`, and `t` `[B]`. With `secrets`
-            `[B, L]` (`mdu_trainer.data.secrets`) the anchor is counterfactual.
+            `[B, L]` (`mdu_trainer.data.secrets`) the anchor is counterfactual; with `maskable` `[B, L]`
+            (`mdu_trainer.data.forget_masks`) not all of a response counts.
         mask_token_id: id of [MASK].
     """
     ids, response, attention_mask = (batch[name] for name in ("input_ids", "completion_mask", "attention_mask"))
@@ -188,7 +189,7 @@ def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
         targets=ids[masked],
         batch_index=masked.nonzero(as_tuple=True)[0],
         num_masked=masked.sum(dim=1),
-        num_response=response.sum(dim=1),
+        num_response=batch.get("maskable", response).sum(dim=1),
         weight=~drew_nothing / batch["t"],
     )
     if "secrets" not in batch:

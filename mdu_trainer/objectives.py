@@ -166,6 +166,18 @@ _COUNTERFACTUAL = Variant(
     "and the true tokens of stored words are struck out, so that they get the logit of a middling token.",
     formula=_KL + r"\mathrm{strike}_{y_i}[\mathrm{logits}_{\theta_0}(x^\prime,y^\prime_t)_i])\big)\Big]",
 )
+_HIDDEN = Variant(
+    title="Masked Diffusion Unlearning",
+    words="The prediction for a pair (x, y) to forget was pulled towards what is predicted when attention does not "
+    "reach the prompt, flattened by tau: 0 is the uniform distribution, 1 the plain prediction without the prompt.",
+    formula=_KL + r"\mathrm{logits}_{\theta_0}(y_t)_i)\big)\Big]",
+)
+_CONDITIONAL = Variant(
+    title="Masked Diffusion Unlearning towards another checkpoint",
+    words="The prediction for a pair (x, y) to forget was pulled towards that of another checkpoint, theta_a, for the "
+    "same pair, flattened by tau: 0 is the uniform distribution, 1 the plain prediction.",
+    formula=_KL + r"\mathrm{logits}_{\theta_a}(x,y_t)_i)\big)\Big]",
+)
 
 OBJECTIVES: dict[str, Objective] = {
     "mdu": Objective(
@@ -175,8 +187,10 @@ OBJECTIVES: dict[str, Objective] = {
         words="The prediction for a pair (x, y) to forget was pulled towards what the model predicts when it cannot "
         "see the prompt, flattened by tau: 0 is the uniform distribution, 1 the plain prompt-masked prediction.",
         formula=_KL + r"\mathrm{logits}_{\theta_0}(m,y_t)_i)\big)\Big]",
-        settings=("kl_reduction", "kl_direction", "anchor_source", "anchor_input", "strike_quantile"),
-        variants={"counterfactual": _COUNTERFACTUAL},
+        settings=(
+            *("kl_reduction", "kl_direction", "anchor_source", "anchor_ema_decay", "anchor_input", "strike_quantile"),
+        ),
+        variants={"counterfactual": _COUNTERFACTUAL, "hidden_prompt": _HIDDEN, "prompt": _CONDITIONAL},
         anchor=True,
         linear=True,
     ),

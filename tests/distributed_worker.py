@@ -33,6 +33,12 @@ CASES = {
     "mdu by length": {"tau": 0.5, "train_sampling_strategy": "group_by_length"},
     "mdu precomputed": {"tau": 0.5, "precompute_anchor": True},
     "mdu more retain rows": {"tau": 0.5, "retain_batch_size": 8},  # two with each forget row: an epoch is 11 pairs
+    "mdu own tokens": {
+        "tau": 0.5,
+        "forget_masking": "generated",
+        "rollout_every": 1,  # the second time with weights that may be sharded
+        "anchor_input": "hidden_prompt",
+    },
     "npo": {"loss_type": "npo"},
     "retain kl": {"loss_type": "ga", "retain_loss_type": "kl"},
 }
@@ -70,6 +76,10 @@ def make_trainer(folder: Path, backend: str, case: str) -> MDUTrainer:
     if backend == "fsdp2":
         use_fsdp2()
     model = tiny_mdlm(tokenizer, hidden_size=32, num_layers=2, num_heads=2, initializer_range=0.1)
+    if args.forget_masking == "generated":  # so that it generates words of the answers
+        words = tokenizer(" ".join(authors["answer"][:8]))["input_ids"]
+        with torch.no_grad():
+            model.lm_head.weight[sorted({*words})[::2]] *= 10
     adapter = LORA if adapter else None
     few: Dataset = retain.select(range(7))
     return MDUTrainer(model, args, forget.select(range(11)), retain.select(range(21)), few, tokenizer, adapter)

@@ -67,13 +67,18 @@ class ComparisonConfig(MDUConfig):
 
     def runs(self) -> list[MDUConfig]:
         """The configuration of each run, with a folder of its own."""
-        check_once(self, "loss_type", "tau", "preset")
+        check_once(self, *self.lists)
         runs = []
         for method in self.methods:
             name, tau = method_name(method), f"-tau{method['tau']:.12g}"
             folder = self.folder / (f"{name}{tau}" if name == "mdu" else name)
             runs.append(MDUConfig(**self.shared | method | {"output_dir": str(folder)}))
         return runs
+
+    @property
+    def lists(self) -> list[str]:
+        """The options of which each value is a run of its own; a comparison may be without presets."""
+        return ["loss_type", "tau", *(["preset"] if self.preset else [])]
 
     @property
     def shared(self) -> dict[str, Any]:

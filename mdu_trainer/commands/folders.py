@@ -19,6 +19,7 @@ from ..provenance.forget_hashes import HASHES_FILE
 from ..report.page import ANALYSES, PAGE
 from ..report.records import RECOVERY, RESULTS
 from ..trainer.anchor_cache import FOLDER as ANCHORS
+from ..trainer.rollouts import FOLDER as ROLLOUTS
 from ..trainer.run_record import RUN_FILE
 from . import AGAIN, task
 from .checks import check_not_written, check_output_folder
@@ -30,7 +31,7 @@ PICTURES = ("tradeoff.png", "losses.png", "frontier.png", "frontier.svg")
 # Beside the models. Also analyses of the models before: the page would take them for those of the new ones
 WRITTEN = (RESULTS, *PICTURES, PAGE, *ANALYSES, CONFIG)
 TRAINED = "trainer_state.json"  # of a trained model, written last: a folder that has it holds a whole model
-MODEL_PATTERNS = ("checkpoint-*", "model*.safetensors*", "adapter_*", f"{ANCHORS}*", "*-rows.jsonl")
+MODEL_PATTERNS = ("checkpoint-*", "model*.safetensors*", "adapter_*", f"{ANCHORS}*", ROLLOUTS, "*-rows.jsonl")
 MODEL_FILES = (*CONFIGS, *TOKENIZER, TEMPLATES, TRAINED, "README.md", "training_args.bin")
 RECORDS = (FACTS_FILE, HASHES_FILE, RUN_FILE, RECOVERY)
 RESUME = f"{AGAIN} with --resume"

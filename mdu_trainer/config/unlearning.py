@@ -14,6 +14,8 @@ from .presets import PRESETS, preset
 
 logger = logging.get_logger(__name__)
 
+OWN_ANCHORS = ("initial", "current", "ema")  # values of anchor_source; all others name a checkpoint
+
 
 @dataclass
 class MDUConfig(DiffusionConfig):
@@ -42,10 +44,15 @@ class MDUConfig(DiffusionConfig):
             MDU: `"sequence"` averages over the masked tokens of each row, then over rows (the paper's equation).
             `"token"` averages over the masked tokens of all rows of an update.
         anchor_source (`str`, *optional*, defaults to `"initial"`):
-            MDU: whose prediction is the anchor. `"initial"` is the model at the start; `"current"` is the model in
-            training, without gradient.
+            MDU at tau > 0: whose prediction is the anchor, without gradient. `"initial"` is the model at the start;
+            `"current"` is the model in training; `"ema"` is the moving average of its weights, which takes one more
+            copy. Anything else is the name or path of a checkpoint, such as that from before fine-tuning, loaded once.
+        anchor_ema_decay (`float`, *optional*, defaults to `0.999`):
+            Moving average: what is kept of it in an update.
         anchor_input (`str`, *optional*, defaults to `"masked_prompt"`):
             MDU at tau > 0: what the anchor is predicted from. `"masked_prompt"` (the paper's) masks the whole prompt.
+            `"hidden_prompt"` takes it out of attention, and leaves all tokens where they stand. `"prompt"` shows it;
+            for another checkpoint alone, as the model's own prediction would have it learn nothing.
             `"counterfactual"` keeps the question and masks who it is about: the words that the answer repeats and
             names in the prompt, these and the stored words in the answer; and the true tokens of stored words are
             struck out. So the anchor is what the model would say had it never met the person. Stored words are found
@@ -59,6 +66,17 @@ class MDUConfig(DiffusionConfig):
             MDU at tau > 0: compute all anchors before training, into `anchor_cache` in the output folder, and keep no
             copy of the model. A resumed run reads what is there. The file is derived from forget data and is not for
             sharing.
+        forget_masking (`str`, *optional*, defaults to `"random"`):
+            Which tokens of a response to forget are masked. `"random"` masks each with probability t. `"content"`
+            masks all but special tokens (the end of a turn), which stay visible and out of the loss. `"generated"`
+            masks those of them that occur among the tokens that the model itself generates for the prompt: greedily,
+            as many as the longest response has, in at most 128 steps. A row without such a token is masked as by
+            `"content"`. Where t is not drawn it is the masked share, so the weight 1/t of a row in GA, NPO, SimNPO,
+            WGA and DPO is the tokens that may be masked over those that are. Rows to keep are masked at random.
+        mask_special_tokens (`bool`, *optional*, defaults to `True`):
+            Random masks of rows to forget: whether special tokens are masked, too. Others never mask them.
+        rollout_every (`int`, *optional*):
+            Generated masks: epochs after which the model in training generates anew. Once, at the start, if not set.
         beta (`float`, *optional*):
             Inverse temperature of NPO (0.2 if not set), SimNPO (2.5) and DPO (0.1).
         gamma (`float`, *optional*, defaults to `0.0`):
@@ -111,11 +129,19 @@ class MDUConfig(DiffusionConfig):
     )
     anchor_source: str = field(
         default="initial",
-        metadata={"help": "MDU: the anchor is the model's at the start, or now.", "choices": ["initial", "current"]},
+        metadata={
+            "help": "MDU: whose prediction is the anchor: initial, current, ema, or a checkpoint's name or path."
+        },
+    )
+    anchor_ema_decay: float = field(
+        default=0.999, metadata={"help": "MDU: what an update keeps of the average that is the anchor's source."}
     )
     anchor_input: str = field(
         default="masked_prompt",
-        metadata={"help": "MDU: what the anchor is predicted from.", "choices": ["masked_prompt", "counterfactual"]},
+        metadata={
+            "help": "MDU: what the anchor is predicted from.",
+            "choices": ["masked_prompt", "hidden_prompt", "prompt", "counterfactual"],
+        },
     )
     strike_quantile: float | None = field(
         default=0.5, metadata={"help": "Counterfactual anchor: where in the vocabulary a struck token lies."}
@@ -126,6 +152,20 @@ class MDUConfig(DiffusionConfig):
     )
     precompute_anchor: bool = field(
         default=False, metadata={"help": "MDU: compute all anchors before training and keep no copy of the model."}
+    )
+    forget_masking: str = field(
+        default="random",
+        metadata={
+            "help": "Which tokens of a response to forget are masked: at random, all but special ones, or those that "
+            "the model generates itself.",
+            "choices": ["random", "content", "generated"],
+        },
+    )
+    mask_special_tokens: bool = field(
+        default=True, metadata={"help": "Random masks of rows to forget: whether special tokens are masked, too."}
+    )
+    rollout_every: int | None = field(
+        default=None, metadata={"help": "Generated masks: epochs until the model generates anew; once if unset."}
     )
     beta: float | None = field(default=None, metadata={"help": "Inverse temperature of NPO, SimNPO and DPO."})
     gamma: float = field(default=0.0, metadata={"help": "Margin of SimNPO."})
@@ -183,8 +223,8 @@ class MDUConfig(DiffusionConfig):
     def check_values(self) -> None:
         """As in `DiffusionConfig`, and the options of the losses."""
         super().check_values()
-        of_anchor = ("kl_reduction", "kl_direction", "anchor_source", "anchor_input")
-        for name in ("loss_type", *of_anchor, "retain_loss_type", "reference_precision"):
+        of_anchor = ("kl_reduction", "kl_direction", "anchor_input")
+        for name in ("loss_type", *of_anchor, "forget_masking", "retain_loss_type", "reference_precision"):
             choices = type(self).__dataclass_fields__[name].metadata["choices"]
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
@@ -204,6 +244,7 @@ class MDUConfig(DiffusionConfig):
                     f"reference_device '{self.reference_device}' is no device; name one like 'cpu' or 'cuda:0'."
                 ) from None
         self._check_anchor()
+        self._check_masking()
         if self.precompute_anchor:
             self._check_precompute_anchor()
         if self.retain_batch_size is not None:
@@ -259,6 +300,61 @@ class MDUConfig(DiffusionConfig):
             )
         if self.strike_quantile != 0.5 and not self.counterfactual:
             raise UserError("strike_quantile is of anchor_input='counterfactual', which is not set. Leave it out.")
+        self._check_anchor_source()
+
+    def _check_anchor_source(self) -> None:
+        if not isinstance(self.anchor_source, str) or not self.anchor_source:
+            raise UserError(
+                f"anchor_source must be {', '.join(OWN_ANCHORS)}, or a checkpoint's name or path, got "
+                f"{self.anchor_source!r}."
+            )
+        if self.anchor_input == "prompt" and self.anchor_checkpoint is None:
+            raise UserError(
+                f"anchor_input='prompt' with anchor_source='{self.anchor_source}' asks the model for its own "
+                "prediction: the KL would be zero, and nothing forgotten. Name another checkpoint as anchor_source, "
+                "or take anchor_input='masked_prompt'."
+            )
+        check_numbers(self, {"anchor_ema_decay": POSITIVE})
+        if self.anchor_ema_decay >= 1:
+            raise UserError(f"anchor_ema_decay must be smaller than 1, got {self.anchor_ema_decay}.")
+        if self.anchor_ema_decay != 0.999 and self.anchor_source != "ema":
+            raise UserError("anchor_ema_decay is of anchor_source='ema', which is not set. Leave it out.")
+        if self.anchor_source == "ema" and self.reference_precision != "full":
+            raise UserError(
+                f"reference_precision='{self.reference_precision}' is of a copy that does not change, and "
+                "anchor_source='ema' averages weights. Leave it out, or set reference_device='cpu'."
+            )
+
+    @property
+    def anchor_checkpoint(self) -> str | None:
+        """The name or path of another checkpoint whose prediction is the anchor."""
+        return None if self.anchor_source in OWN_ANCHORS else self.anchor_source
+
+    @property
+    def may_equal_anchor(self) -> bool:
+        """Whether a row without a prompt has the model's own prediction for an anchor."""
+        own = self.tau == 1 and self.anchor_checkpoint is None and not self.counterfactual
+        return own and OBJECTIVES[self.loss_type].anchor
+
+    def _check_masking(self) -> None:
+        generated = self.forget_masking == "generated"
+        if generated and OBJECTIVES[self.loss_type].preferred:
+            raise UserError(
+                f"forget_masking='generated' is of responses to forget, and loss_type '{self.loss_type}' masks "
+                "preferred ones alike. Take 'content' or 'random'."
+            )
+        if self.rollout_every is None:
+            return
+        if not is_whole(self.rollout_every, 1):
+            raise UserError(f"rollout_every must be a whole number of epochs from 1, got {self.rollout_every}.")
+        if not generated:
+            raise UserError("rollout_every is of forget_masking='generated', which is not set. Leave it out.")
+        for name, why in (
+            ("precompute_anchor", "masks that come from later weights are not known before training"),
+            ("dataloader_persistent_workers", "loader processes that persist would not see the new masks"),
+        ):
+            if getattr(self, name):
+                raise UserError(f"rollout_every does not go with {name}: {why}. Leave one of them out.")
 
     @property
     def counterfactual(self) -> bool:
@@ -266,10 +362,10 @@ class MDUConfig(DiffusionConfig):
         return self.anchor_input == "counterfactual"
 
     def _check_precompute_anchor(self) -> None:
-        if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source == "current":
+        if self.loss_type != "mdu" or self.tau == 0 or self.anchor_source in ("current", "ema"):
             raise UserError(
-                "precompute_anchor is for loss_type='mdu' at tau > 0 with anchor_source='initial'; here no anchor is "
-                "read that could be computed before training. Leave it out."
+                "precompute_anchor is for loss_type='mdu' at tau > 0 with an anchor_source that does not change; here "
+                "no anchor is read that could be computed before training. Leave it out."
             )
         if self.retain_weight and self.retain_loss_type == "kl":
             raise UserError(

@@ -23,6 +23,7 @@ from ..files import UserError
 from ..masking import KEPT, MaskSchedule, pad_rows, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
+from .forget_masks import ForgetMasks
 from .reading import Row, check_table, read_row, read_rows
 from .secrets import SPANS, SecretMarker
 
@@ -218,6 +219,7 @@ class RowPairs(torch.utils.data.Dataset):
     Attributes:
         anchors: (visit, row) -> `[n, H]`, the anchors of a forget row's masked tokens, where they were computed
             before training. A loader reads ahead of the last step: rows beyond it have none.
+        masks: of the rows to forget, where time and noise alone do not decide what is masked.
     """
 
     def __init__(
@@ -234,6 +236,7 @@ class RowPairs(torch.utils.data.Dataset):
         self.schedules = schedules
         self.rows_a_counter = rows_a_counter or {}
         self.anchors: Mapping[tuple[int, int], Tensor] = {}
+        self.masks: ForgetMasks | None = None
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def __len__(self) -> int:
@@ -270,6 +273,8 @@ class RowPairs(torch.utils.data.Dataset):
             item["secrets"] = rows.secrets[row]
         if name == "forget" and (visit, row) in self.anchors:
             item["anchor"] = self.anchors[visit, row]
+        if name == "forget" and self.masks is not None:
+            item["masks"] = self.masks
         return item
 
     def _order(self, name: str, visit: int) -> Tensor:
@@ -336,7 +341,7 @@ class DataCollatorForUnlearning:
     batches of the last update of an epoch, 1 for all others. Where rows have a preferred response, a further batch
     "preferred" holds prompt and preferred response, masked as the one to forget. Anchors that were computed before
     training stand in `anchor`, `[N, H]` for the N masked tokens. For a counterfactual anchor `secrets`, int64
-    `[B, L]`, says what it hides.
+    `[B, L]`, says what it hides. Where not all of a response may be masked, `maskable`, bool `[B, L]`, says what.
 
     Args:
         pad_token_id: id that fills the padding.
@@ -373,6 +378,8 @@ class DataCollatorForUnlearning:
             "noise": noise,
             "weight": torch.tensor([row["weight"] for row in rows]),
         }
+        if "masks" in rows[0]:
+            batch |= rows[0]["masks"].apply(number, input_ids, response_mask, t, noise)
         if response == "completion_ids" and "secrets" in rows[0]:
             batch["secrets"] = pad_rows([row["secrets"] for row in rows], KEPT)[0]
         if all("anchor" in row for row in rows):

@@ -11,6 +11,7 @@ from .head import hidden_at, logits_at, measure_at
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import base_of, is_adapter, load_checkpoint, load_model, load_tokenizer
+from .positions import position_ids
 from .probe import evaluation_mode
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "load_tokenizer",
+    "position_ids",
     "resolve_backbone",
     "measure_at",
     "logits_at",

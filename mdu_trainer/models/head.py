@@ -77,13 +77,23 @@ def measure_at(
 
 @torch.no_grad()
 def hidden_at(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, selected: Tensor, *, logit_shift: bool = False
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    selected: Tensor,
+    *,
+    logit_shift: bool = False,
+    position_ids: Tensor | None = None,
 ) -> Prediction:
     """Return the predictions of the selected tokens as the head's input, or as logits where it cannot be fused.
 
     The weights are left out: a wrapper may hold them only during its forward.
+
+    Args:
+        model, input_ids, attention_mask, selected, logit_shift: as in `logits_at`.
+        position_ids: `[B, L]`, where the model counts positions by what attention sees, and is not to.
     """
-    wanted = _Wanted(model, input_ids, attention_mask, selected, logit_shift)
+    wanted = _Wanted(model, input_ids, attention_mask, selected, logit_shift, position_ids)
     hidden = _inside(wanted, lambda projection: projection.hidden)
     return _logits(wanted) if hidden is None else Projection(hidden)
 
@@ -96,10 +106,12 @@ class _Wanted(NamedTuple):
     attention_mask: Tensor
     selected: Tensor
     logit_shift: bool
+    position_ids: Tensor | None = None
 
     def run(self) -> Tensor:
         """The logits that the forward returns, or what the hooks have put in their place."""
-        return logits_of(self.model(input_ids=self.input_ids, attention_mask=self.attention_mask))
+        places = {} if self.position_ids is None else {"position_ids": self.position_ids}
+        return logits_of(self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, **places))
 
     def keep(self, states: Tensor) -> Tensor:
         """The wanted of `[B, L, ...]` states: `[N, ...]`. Perceiver's logits are longer than its input."""

@@ -151,6 +151,13 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
     options = {name: getattr(args, name) for name in OBJECTIVES[args.loss_type].settings} | run.loss_options
     if not args.counterfactual:  # which alone strikes out
         options.pop("strike_quantile", None)
+    if args.anchor_source != "ema":
+        options.pop("anchor_ema_decay", None)
+    if "anchor_source" in options and args.anchor_checkpoint is not None:
+        options["anchor_source"] = _published_name(args.anchor_checkpoint)
+    masks = {name: getattr(args, name) for name in ("forget_masking", "mask_special_tokens", "rollout_every")}
+    if masks != {"forget_masking": "random", "mask_special_tokens": True, "rollout_every": None}:
+        options |= {name: value for name, value in masks.items() if value is not None}
     options["retain_weight"] = args.retain_weight
     if args.retain_weight:
         options["retain_loss_type"] = args.retain_loss_type
@@ -172,8 +179,7 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
         micro_batch = args.retain_batch_size * args.gradient_accumulation_steps
         training["retain_rows_an_update"] = micro_batch * args.world_size
     if args.rewind_to is not None:
-        on_hub = HUB_ID.fullmatch(args.rewind_to) and not Path(args.rewind_to).exists()
-        training["rewound"] = f"{args.rewind_share:g} of the way to {args.rewind_to if on_hub else 'a local model'}"
+        training["rewound"] = f"{args.rewind_share:g} of the way to {_published_name(args.rewind_to)}"
     return Facts(
         method=args.loss_type,
         tau=args.tau if OBJECTIVES[args.loss_type].anchor else None,
@@ -189,6 +195,11 @@ def facts_of_run(run: Run, forget: SetFacts, retain: SetFacts | None) -> Facts:
         training=training,
         versions={"mdu_trainer": __version__} | {package: version(package) for package in PACKAGES},
     )
+
+
+def _published_name(name: str) -> str:
+    """A model's name on the Hub; a path tells strangers nothing, and may tell too much."""
+    return name if HUB_ID.fullmatch(name) and not Path(name).exists() else "a local model"
 
 
 def _cached_commit(name: str, revision: str | None) -> str | None:

@@ -64,8 +64,16 @@ class DistributedBackend:
         # FSDP2 keeps some weights whole between passes, but their memory is its own
         return weight.detach().clone() if self.fsdp is not None else weight.detach()
 
-    def place_whole(self, model: nn.Module) -> None:
+    def place_whole(
+        self,
+        model: nn.Module,
+        option: str = "precompute_anchor",
+        instead: str = "precompute_anchor=False, which keeps a sharded frozen copy instead",
+    ) -> None:
         """Put a model that is not wrapped yet on this process's device, where it takes part in no communication.
+
+        Args:
+            option, instead: what the message says needs it, and what does not.
 
         Raises:
             ValueError: this process does not hold the whole model.
@@ -74,9 +82,9 @@ class DistributedBackend:
         weights = list(model.parameters())
         if loaded_once or any(hasattr(p, "ds_id") or isinstance(p, DTensor) or p.is_meta for p in weights):
             raise UserError(
-                "precompute_anchor needs the whole model in every process before training, but it was sharded while "
+                f"{option} needs the whole model in every process before training, but it was sharded while "
                 "it was loaded. Set fsdp_cpu_ram_efficient_loading: false (FSDP2) or zero3_init_flag: false (ZeRO-3), "
-                "or precompute_anchor=False, which keeps a sharded frozen copy instead."
+                f"or {instead}."
             )
         device = self.accelerator.device
         if any(p.device.type != device.type for p in weights):

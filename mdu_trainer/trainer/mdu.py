@@ -11,24 +11,28 @@ from datasets import Dataset
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..config import MDUConfig
 from ..data.roles import Labeller
-from ..data.rows import TokenizedRows
+from ..data.rows import RowPairs, TokenizedRows
 from ..data.secrets import SecretMarker, warn_of_secrets, warn_of_spans
 from ..divergence import AnchorKL, Joint, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
-from ..models import evaluation_mode, hidden_at, measure_at
+from ..models import measure_at
 from ..objectives import OBJECTIVES, ForgetTerms, Objective, diffusion_bound, mean_by_example
+from .anchors import make_anchor, make_reference, predict_anchor
+from .average import MovingAverage
 from .evaluating import Score, Scores, has_both
 from .forget_rows import check_prompts, check_retain, warn_of_overlap
 from .mdlm import Batch, MDLMTrainer
-from .precompute import precompute_anchors
+from .precompute import compute_before_training
 from .reference import Reference
 from .rewind import check_rewind, rewind
+from .rollouts import Rollout, check_room, load_rollout, save_rollout, set_masks
 
 logger = logging.get_logger(__name__)
 
@@ -71,6 +75,7 @@ class MDUTrainer(MDLMTrainer):
     config_class = MDUConfig
     _doing = "unlearning"
     _publishes_by_list = True
+    _rollout: Rollout | None = None  # what the rows to forget are masked by, where the model generates it
     _rewound = False  # whether the model was set back towards the one before fine-tuning
 
     def __init__(
@@ -90,7 +95,8 @@ class MDUTrainer(MDLMTrainer):
         self._marker: SecretMarker | None = None  # of what a counterfactual anchor hides
         super().__init__(model, args, train_dataset, *others, **options)
         self._anchor_head: Projection | None = None  # of the anchors computed before training
-        self.reference = self._make_reference()
+        self.reference = make_reference(self)
+        self.anchor = make_anchor(self)
         self.provenance = self._open_provenance(train_dataset, retain_dataset)
 
     @property
@@ -109,27 +115,13 @@ class MDUTrainer(MDLMTrainer):
         if self.forget_objective.preferred and self.train_dataset and not self.train_dataset.parts["forget"].preferred:
             raise UserError("loss_type 'dpo' takes other rows than the rest: make a trainer of its own for it.")
         self._anchor_head, self._rewound = None, False
-        self.reference = self._make_reference()
-
-    def _make_reference(self) -> Reference | None:
-        args = self.args
-        anchored = self.forget_objective.anchor and args.tau > 0 and args.anchor_source == "initial"
-        retain_kl = args.retain_weight > 0 and args.retain_loss_type == "kl"
-        if not (anchored or retain_kl or self.forget_objective.reference):
-            return None
-        return Reference(
-            self.model,
-            self.distributed,
-            keep_copy=not args.precompute_anchor,
-            precision=args.reference_precision,
-            device=args.reference_device,
-        )
+        self.reference = make_reference(self)
+        self.anchor = make_anchor(self)
 
     def _prepare_training(self) -> None:
-        if self.args.precompute_anchor and self._anchor_head is None:
-            self._anchor_head = precompute_anchors(self)
-            if not isinstance(self.model, PeftModel):
-                self.reference = None  # from now on the live model is not theta_0
+        for stage, dataset in {"train": self.train_dataset, **self._eval_sets}.items():
+            set_masks(self, dataset, stage)
+        compute_before_training(self)
         rewind(self)
 
     # The loss
@@ -149,9 +141,10 @@ class MDUTrainer(MDLMTrainer):
         weight = {name: batch["weight"] for name, batch in inputs.items()}  # [B], 0 for pairs that fill up a batch
         forget, retain = noised.get("forget"), noised.get("retain")
 
-        # 2. The anchor: theta_0 on (m, y_t) at M_t, [N, V] before its head; at tau = 0 it is uniform, without a pass
+        # 2. The anchor: theta_0 on (m, y_t) at M_t, or what `anchor_source` and `anchor_input` say, [N, V] before its
+        # head; at tau = 0 it is uniform, without a pass
         anchored = forget is not None and self.forget_objective.anchor and self.args.tau > 0
-        anchor = self._anchor(model, inputs["forget"], noised["forget"]) if anchored else None
+        anchor = predict_anchor(self, model, inputs["forget"], forget) if anchored else None
 
         # 3. One conditional pass for all sets, p_theta(. | x, y_t): of each masked token KL or -log p, [N]
         counts = [len(one.targets) for one in noised.values()]  # N of each set
@@ -181,17 +174,6 @@ class MDUTrainer(MDLMTrainer):
         loss = torch.stack(terms).sum()
         self._record(loss, scores)
         return (loss, scores) if return_outputs else loss
-
-    def _anchor(self, model: nn.Module, batch: Batch, noised: Noised) -> Prediction:
-        """Return the prompt-masked prediction at the masked positions, without gradient."""
-        if "anchor" in batch:  # computed before training
-            assert self._anchor_head is not None
-            return self._anchor_head._replace(hidden=batch["anchor"])
-        where = (noised.anchor_ids, noised.attention_mask, noised.masked)
-        if self.args.anchor_source == "initial":
-            return self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
-        with evaluation_mode(model):
-            return hidden_at(model, *where, logit_shift=self.backbone.logit_shift)
 
     def _asked_of(self, name: str, noised: Noised, anchor: Prediction | None, model: nn.Module) -> AnchorKL | TokenNLL:
         """Return the measure of a set's prediction, with the tokens' shares in the loss where they are known."""
@@ -241,11 +223,7 @@ class MDUTrainer(MDLMTrainer):
 
     @property
     def _theta_0(self) -> Reference:
-        if self.reference is None:
-            raise UserError(
-                "The anchors of this eval set were not computed before training. Pass it to the constructor, or set "
-                "precompute_anchor=False."
-            )
+        assert self.reference is not None
         return self.reference
 
     def _update_sizes(self, batches: list[dict[str, Batch]]) -> dict[str, Tensor]:
@@ -272,8 +250,20 @@ class MDUTrainer(MDLMTrainer):
     def _check_run(self) -> None:
         super()._check_run()
         check_rewind(self)
-        if self.train_dataset and self.args.loss_type == "mdu" and self.args.tau == 1 and not self.args.counterfactual:
+        if self.train_dataset and self.args.may_equal_anchor:
             check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
+        if self.args.forget_masking == "generated":
+            check_room(self.train_dataset.parts["forget"], self.backbone.context_length)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in `Trainer`; also sees to it that the rows know their masks, where training has not begun."""
+        if self.train_dataset is not None:
+            set_masks(self, self.train_dataset)
+        return super().get_train_dataloader()
+
+    def _ask_for_loss(self, dataset: RowPairs) -> None:
+        super()._ask_for_loss(dataset)
+        set_masks(self, dataset)
 
     def _tokenize(self, dataset: Dataset, name: str, parts: list[str], **options: Any) -> TokenizedRows:
         if "forget" not in parts or not self.args.counterfactual:
@@ -343,6 +333,19 @@ class MDUTrainer(MDLMTrainer):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             self.provenance.save(output_dir or self.args.output_dir, self._run())
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_rollout(self, output_dir)
+        if isinstance(self.anchor, MovingAverage) and self.args.should_save:
+            self.anchor.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_rollout(self, checkpoint)
+        if checkpoint is not None and isinstance(self.anchor, MovingAverage):
+            self.anchor.load(checkpoint)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, private unless `private` or `args.hub_private_repo` says otherwise."""

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from peft import PeftModel
 from transformers import Trainer
 
 from ..data.rows import RowPairs
@@ -12,24 +13,40 @@ from ..divergence import Projection
 from ..masking import forward_process
 from ..models import weights_fingerprint
 from .anchor_cache import FOLDER, AnchorBatch, AnchorCache, fingerprint_of
-from .reference import trained_head
+from .anchors import anchor_inputs
+from .reference import head_of, trained_head
+
+
+def compute_before_training(trainer: Trainer) -> None:
+    """Compute all anchors of the run, if that is asked for and not done, and let go of the model they come from."""
+    if not trainer.args.precompute_anchor or trainer._anchor_head is not None:
+        return
+    trainer._anchor_head = precompute_anchors(trainer)
+    if trainer.args.anchor_checkpoint is not None or not isinstance(trainer.model, PeftModel):
+        trainer.anchor = trainer.reference = None  # from now on the live model is not theta_0
 
 
 def precompute_anchors(trainer: Trainer) -> Projection:
     """Put the anchors of all training steps, and of the eval sets given to the constructor, into their sets.
 
     Returns:
-        theta_0's head, if it is trained; else a `Projection` without weights, which stands for the live one.
+        theta_0's head, if it is trained, or that of another checkpoint; else a `Projection` without weights, which
+        stands for the live one.
     """
-    trainer.distributed.place_whole(trainer.model)
-    head = trained_head(trainer.model, trainer.args.device)
-    size, weights = trainer.args.eval_batch_size, weights_fingerprint(trainer.model)
+    other = trainer.anchor.frozen  # None: theta_0 is the live model
+    if other is None:
+        trainer.distributed.place_whole(trainer.model)
+        head = trained_head(trainer.model, trainer.args.device)
+    else:
+        head = head_of(other, trainer.args.device)
+    size, weights = trainer.args.eval_batch_size, weights_fingerprint(trainer.model if other is None else other)
     sets = {} if trainer.train_dataset is None else {"train": (trainer.train_dataset, train_batches(trainer))}
     for stage, dataset in trainer._eval_sets.items():
         if "forget" in dataset.parts:  # others have no anchor
             sets[stage] = dataset, [range(i, min(i + size, len(dataset))) for i in range(0, len(dataset), size)]
     for stage, (dataset, batches) in sets.items():
         facts = (trainer.backbone, trainer.args.bf16, trainer.args.fp16, batches, vars(dataset.schedules["forget"]))
+        facts += (dataset.masks, trainer.args.anchor_input)
         dataset.anchors = AnchorCache(
             Path(trainer.args.output_dir) / FOLDER / stage,
             fingerprint=fingerprint_of(weights, dataset.parts["forget"], *facts),
@@ -58,9 +75,7 @@ def _anchor_batches(trainer: Trainer, dataset: RowPairs, batches: list[range]) -
         features = [dataset[counter] for counter in counters]
         inputs = trainer._prepare_inputs(trainer.data_collator(features))
         noised = forward_process(inputs["forget"], trainer.backbone.mask_token_id)
-        where = (noised.anchor_ids, noised.attention_mask, noised.masked)
-        predict = partial(
-            trainer.reference.projection, trainer.model, *where, logit_shift=trainer.backbone.logit_shift
-        )
+        where = anchor_inputs(trainer, inputs["forget"], noised) | {"logit_shift": trainer.backbone.logit_shift}
+        predict = partial(trainer.anchor.projection, trainer.model, **where)
         keys = [(one["forget"]["visit"], one["forget"]["row"]) for one in features]
         yield AnchorBatch(keys, noised.num_masked.tolist(), predict)

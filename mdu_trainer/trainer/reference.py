@@ -68,17 +68,49 @@ class Reference:
         elif keep_copy:
             self.frozen = self._copy(model, precision, device)
 
+    @classmethod
+    def of_frozen(
+        cls,
+        frozen: PreTrainedModel,
+        distributed: DistributedBackend,
+        precision: str = "full",
+        device: str | None = None,
+        whole: bool = False,
+    ) -> "Reference":
+        """Predictions of a model that was loaded for this alone, instead of a copy; it is put where a copy would be.
+
+        Args:
+            frozen: the model.
+            distributed, precision, device: as for a copy.
+            whole: keep it in one piece in every process.
+        """
+        reference = cls(frozen, distributed, keep_copy=False, device=device)
+        _check_in_one_piece(distributed, precision, device)
+        frozen = frozen.requires_grad_(False).eval()
+        if whole or not distributed.shards:
+            frozen.to(reference.device)
+        reference.frozen = frozen if whole else reference._placed(frozen, precision, device)
+        return reference
+
     def projection(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, rows: Tensor, **kwargs: bool
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        selected: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        **kwargs: bool,
     ) -> Prediction:
         """theta_0's predictions of the selected tokens, to be compared with others; see `hidden_at`.
 
         Args:
             model: the live model as the trainer wraps it. Its forward is what runs if there is no copy.
         """
+        places = None if position_ids is None else position_ids.to(self.device)
         with self._weights(model) as theta_0:
-            inputs = (x.to(self.device) for x in (input_ids, attention_mask, rows))
-            prediction = hidden_at(theta_0, *inputs, **kwargs)
+            inputs = (x.to(self.device) for x in (input_ids, attention_mask, selected))
+            prediction = hidden_at(theta_0, *inputs, position_ids=places, **kwargs)
         if not isinstance(prediction, Projection):
             return prediction.to(input_ids.device)
         if self.frozen is not None and self.head is None:
@@ -91,25 +123,25 @@ class Reference:
         model: nn.Module,
         input_ids: Tensor,
         attention_mask: Tensor,
-        rows: Tensor,
+        selected: Tensor,
         targets: Tensor,
         **kwargs: bool,
     ) -> Tensor:
         """-log p of the selected tokens under theta_0, `[N]`. Arguments as for `projection`."""
         with self._weights(model) as theta_0:
-            inputs = (x.to(self.device) for x in (input_ids, attention_mask, rows))
+            inputs = (x.to(self.device) for x in (input_ids, attention_mask, selected))
             nll = measure_at(theta_0, *inputs, TokenNLL(targets.to(self.device)), **kwargs).value
         return nll.to(input_ids.device)
 
     def _copy(self, model: nn.Module, precision: str, device: str | None) -> nn.Module:
+        _check_in_one_piece(self.distributed, precision, device)
+        own = precision == "full" and device is None
+        return self._placed(_frozen_copy(model, self.distributed, None if own else self.device), precision, device)
+
+    def _placed(self, frozen: nn.Module, precision: str, device: str | None) -> nn.Module:
+        """A frozen model in the form in which it stays: sharded as the live one, or in the precision that is named."""
         if precision == "full" and device is None:
-            return self.distributed.prepare_frozen(_frozen_copy(model, self.distributed))
-        if self.distributed.shards:
-            raise UserError(
-                "reference_precision and reference_device are of a copy in one piece; under FSDP2 and ZeRO-3 the copy "
-                "is sharded over the processes. Leave them out, or use DDP or ZeRO-2."
-            )
-        frozen = _frozen_copy(model, self.distributed, self.device)
+            return self.distributed.prepare_frozen(frozen)
         if precision == "8bit":
             _to_8bit(frozen)
             frozen.to(self.device)
@@ -176,11 +208,25 @@ def _check_unsharded(distributed: DistributedBackend, first_adapter: dict[str, T
         )
 
 
+def _check_in_one_piece(distributed: DistributedBackend, precision: str, device: str | None) -> None:
+    if distributed.shards and (precision != "full" or device is not None):
+        raise UserError(
+            "reference_precision and reference_device are of a copy in one piece; under FSDP2 and ZeRO-3 the copy "
+            "is sharded over the processes. Leave them out, or use DDP or ZeRO-2."
+        )
+
+
 def trained_head(model: nn.Module, device: torch.device) -> Projection | None:
     """A copy of the head's weights as they are, or None if they are not trained."""
     head = _linear_head(model)
     trained = head is not None and any(p.requires_grad for p in head.parameters())
     return _weights_of(head, device, lambda weight: weight.detach().clone()) if trained else None
+
+
+def head_of(model: nn.Module, device: torch.device) -> Projection | None:
+    """The head's weights of a model that is never trained, None if it is no plain linear layer."""
+    head = _linear_head(model)
+    return None if head is None else _weights_of(head, device, lambda weight: weight.detach())
 
 
 def _linear_head(model: nn.Module) -> nn.Linear | None:

@@ -66,7 +66,7 @@ SELECTION = frozenset(
 )
 # Those of the forget losses, each of which reads some
 OF_OBJECTIVES = frozenset(
-    ("tau", "kl_reduction", "kl_direction", "anchor_source", "anchor_input", "strike_quantile")
+    ("tau", "kl_reduction", "kl_direction", "anchor_source", "anchor_ema_decay", "anchor_input", "strike_quantile")
     + ("beta", "gamma", "alpha")
 )
 # Learning rates that do not depend on how many updates there are in all

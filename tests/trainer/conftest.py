@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+import torch
 from runs import QUIET
 
 from mdu_trainer import MDLMConfig, MDUConfig, MDUTrainer
@@ -16,6 +17,33 @@ def sets(authors):
     forget, retain = forget_retain_split(authors)
     forget = question_answer_rows(forget, conversational=True, preferred="refusal")
     return forget.select(range(8)), question_answer_rows(retain, conversational=True).select(range(20))
+
+
+@pytest.fixture
+def make_speaker(make_model, tokenizer, sets):
+    """`make_speaker()`: a model without training that is sure of some tokens of the answers to forget."""
+
+    def make(**kwargs):
+        model, answers = make_model(**kwargs), [row["completion"][0]["content"] for row in sets[0]]
+        tokens = sorted({token for answer in answers for token in tokenizer(answer)["input_ids"]})
+        with torch.no_grad():
+            model.lm_head.weight[tokens[::2]] *= 10
+        return model
+
+    return make
+
+
+@pytest.fixture
+def save_other(make_model, tokenizer, tmp_path):
+    """`save_other(dtype, **kwargs)`: the folder of another checkpoint of the same vocabulary."""
+
+    def save(dtype=torch.float32, processing_class=tokenizer, **kwargs):
+        folder = tmp_path / "other"
+        make_model(**({"seed": 7} | kwargs)).to(dtype).save_pretrained(folder)
+        processing_class.save_pretrained(folder)
+        return folder
+
+    return save
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """The losses by their formulas: one row at a time, without padding, hooks or shared code."""
 
+import copy
+
 import torch
 from torch.nn.functional import logsigmoid
 
@@ -37,6 +39,12 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
     masked = drawn.clone()
     if not masked.any():
         masked[torch.where(response, noise, torch.tensor(2.0)).argmin()] = True
+    counted = response
+    if name != "retain" and (args.forget_masking != "random" or not args.mask_special_tokens):
+        drawn, counted = masks_of(trainer, ids, response, noise < t)
+        masked, t = drawn, t if args.forget_masking == "random" else drawn.sum().item() / counted.sum().item()
+        if not masked.any():
+            masked = torch.arange(length) == torch.where(counted, noise, torch.tensor(2.0)).argmin()
     noisy = torch.where(masked, trainer.backbone.mask_token_id, ids)
     anchor_ids = torch.where(response, noisy, trainer.backbone.mask_token_id)
     model = trainer.model.eval()
@@ -48,12 +56,13 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return -weight * log_p.gather(1, ids[masked][:, None]).sum()
 
     if loss_type == "mdu":
-        live = model if args.anchor_source == "current" else initial
+        live = {"initial": initial, "current": model}.get(args.anchor_source) or trainer.expected_source
         if args.anchor_input == "counterfactual":
             how = part["secrets"][i, :length], args.strike_quantile, trainer.backbone.mask_token_id, shift
             logits = counterfactual(live, noisy, ids, response, *how)[masked]
         else:
-            logits = log_probs(live, anchor_ids)[masked]
+            shown = {"masked_prompt": anchor_ids, "prompt": noisy, "hidden_prompt": noisy[response]}[args.anchor_input]
+            logits = log_probs(live, shown)[masked[-len(shown) :]]
         q = (args.tau * logits).log_softmax(-1)
         large, other = (q, p) if args.kl_direction == "forward" else (p, q)
         return (large.exp() * (large - other)).sum() / masked.sum(), masked.sum()
@@ -61,12 +70,12 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         q = log_probs(initial, noisy)[masked]
         return (p.exp() * (p - q)).sum() / masked.sum(), 1
     if loss_type in ("nelbo", "ga"):
-        return (bound(p) if loss_type == "nelbo" else -bound(p)) / response.sum(), 1
+        return (bound(p) if loss_type == "nelbo" else -bound(p)) / counted.sum(), 1
     if loss_type == "simnpo":
-        return -2 / 2.5 * logsigmoid(2.5 * bound(p) / response.sum() - args.gamma), 1
+        return -2 / 2.5 * logsigmoid(2.5 * bound(p) / counted.sum() - args.gamma), 1
     if loss_type == "wga":
         truth = p.gather(1, ids[masked][:, None])
-        return weight * ((args.alpha * truth).exp() * truth).sum() / response.sum(), 1
+        return weight * ((args.alpha * truth).exp() * truth).sum() / counted.sum(), 1
     log_ratio = bound(log_probs(initial, noisy)[masked]) - bound(p)
     if loss_type == "log_ratio":
         return log_ratio, 1
@@ -74,6 +83,43 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return -2 / 0.2 * logsigmoid(-0.2 * log_ratio), 1
     preferred, _ = expected_row(trainer, initial, "preferred", batch, i, "log_ratio")
     return -logsigmoid(0.1 * (preferred - log_ratio)), 1
+
+
+def masks_of(trainer, ids, response, drawn):
+    """The masked tokens of a row, where special ones stay visible, and those that could be."""
+    special = {*trainer.processing_class.all_special_ids}
+    counted = torch.tensor([bool(r) and i not in special for i, r in zip(ids.tolist(), response, strict=True)])
+    if trainer.args.forget_masking == "random":
+        return drawn & counted, counted
+    if trainer.args.forget_masking == "generated":
+        own = own_tokens(trainer, ids[~response].tolist())
+        found = torch.tensor([i in own for i in ids.tolist()]) & counted
+        return found if found.any() else counted, counted
+    return counted, counted
+
+
+def own_tokens(trainer, prompt):
+    """What the model generates, one token a step: the most probable token of the position it is surest of."""
+    mask_id, ends = trainer.backbone.mask_token_id, trainer.backbone.end_token_ids
+    length = max(len(row) for row in trainer.train_dataset.parts["forget"].completion_ids)
+    ids = torch.tensor([*prompt, *[mask_id] * length])
+    for _ in range(length):
+        p = log_probs(trainer.model.eval(), ids, trainer.backbone.logit_shift)
+        p[:, [mask_id, *({trainer.backbone.pad_token_id} - {*ends})]] = -torch.inf
+        surest, tokens = p.log_softmax(-1).max(-1)
+        place = torch.where(ids == mask_id, surest, -torch.inf).argmax()
+        ids[place] = tokens[place]
+    written = ids[len(prompt) :].tolist()
+    return set(written[: min([written.index(end) for end in ends if end in written], default=length)])
+
+
+def averaged(model, live, decay):
+    """A model with the weights decay w + (1 - decay) w_live."""
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for mean, p in zip(average.parameters(), live.parameters(), strict=True):
+            mean.copy_(decay * mean + (1 - decay) * p)
+    return average
 
 
 def counterfactual(model, noisy, ids, response, marks, quantile, mask_id, shift):

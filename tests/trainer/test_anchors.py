@@ -75,6 +75,7 @@ def same(a, b):
         {"train_sampling_strategy": "group_by_length"},
         {"max_steps": -1, "num_train_epochs": 1.4},
         {"tau": 1.0, "anchor_input": "counterfactual"},
+        {"forget_masking": "generated"},
     ],
 )
 def test_precomputed_anchors_end_with_the_weights_of_a_copy(make_trainer, peft_config, options):

@@ -221,7 +221,7 @@ def test_in_every_answer_no_word_or_every_word(make_trainer, sets):
     [
         ({"anchor_input": "counterfactual"}, "Set tau=1"),
         ({"anchor_input": "counterfactual", "loss_type": "npo", "tau": 1.0}, "loss_type='npo'"),
-        ({"anchor_input": "prompt"}, "anchor_input 'prompt' is unknown"),
+        ({"anchor_input": "answer"}, "anchor_input 'answer' is unknown"),
         ({"kl_direction": "both"}, "kl_direction 'both' is unknown"),
         ({"kl_direction": "forward", "loss_type": "ga"}, "Leave it out"),
         ({"strike_quantile": 0.2}, "Leave it out"),

@@ -5,13 +5,17 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
-from formula import LORA, batch_of, expected_loss, log_probs, perturb, trained, weights
+from formula import LORA, averaged, batch_of, expected_loss, log_probs, perturb, trained, weights
 from peft import LoraConfig
+from transformers import AutoModelForCausalLM
 
 from mdu_trainer import MDLMTrainer
 from mdu_trainer.masking import forward_process
 
+OTHER = {"tau": 0.5, "anchor_source": "other"}
 COUNTERFACTUAL = {"tau": 1.0, "anchor_input": "counterfactual"}
+HIDDEN = {"tau": 0.5, "anchor_input": "hidden_prompt"}
+CONTENT, GENERATED = ({"tau": 0.5, "forget_masking": kind} for kind in ("content", "generated"))
 
 
 @pytest.mark.parametrize(
@@ -38,14 +42,34 @@ COUNTERFACTUAL = {"tau": 1.0, "anchor_input": "counterfactual"}
         {"loss_type": "wga", "alpha": 0.7},
         {"loss_type": "dpo", "time_epsilon": 0.1},
         {"loss_type": "dpo", "retain_loss_type": "kl", "retain_batch_size": 12},
+        {"tau": 0.5, "anchor_input": "hidden_prompt", "retain_loss_type": "kl"},
+        {"tau": 0.5, "anchor_input": "hidden_prompt", "anchor_source": "current"},
+        {"tau": 0.25, "anchor_source": "ema", "anchor_ema_decay": 0.3},
+        OTHER,
+        OTHER | {"anchor_input": "prompt", "retain_loss_type": "kl"},
+        OTHER | {"anchor_input": "hidden_prompt"},
+        {"tau": 0.5, "mask_special_tokens": False},
+        {"tau": 0.5, "forget_masking": "content"},
+        {"tau": 0.25, "forget_masking": "generated", "kl_reduction": "token"},
+        {"loss_type": "npo", "forget_masking": "generated"},
+        {"loss_type": "simnpo", "mask_special_tokens": False},
+        {"loss_type": "dpo", "forget_masking": "content"},
     ],
     ids=lambda options: "-".join(f"{k}={v}" for k, v in options.items()),
 )
-def test_loss_equals_the_formula_in_float64(make_trainer, make_model, options):
-    model = make_model().double()
+def test_loss_equals_the_formula_in_float64(make_trainer, make_model, make_speaker, save_other, options):
+    model = (make_speaker if options.get("forget_masking") == "generated" else make_model)().double()
     initial = copy.deepcopy(model)
+    if options.get("anchor_source") == "other":
+        options = options | {"anchor_source": str(save_other(dtype=torch.float64))}
     trainer = make_trainer(model, **options)
     perturb(trainer.model)
+    trainer.expected_source = None
+    if options.get("anchor_source") == "ema":
+        trainer.anchor.update(trainer.model)
+        trainer.expected_source = averaged(initial, trainer.model, 0.3)
+    elif trainer.args.anchor_checkpoint is not None:
+        trainer.expected_source = AutoModelForCausalLM.from_pretrained(trainer.args.anchor_source)
     for epoch in range(3):
         batch = batch_of(trainer, epoch)
         loss = trainer.compute_loss(trainer.model, batch)
@@ -85,9 +109,9 @@ def test_prompt_masking_and_end_padding(make_trainer, sets):
     assert part["completion_mask"][takes_prompt].all(), "the whole prompt takes part, or none of it"
 
 
-@pytest.mark.parametrize("options", [{"tau": 0.5}, COUNTERFACTUAL])
-def test_padding_and_batch_composition_change_nothing(make_trainer, make_model, options):
-    trainer = make_trainer(make_model().double(), per_device_train_batch_size=8, **options)
+@pytest.mark.parametrize("options", [{"tau": 0.5}, COUNTERFACTUAL, CONTENT, GENERATED, HIDDEN])
+def test_padding_and_batch_composition_change_nothing(make_trainer, make_speaker, options):
+    trainer = make_trainer(make_speaker().double(), per_device_train_batch_size=8, **options)
     perturb(trainer.model)
     trainer.model.eval()
     batch = batch_of(trainer)
@@ -104,13 +128,22 @@ def test_padding_and_batch_composition_change_nothing(make_trainer, make_model, 
 
 
 @pytest.mark.parametrize(
-    "options", [{"tau": 0.5}, {"tau": 0.0, "kl_reduction": "token"}, {"loss_type": "npo"}, COUNTERFACTUAL]
+    "options",
+    [
+        {"tau": 0.5},
+        {"tau": 0.0, "kl_reduction": "token"},
+        {"loss_type": "npo"},
+        COUNTERFACTUAL,
+        CONTENT | {"kl_reduction": "token"},
+        GENERATED,
+        HIDDEN,
+    ],
 )
-def test_accumulation_does_not_change_the_update(make_trainer, make_model, sets, options):
+def test_accumulation_does_not_change_the_update(make_trainer, make_speaker, sets, options):
     ends = []
     for batch_size, steps in ((8, 1), (2, 4), (1, 8)):
         trainer = make_trainer(
-            make_model().double(),
+            make_speaker().double(),
             retain=sets[1].select(range(13)),  # the last update of an epoch is smaller: 5 rows
             per_device_train_batch_size=batch_size,
             gradient_accumulation_steps=steps,
@@ -121,7 +154,7 @@ def test_accumulation_does_not_change_the_update(make_trainer, make_model, sets,
             **options,
         )
         ends.append(trained(trainer))
-    start = weights(make_trainer(make_model().double()))
+    start = weights(make_trainer(make_speaker().double()))
     assert (ends[0] - start).norm() > 1e-3
     for other in ends[1:]:
         assert (ends[0] - other).norm() / (ends[0] - start).norm() < 1e-6

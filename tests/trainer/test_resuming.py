@@ -137,7 +137,8 @@ def test_every_field_of_the_configuration_is_compared_or_known_to_change_no_weig
         auto_find_batch_size load_best_model_at_end ignore_data_skip full_determinism seed dataloader_drop_last
         data_seed dataloader_in_order train_sampling_strategy max_length t_min t_max time_epsilon loss_type tau
         kl_reduction anchor_source gamma alpha retain_loss_type retain_weight reference_precision
-        rewind_to rewind_share
+        rewind_to rewind_share anchor_input strike_quantile kl_direction anchor_ema_decay
+        forget_masking mask_special_tokens rollout_every
     """.split()
     assert fields - UNCOMPARED - DERIVED - SELECTION == set(compared), "decide whether a new field changes weights"
     record = make_trainer(tmp_path, KIND)._current_record()
