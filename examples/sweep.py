@@ -76,7 +76,7 @@ class SweepConfig(ComparisonConfig):
 
     def runs(self) -> list[MDUConfig]:
         """The configuration of each run, with a folder that is named after its values."""
-        check_once(self, "loss_type", "tau", "preset", *self.axes)
+        check_once(self, *self.lists, *self.axes)
         if len(self.max_steps) > 1 and min(self.max_steps) <= 0:
             raise UserError(f"--max_steps must be positive, got {' '.join(map(str, self.max_steps))}.")
         if self.max_steps[0] > 0 and len(self.num_train_epochs) > 1:
