@@ -225,3 +225,15 @@ def test_facts_name_a_checkpoint_and_no_path(make_trainer, save_other):
         trainer = make_trainer(**{"tau": 0.5} | options)
         found = trainer.provenance.facts(trainer._run()).options
         assert {name: found[name] for name in ("anchor_source", "anchor_ema_decay") if name in found} == expected
+
+
+def test_a_trial_of_a_search_leaves_nothing_to_the_next(make_trainer, make_model, tmp_path):
+    trainer = make_trainer(**EMA, forget_masking="generated", rollout_every=1, max_steps=8)
+    trainer.train()
+    for name, value in {"anchor_source": "current", "anchor_ema_decay": 0.999, "rollout_every": None}.items():
+        setattr(trainer.args, name, value)
+    trainer._start_over()
+    assert trainer.anchor is None
+    trainer.train()
+    kinds = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    assert kinds.isdisjoint({"UpdateAverage", "NewRollouts"})
