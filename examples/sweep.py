@@ -92,12 +92,13 @@ class SweepConfig(ComparisonConfig):
             raise UserError("Sweep over --max_steps or over --num_train_epochs: with steps, epochs do not count.")
         runs = []
         for method in self.methods:
-            unread = {name: DEFAULTS[name] for name in self.anchors}
             read = [name for name in self.axes if name not in self.anchors or _has_anchor(method)]
             for point in product(*(getattr(self, name) for name in read)):
                 chosen, name = dict(zip(read, point, strict=True)), method_name(method)
                 folder = self.folder / _name({"tau": method["tau"]} | chosen if name == "mdu" else chosen, name)
-                runs.append(MDUConfig(**self.shared | unread | method | chosen | {"output_dir": str(folder)}))
+                runs.append(
+                    MDUConfig(**self.shared | _unread(method | chosen) | method | chosen | {"output_dir": str(folder)})
+                )
         return runs
 
     def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +119,16 @@ class SweepConfig(ComparisonConfig):
 def _has_anchor(method: dict[str, Any]) -> bool:
     """Whether a method predicts an anchor that is not its preset's."""
     return method["loss_type"] == "mdu" and method["tau"] > 0 and method["preset"] is None
+
+
+def _unread(values: dict[str, Any]) -> dict[str, Any]:
+    """Defaults in place of what other runs of the sweep read, and one with these values would refuse or not read."""
+    unread = {"anchor_source": "initial", "anchor_input": "masked_prompt"}
+    if values["forget_masking"] != "generated":
+        unread["rollout_every"] = None
+    if values.get("anchor_source") != "ema":
+        unread["anchor_ema_decay"] = MDUConfig.anchor_ema_decay
+    return unread
 
 
 def _name(values: dict[str, Any], loss_type: str) -> str:

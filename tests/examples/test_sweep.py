@@ -190,7 +190,9 @@ def test_sweep_over_masks_and_anchors(script):
     parser = OptionParser((script.SweepArguments, script.SweepConfig, ModelConfig))
     masks = str(ROOT / "examples" / "configs" / "masks.yaml")
     _, config, _ = parser.parse_args_and_config(["--config", masks])
-    assert len(config.runs()) == 3 * (3 + 4 * 3 * 2)
+    runs = config.runs()
+    assert len(runs) == 3 * (3 + 4 * 3 * 2)
+    assert all((run.rollout_every == 3) == (run.forget_masking == "generated") for run in runs)
 
 
 @pytest.mark.parametrize(

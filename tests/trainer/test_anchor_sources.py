@@ -119,6 +119,16 @@ def test_the_model_itself_as_a_checkpoint_gives_the_same_weights(make_trainer, s
     assert torch.equal(trained(on_cpu), trained(make_trainer(tau=0.5, peft_config=LoraConfig(**LORA))))
 
 
+def test_another_checkpoint_in_8_bit(make_trainer, save_other):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    source = {"tau": 0.5, "anchor_source": str(save_other())}
+    small, full = (make_trainer(reference_precision=precision, **source) for precision in ("8bit", "full"))
+    assert small.anchor.frozen.model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    distance = (predictions(small) - predictions(full)).norm() / predictions(full).norm()
+    assert 0 < distance < 0.1
+    small.train()
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("anchor_input", ["prompt", "hidden_prompt"])
 def test_anchors_of_a_checkpoint_are_computed_before_training(make_trainer, save_other, adapted, anchor_input):
