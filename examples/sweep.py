@@ -42,6 +42,7 @@ from mdu_trainer.report.plots import plot_frontier
 from mdu_trainer.terminal import folded
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
+DEFAULTS = {name: MDUConfig.__dataclass_fields__[name].default for name in SHORT}
 FIGURES_OF = {"rougeL": ("rougeL_recall", "rougeL_f1"), "choice_probability": ("probability",)}  # others: their name
 
 
@@ -67,7 +68,15 @@ class SweepConfig(ComparisonConfig):
     num_train_epochs: list[float] = field(default_factory=lambda: [3.0], metadata={"help": "Epochs."})
     seed: list[int] = field(default_factory=lambda: [42], metadata={"help": "Seeds; the first is the base's too."})
 
-    axes: ClassVar[tuple[str, ...]] = ("learning_rate", "max_steps", "num_train_epochs", "seed")
+    forget_masking: list[str] = field(default_factory=lambda: ["random"], metadata={"help": "What is masked."})
+    anchor_source: list[str] = field(default_factory=lambda: ["initial"], metadata={"help": "MDU's anchors: whose."})
+    anchor_input: list[str] = field(
+        default_factory=lambda: ["masked_prompt"], metadata={"help": "MDU's anchors: predicted from what."}
+    )
+
+    numbers: ClassVar[tuple[str, ...]] = ("learning_rate", "max_steps", "num_train_epochs", "seed")
+    anchors: ClassVar[tuple[str, ...]] = ("anchor_source", "anchor_input")  # of MDU at tau > 0 alone
+    axes: ClassVar[tuple[str, ...]] = (*numbers, "forget_masking", *anchors)
 
     def __post_init__(self):
         for name in ("loss_type", "tau", "preset", *self.axes):  # code may give one value
@@ -82,10 +91,14 @@ class SweepConfig(ComparisonConfig):
         if self.max_steps[0] > 0 and len(self.num_train_epochs) > 1:
             raise UserError("Sweep over --max_steps or over --num_train_epochs: with steps, epochs do not count.")
         runs = []
-        for method, *point in product(self.methods, *(getattr(self, name) for name in self.axes)):
-            chosen, name = dict(zip(self.axes, point, strict=True)), method_name(method)
-            folder = self.folder / _name({"tau": method["tau"]} | chosen if name == "mdu" else chosen, name)
-            runs.append(MDUConfig(**self.shared | method | chosen | {"output_dir": str(folder)}))
+        for method in self.methods:
+            read = [name for name in self.axes if name not in self.anchors or _has_anchor(method)]
+            for point in product(*(getattr(self, name) for name in read)):
+                chosen, name = dict(zip(read, point, strict=True)), method_name(method)
+                folder = self.folder / _name({"tau": method["tau"]} | chosen if name == "mdu" else chosen, name)
+                runs.append(
+                    MDUConfig(**self.shared | _unread(method | chosen) | method | chosen | {"output_dir": str(folder)})
+                )
         return runs
 
     def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -103,11 +116,28 @@ class SweepConfig(ComparisonConfig):
         return Path("outputs/sweep" if self.output_dir is None else self.output_dir)
 
 
+def _has_anchor(method: dict[str, Any]) -> bool:
+    """Whether a method predicts an anchor that is not its preset's."""
+    return method["loss_type"] == "mdu" and method["tau"] > 0 and method["preset"] is None
+
+
+def _unread(values: dict[str, Any]) -> dict[str, Any]:
+    """Defaults in place of what other runs of the sweep read, and one with these values would refuse or not read."""
+    unread = {"anchor_source": "initial", "anchor_input": "masked_prompt"}
+    if values["forget_masking"] != "generated":
+        unread["rollout_every"] = None
+    if values.get("anchor_source") != "ema":
+        unread["anchor_ema_decay"] = MDUConfig.anchor_ema_decay
+    return unread
+
+
 def _name(values: dict[str, Any], loss_type: str) -> str:
-    """All values of a run, so that its folder keeps its name in a larger sweep."""
+    """All values of a run, so that its folder keeps its name in a larger sweep; of words those that are no default."""
     unused = "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
-    words = [f"{SHORT.get(key, key)}{value:.12g}" for key, value in values.items() if key != unused]
-    return "-".join([loss_type, *words])
+    numbers = {key: f"{value:.12g}" for key, value in values.items() if not isinstance(value, str) and key != unused}
+    words = {key: value for key, value in values.items() if isinstance(value, str) and value != DEFAULTS[key]}
+    named = [f"{SHORT.get(key, key)}{value.replace('/', '_')}" for key, value in (numbers | words).items()]
+    return "-".join([loss_type, *named])
 
 
 def check_select(args: SweepArguments) -> None:

@@ -72,7 +72,10 @@ ONE_RUN = shlex.split("--loss_type mdu --tau 0.5")  # of those that a command ma
 QUICK = {  # options that are added
     "unlearn": TRAINING,
     "compare": [*TRAINING, *SCORING, "--overwrite_output_dir"],
-    "sweep": [*TRAINING, *SCORING, "--learning_rate", "1e-4", "--select", "retain>=0*base"],
+    "sweep": [
+        *(*TRAINING, *SCORING, "--learning_rate", "1e-4", "--select", "retain>=0*base", "--seed", "42"),
+        *("--forget_masking", "content", "--anchor_source", "current"),
+    ],
     "score": shlex.split("--max_eval_rows 2 --likelihood_draws 2 --decoding_steps 2"),
     "attack": shlex.split("--attacks prefix quantise-8 --max_eval_rows 2 --decoding_steps 2"),
     "roles": shlex.split("--max_eval_rows 2 --num_steps 2 --num_paths 1"),

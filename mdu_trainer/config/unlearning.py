@@ -76,7 +76,8 @@ class MDUConfig(DiffusionConfig):
         mask_special_tokens (`bool`, *optional*, defaults to `True`):
             Random masks of rows to forget: whether special tokens are masked, too. Others never mask them.
         rollout_every (`int`, *optional*):
-            Generated masks: epochs after which the model in training generates anew. Once, at the start, if not set.
+            Generated masks: epochs after which the model in training generates anew. Once, at the start, if not set:
+            of rows that it knows by heart it then generates all content.
         beta (`float`, *optional*):
             Inverse temperature of NPO (0.2 if not set), SimNPO (2.5) and DPO (0.1).
         gamma (`float`, *optional*, defaults to `0.0`):

@@ -21,7 +21,14 @@ COLUMNS: dict[str, Place] = {  # of `Results.table`, where any run has the score
     "utility": (None, "model_utility"),
     "forget quality": (None, "forget_quality"),
 }
-SHORT = {"learning_rate": "lr", "max_steps": "steps", "num_train_epochs": "epochs"}  # in the name of a run
+SHORT = {  # in the name of a run
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "forget_masking": "masks",
+    "anchor_source": "anchor",
+    "anchor_input": "input",
+}
 SUMMARISED = ("forget", "retain", "real_authors", "world_facts")  # sets that COLUMNS cover; others get their own
 HEADLINES = {  # the one of a further set that the table shows
     "accuracy": "acc.",

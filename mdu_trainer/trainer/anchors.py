@@ -56,6 +56,7 @@ def make_anchor(trainer: Trainer) -> Reference | None:
             be hidden.
     """
     args = trainer.args
+    trainer.remove_callback(UpdateAverage)  # of an earlier trial of a search
     if not (trainer.forget_objective.anchor and args.tau > 0):
         return None
     anchor = trainer.reference if args.anchor_source == "initial" else None
@@ -64,7 +65,6 @@ def make_anchor(trainer: Trainer) -> Reference | None:
     elif args.anchor_source == "ema":
         anchor = MovingAverage(trainer.model, trainer.distributed, args.anchor_ema_decay, args.reference_device)
         _say_cost("ema", anchor.average.values(), "copy of all weights that are trained")
-        trainer.remove_callback(UpdateAverage)
         trainer.add_callback(UpdateAverage(trainer))
     if args.anchor_input == "hidden_prompt":
         position_ids(_asked(trainer, anchor), torch.zeros(1, 1, dtype=torch.long))

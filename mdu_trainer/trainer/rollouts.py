@@ -63,6 +63,8 @@ def set_masks(trainer: Trainer, dataset: RowPairs, stage: str | None = None) -> 
         UserError: there is no room to generate.
     """
     args = trainer.args
+    if dataset.masks is None and dataset is trainer.train_dataset:
+        trainer.remove_callback(NewRollouts)  # of an earlier trial of a search
     by_chance = args.forget_masking == "random" and args.mask_special_tokens
     if by_chance or dataset.masks is not None or "forget" not in dataset.parts:
         return
@@ -75,7 +77,6 @@ def set_masks(trainer: Trainer, dataset: RowPairs, stage: str | None = None) -> 
         if dataset is trainer.train_dataset:
             trainer._rollout = rollout
             if args.rollout_every is not None:
-                trainer.remove_callback(NewRollouts)
                 trainer.add_callback(NewRollouts(trainer))
     dataset.masks = masks
 

@@ -170,6 +170,31 @@ def test_every_combination_is_a_run(script, tmp_path):
     assert config.swept(config.runs()[-1]) == {"learning_rate": 3e-5, "num_train_epochs": 2.5}
 
 
+def test_masks_and_anchors_are_swept_where_they_are_read(script, tmp_path):
+    axes = {"forget_masking": ["random", "content"], "anchor_source": ["initial", "ema", "some-org/model"]}
+    shared = {"output_dir": str(tmp_path), "max_steps": 2, "preset": ["lasting"]}
+    config = script.SweepConfig(loss_type=["mdu", "ga"], tau=[0.0, 0.5], **axes, **shared)
+    runs = config.runs()
+    names = [Path(run.output_dir).name.replace("-lr1e-05-steps2-seed42", "") for run in runs]
+    anchored = ["", "-anchorema", "-anchorsome-org_model"]
+    assert names == [
+        *(f"mdu-tau0{masks}" for masks in ("", "-maskscontent")),
+        *(f"mdu-tau0.5{masks}{anchor}" for masks in ("", "-maskscontent") for anchor in anchored),
+        *(f"{name}{masks}" for name in ("ga", "mdu-lasting") for masks in ("", "-maskscontent")),
+    ]
+    assert config.swept(runs[-1])["forget_masking"] == "content" and runs[-1].anchor_input == "counterfactual"
+    assert runs[4].anchor_source == "some-org/model" and runs[-1].anchor_source == "initial"
+
+
+def test_sweep_over_masks_and_anchors(script):
+    parser = OptionParser((script.SweepArguments, script.SweepConfig, ModelConfig))
+    masks = str(ROOT / "examples" / "configs" / "masks.yaml")
+    _, config, _ = parser.parse_args_and_config(["--config", masks])
+    runs = config.runs()
+    assert len(runs) == 3 * (3 + 4 * 3 * 2)
+    assert all((run.rollout_every == 3) == (run.forget_masking == "generated") for run in runs)
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [

@@ -119,6 +119,16 @@ def test_the_model_itself_as_a_checkpoint_gives_the_same_weights(make_trainer, s
     assert torch.equal(trained(on_cpu), trained(make_trainer(tau=0.5, peft_config=LoraConfig(**LORA))))
 
 
+def test_another_checkpoint_in_8_bit(make_trainer, save_other):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    source = {"tau": 0.5, "anchor_source": str(save_other())}
+    small, full = (make_trainer(reference_precision=precision, **source) for precision in ("8bit", "full"))
+    assert small.anchor.frozen.model.layers[0].self_attn.q_proj.weight.dtype == torch.int8
+    distance = (predictions(small) - predictions(full)).norm() / predictions(full).norm()
+    assert 0 < distance < 0.1
+    small.train()
+
+
 @pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("anchor_input", ["prompt", "hidden_prompt"])
 def test_anchors_of_a_checkpoint_are_computed_before_training(make_trainer, save_other, adapted, anchor_input):
@@ -225,3 +235,15 @@ def test_facts_name_a_checkpoint_and_no_path(make_trainer, save_other):
         trainer = make_trainer(**{"tau": 0.5} | options)
         found = trainer.provenance.facts(trainer._run()).options
         assert {name: found[name] for name in ("anchor_source", "anchor_ema_decay") if name in found} == expected
+
+
+def test_a_trial_of_a_search_leaves_nothing_to_the_next(make_trainer, make_model, tmp_path):
+    trainer = make_trainer(**EMA, forget_masking="generated", rollout_every=1, max_steps=8)
+    trainer.train()
+    for name, value in {"anchor_source": "current", "anchor_ema_decay": 0.999, "rollout_every": None}.items():
+        setattr(trainer.args, name, value)
+    trainer._start_over()
+    assert trainer.anchor is None
+    trainer.train()
+    kinds = {type(callback).__name__ for callback in trainer.callback_handler.callbacks}
+    assert kinds.isdisjoint({"UpdateAverage", "NewRollouts"})
