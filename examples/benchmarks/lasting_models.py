@@ -73,7 +73,7 @@ SCALES = {
         earlier_authors=31,  # the last five of 96 stay unknown to all models: membership is told from them
         earlier_epochs=30,
         finetuning=DEMO,
-        updates={"max_steps": 300, "per_device_train_batch_size": 16, "retain_batch_size": 32},
+        updates={"max_steps": 480, "per_device_train_batch_size": 16, "retain_batch_size": 32},
         attacking={"relearn_steps": 80, "samples": 4},
     ),
     "tiny": Scale(  # learns nothing: to see that all runs
