@@ -42,6 +42,7 @@ NOT_RUN = {  # how a command begins, and why it is not run here
     "export ": "sets the environment of a shell",
     ".venv/bin/python -m pytest ": "runs tests, as this does",
     "python -m mdu_trainer.evaluation ": "tests/evaluation/test_harness.py runs it; imports take 15 s",
+    "python examples/benchmarks/lasting.py": "tests/examples/test_lasting.py runs it at its smallest scale",
 }
 TASKS = {  # script or module -> the same as a subcommand of mdu
     "examples/tofu.py": "compare",
