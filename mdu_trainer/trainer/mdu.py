@@ -144,7 +144,7 @@ class MDUTrainer(MDLMTrainer):
         # 2. The anchor: theta_0 on (m, y_t) at M_t, or what `anchor_source` and `anchor_input` say, [N, V] before its
         # head; at tau = 0 it is uniform, without a pass
         anchored = forget is not None and self.forget_objective.anchor and self.args.tau > 0
-        anchor = predict_anchor(self, model, inputs["forget"], forget) if anchored else None
+        anchor = predict_anchor(self, model, inputs["forget"], noised["forget"]) if anchored else None
 
         # 3. One conditional pass for all sets, p_theta(. | x, y_t): of each masked token KL or -log p, [N]
         counts = [len(one.targets) for one in noised.values()]  # N of each set
@@ -252,7 +252,7 @@ class MDUTrainer(MDLMTrainer):
         check_rewind(self)
         if self.train_dataset and self.args.may_equal_anchor:
             check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
-        if self.args.forget_masking == "generated":
+        if self.train_dataset and self.args.forget_masking == "generated":
             check_room(self.train_dataset.parts["forget"], self.backbone.context_length)
 
     def get_train_dataloader(self) -> DataLoader:
