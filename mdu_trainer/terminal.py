@@ -104,9 +104,12 @@ def columns(stream: Any = None) -> int | None:
         return 79
 
 
-def folded(text: str) -> str:
-    """Return a sentence in as many lines as the terminal behind stdout asks for, unchanged where there is none."""
-    room = columns(sys.stdout)
+def folded(text: str, stream: Any = None) -> str:
+    """Return a sentence in as many lines as the terminal behind a stream, stdout unless given, asks for.
+
+    It is unchanged where there is no terminal.
+    """
+    room = columns(stream or sys.stdout)
     return text if room is None else textwrap.fill(text, room)
 
 

@@ -59,7 +59,7 @@ class ComparisonConfig(MDUConfig):
     loss_type: list[str] = field(default_factory=lambda: ["mdu"], metadata={"help": "Forget losses."})
     tau: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "MDU's anchors."})
     preset: list[str] = field(
-        default_factory=list, metadata={"help": "One further run each, with settings that go by one name."}
+        default_factory=list, metadata={"help": "One further run each, of settings by one name; none for no run."}
     )
 
     def __post_init__(self):
@@ -89,7 +89,7 @@ class ComparisonConfig(MDUConfig):
     def methods(self) -> list[dict[str, Any]]:
         """The settings of each loss, of each tau that it has, and of each preset."""
         losses = [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
-        named = [preset(name) | {"preset": name} for name in self.preset]
+        named = [preset(name) | {"preset": name} for name in self.preset if name != "none"]
         return [{"loss_type": loss, "tau": tau, "preset": None} for loss, tau in losses] + named
 
     def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Configuration of unlearning."""
 
+import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -8,6 +9,7 @@ from transformers.utils import logging
 
 from ..files import UserError
 from ..objectives import OBJECTIVES
+from ..terminal import folded
 from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers, is_whole
 from .diffusion import DiffusionConfig
 from .presets import PRESETS, preset
@@ -219,7 +221,7 @@ class MDUConfig(DiffusionConfig):
         super().__post_init__()
         if chosen:
             said = ", ".join(f"{name}={getattr(self, name)}" for name in chosen)
-            logger.warning_once(f"preset '{self.preset}': {said}.")
+            logger.warning_once(folded(f"preset '{self.preset}': {said}.", sys.stderr))
 
     def check_values(self) -> None:
         """As in `DiffusionConfig`, and the options of the losses."""

@@ -12,15 +12,15 @@ from mdu_trainer.attacks import ATTACKS, Target
 
 @pytest.fixture(scope="module")
 def learned(tokenizer, rows, unrelated, tmp_path_factory):
-    """A small model that has learned some of the rows' words, and not all."""
+    """A small model that has learned half of the rows by heart, and has never seen the others."""
     from mdu_trainer.testing import tiny_mdlm
 
     model = tiny_mdlm(tokenizer, 48, 2, 2)
     config = MDLMConfig(
         str(tmp_path_factory.mktemp("learned")),
-        max_steps=150,
-        learning_rate=1e-2,
-        per_device_train_batch_size=6,
+        max_steps=300,
+        learning_rate=4e-3,
+        per_device_train_batch_size=3,
         time_weighting=False,
         pad_with_end_tokens=True,
         save_strategy="no",
@@ -28,7 +28,7 @@ def learned(tokenizer, rows, unrelated, tmp_path_factory):
         disable_tqdm=True,
         lr_scheduler_type="cosine",
     )
-    data = question_answer_rows(rows, conversational=True)
+    data = question_answer_rows(rows.select(range(3)), conversational=True)
     MDLMTrainer(model, config, train_dataset=data, processing_class=tokenizer).train()
     return model.eval()
 

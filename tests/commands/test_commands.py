@@ -215,7 +215,7 @@ WRONG = {  # script and options -> part of the line
     f"rwku {RWKU} --subjects  ": "--subjects: expected at least one argument",
     f"rwku {RWKU} --max_eval_rows 0": "--max_eval_rows must be at least 1",
     "score": "Which model?",
-    f"score {MODEL} --benchmark own": "needs --forget",
+    f"score {MODEL} --benchmark own": "Pass --forget FILE",
     f"score {MODEL} --benchmark tofu --forget {{}}/intros.jsonl": "leave one out",
     f"attack {BOTH} --forget {{}}/intros.jsonl --dataset_name {{}}/data": "both name the rows: pass one",
     f"roles {BOTH} --retain {{}}/intros.jsonl": "--retain goes with --forget",

@@ -31,7 +31,20 @@ TINY = [
         "true",
     ),
     *("--hidden_size", "32", "--num_layers", "1", "--max_eval_rows", "2", "--likelihood_draws", "1"),
-    *("--decoding_steps", "1", "--loss_type", "mdu", "--tau", "0", "--logging_steps", "1", "--output_dir", "out"),
+    *(
+        "--decoding_steps",
+        "1",
+        "--loss_type",
+        "mdu",
+        "--tau",
+        "0",
+        "--preset",
+        "none",
+        "--logging_steps",
+        "1",
+        "--output_dir",
+        "out",
+    ),
 ]
 LOGS = {"loss": 10.387, "grad_norm": 27.9, "learning_rate": 3e-4, "kl": 1.985, "forget_loss": 1.985}
 LOGS |= {"retain_loss": 8.402, "entropy": 4.2, "masked_fraction": 0.53, "epoch": 0.2}

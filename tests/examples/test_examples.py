@@ -60,6 +60,7 @@ def test_output(compared):
         ("mdu", 0.0),
         ("mdu", 0.5),
         ("dpo", None),
+        ("mdu", 1.0),  # the preset's
     ]
     for run in results["runs"]:
         for name in ("forget", "retain"):
@@ -112,7 +113,7 @@ def test_two_processes_do_what_one_does(compared, tmp_path):
         + ["--output_dir", str(tmp_path / "two"), "--loss_type", "mdu", "--tau", "0.5"]
         + ["--model_name_or_path", str(folder / "base"), "--finetune_epochs", "0"]
         + ["--retain_model", str(folder / "retain")]
-        + ["--per_device_train_batch_size", "1"],
+        + ["--per_device_train_batch_size", "1", "--preset", "none"],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -157,7 +158,7 @@ def test_resumes_what_was_begun(compared, tmp_path):
 def test_forget_quality_with_a_retain_model(compared, tmp_path):
     folder, _ = compared
     small = ("--finetune_epochs", "3", "--hidden_size", "32", "--num_layers", "2", "--loss_type", "npo")
-    options = [*QUICK, "--max_eval_rows", "4"]
+    options = [*QUICK, "--max_eval_rows", "4", "--preset", "none"]
     log = tofu("--output_dir", tmp_path / "train", "--retain_model", "train", *small, *options)
     runs = Results.load(tmp_path / "train" / "results.json").runs
     assert [run.name for run in runs] == ["base", "retain model", "npo"]

@@ -86,8 +86,11 @@ def test_a_live_model_with_such_weights_is_not_trained(make_model, make_trainer)
 
 
 @pytest.mark.parametrize("how", [{"load_in_8bit": True}, {"load_in_4bit": True}, {"device_map": OFFLOADED}])
-def test_quantised_and_offloaded_weights_are_looked_at_too(how, folder, tmp_path):
+def test_quantised_and_offloaded_weights_are_looked_at_too(how, make_model, tokenizer, tmp_path):
     pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "wide"  # 4 bit takes blocks of 64 weights of a row, on processors that compute with them
+    make_model(hidden_size=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     how = how | {"offload_folder": str(tmp_path / "offloaded")}
     load_checkpoint(str(folder), **how)
     name = "model.layers.1.mlp.up_proj.weight"
