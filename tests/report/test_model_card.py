@@ -200,6 +200,7 @@ def test_a_counterfactual_anchor_is_explained_as_such(facts, results):
     assert chosen_run(both, replace(facts, tau=1.0)).name == "mdu tau=1"
     text = unlearned_model_card(changed, both).text
     assert "Masked Diffusion Unlearning with a counterfactual anchor" in text and "strike}_{y_i}" in text
+    assert "x' and y'_t the input described above" in text and "a prompt of masks only" not in text
     assert "strike}_{y_i}" not in unlearned_model_card(facts, results).text
 
 
