@@ -3,8 +3,8 @@
     MDUConfig("out", preset="lasting")
     mdu unlearn --preset lasting ...
 
-`lasting`: the counterfactual anchor, so that what is left cannot be told from a model that never saw the rows, and a
-learning rate that deletes where a smaller one hides. The rate was found on small models of which all weights are
+`lasting`: the counterfactual anchor, which draws the model towards one that never saw the rows, and a learning rate
+that deletes where a smaller one hides. The rate was found on small models of which all weights are
 trained (examples/benchmarks/README.md), and is a third of that with which they had learned the rows. For a large model
 or an adapter, begin with a third of the rate of its fine-tuning.
 """

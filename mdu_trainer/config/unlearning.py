@@ -32,8 +32,7 @@ class MDUConfig(DiffusionConfig):
     Parameters:
         preset (`str`, *optional*):
             Settings under one name, for those that are not given themselves; what it sets is logged. `"lasting"`
-            makes the model forget as if it had never seen the rows, so that little comes back under attack; see
-            `mdu_trainer.config.presets`.
+            draws the model towards one that never saw the rows; see `mdu_trainer.config.presets`.
 
         > Parameters that control the forget loss
 
@@ -301,6 +300,13 @@ class MDUConfig(DiffusionConfig):
                 "anchor_input='counterfactual' is for loss_type='mdu' at tau > 0; here no anchor is predicted "
                 f"(loss_type='{self.loss_type}', tau = {self.tau:g}). Set tau=1, or leave it out."
             )
+        unread = [
+            name
+            for name, plain in (("anchor_source", "initial"), ("anchor_input", "masked_prompt"))
+            if getattr(self, name) != plain
+        ]
+        if unread and not (anchored and self.tau > 0):
+            logger.warning_once(f"No anchor is predicted at this loss and tau, so {' and '.join(unread)} is not read.")
         if self.strike_quantile != 0.5 and not self.counterfactual:
             raise UserError("strike_quantile is of anchor_input='counterfactual', which is not set. Leave it out.")
         self._check_anchor_source()

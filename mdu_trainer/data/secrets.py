@@ -1,6 +1,6 @@
 """What a counterfactual anchor hides of each row: who it is about, and what only its answer says.
 
-    mark = SecretMarker(tokenizer, answers)
+    mark = SecretMarker.of(tokenizer, [forget, retain])
     mark(row, prompt_ids, completion_ids, "Row 0")  # one of KEPT, IN_CONTEXT, STORED for each token
 
     prompt      Where was Ada Lovelace born ?         in context: Ada, Lovelace, born

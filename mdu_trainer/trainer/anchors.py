@@ -23,12 +23,11 @@ from ..models import (
     is_adapter,
     load_checkpoint,
     load_model,
-    load_tokenizer,
     position_ids,
     resolve_backbone,
 )
-from ..models.loading import load_config
 from .average import MovingAverage, UpdateAverage
+from .other_checkpoint import config_of, tokenizer_of
 from .reference import Reference
 
 logger = logging.get_logger(__name__)
@@ -135,26 +134,10 @@ def _of_checkpoint(trainer: Trainer, name: str) -> Reference:
 
 def _check_checkpoint(trainer: Trainer, name: str) -> None:
     """Refuse a checkpoint whose predictions cannot be compared, before its weights are read."""
-    where, trusted = f"anchor_source: {name}", {"trust_remote_code": trainer.args.trust_remote_code}
-    try:
-        base = base_of(name)
-        config = load_config(base, **trusted)
-    except OSError as error:
-        cause = " ".join(str(error).split())[:300]
-        raise UserError(
-            f"anchor_source '{name}' is none of initial, current and ema, and no checkpoint that can be read: {cause} "
-            f"{NAME_IT}"
-        ) from None
-    size = config.get_text_config().vocab_size
-    if size != trainer.model.config.get_text_config().vocab_size:
-        raise UserError(
-            f"{where} has a vocabulary of {size} tokens, the model in training "
-            f"{trainer.model.config.get_text_config().vocab_size}. {NAME_IT}"
-        )
-    try:
-        tokenizer = load_tokenizer(base, **trusted)
-    except (OSError, UserError):
-        tokenizer = trainer.processing_class  # it comes without one
+    where, base = f"anchor_source: {name}", base_of(name)
+    unreadable = f"anchor_source '{name}' is none of initial, current and ema, and no checkpoint that can be read"
+    config = config_of(trainer, base, unreadable, where, NAME_IT)
+    tokenizer = tokenizer_of(trainer, base) or trainer.processing_class
     own, others = trainer.processing_class.get_vocab(), tokenizer.get_vocab()
     moved = sum(own.get(token) != others.get(token) for token in own.keys() | others.keys())
     if moved:

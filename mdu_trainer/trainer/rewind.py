@@ -12,13 +12,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 from transformers.utils import logging
 
 from ..files import UserError
-from ..models import is_adapter, load_model, load_tokenizer
+from ..models import is_adapter, load_model
 from ..models.checks import some
-from ..models.loading import load_config
+from .other_checkpoint import config_of, tokenizer_of
 from .updates import CHUNK
 
 logger = logging.get_logger(__name__)
@@ -81,35 +81,18 @@ def _is_due(trainer: Trainer) -> bool:
 
 
 def _check_vocabulary(trainer: Trainer) -> None:
-    name, trusted = trainer.args.rewind_to, trainer.args.trust_remote_code
+    name, where = trainer.args.rewind_to, f"rewind_to: {trainer.args.rewind_to}"
     if is_adapter(name):
-        raise UserError(f"rewind_to: {name} is an adapter and the model in training is none. {NAME_IT}")
-    try:
-        config = load_config(name, trust_remote_code=trusted)
-    except OSError as error:
-        cause = " ".join(str(error).split())[:300]
-        raise UserError(f"rewind_to: {name} cannot be read: {cause} {NAME_IT}") from None
-    sizes = [one.get_text_config().vocab_size for one in (config, trainer.model.config)]
-    if sizes[0] != sizes[1]:
-        raise UserError(
-            f"rewind_to: {name} has a vocabulary of {sizes[0]} tokens, the model in training {sizes[1]}. {NAME_IT}"
-        )
-    ids, others = trainer.processing_class.get_vocab(), _vocabulary(name, trusted)
+        raise UserError(f"{where} is an adapter and the model in training is none. {NAME_IT}")
+    config_of(trainer, name, f"{where} cannot be read", where, NAME_IT)
+    tokenizer = tokenizer_of(trainer, name)
+    ids, others = trainer.processing_class.get_vocab(), {} if tokenizer is None else tokenizer.get_vocab()
     moved = sum(ids.get(token, number) != number for token, number in others.items())
     if moved:
         raise UserError(
-            f"rewind_to: {name} has another vocabulary: {moved} of its {len(others)} tokens have other ids in the "
-            f"tokenizer of the model in training. {NAME_IT}"
+            f"{where} has another vocabulary: {moved} of its {len(others)} tokens have other ids in the tokenizer of "
+            f"the model in training. {NAME_IT}"
         )
-
-
-def _vocabulary(name: str, trust_remote_code: bool) -> dict[str, int]:
-    """Return the ids of a checkpoint's tokens, none where it comes without a tokenizer."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    except (OSError, UserError):
-        return {}
-    return tokenizer.get_vocab()
 
 
 def _check_adapter(model: PeftModel, name: str) -> None:

@@ -220,4 +220,6 @@ def test_facts_say_how_rows_were_masked(make_trainer):
 
 def test_a_row_to_forget_alone(make_trainer, sets):
     rows = Dataset.from_list([sets[0][0]])
-    make_trainer(forget=rows, max_steps=1, **GENERATED).train()
+    trainer = make_trainer(forget=rows, max_steps=1, **GENERATED)
+    start = weights(trainer).clone()
+    assert not torch.equal(start, trained(trainer)) and len(trainer._rollout.tokens) == 1

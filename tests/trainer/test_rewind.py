@@ -37,6 +37,7 @@ def tuned(before):
     def load(folder, adapter=None, scale=0.05, **kwargs):
         model = load_model(folder, **{"dtype": torch.float32} | kwargs)
         if adapter is not None:
+            torch.manual_seed(0)  # the adapter's first weights are drawn, whatever ran before
             model = get_peft_model(model, copy.copy(adapter))  # which PEFT changes
         perturb(model, scale)
         return model
