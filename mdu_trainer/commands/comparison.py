@@ -89,7 +89,7 @@ class ComparisonConfig(MDUConfig):
     def methods(self) -> list[dict[str, Any]]:
         """The settings of each loss, of each tau that it has, and of each preset."""
         losses = [(loss, tau) for loss in self.loss_type for tau in (self.tau if loss == "mdu" else [0.0])]
-        named = [preset(name) | {"preset": name} for name in self.preset if name != "none"]
+        named = [preset(name).training | {"preset": name} for name in self.preset if name != "none"]
         return [{"loss_type": loss, "tau": tau, "preset": None} for loss, tau in losses] + named
 
     def unchanging(self, chosen: dict[str, Any]) -> dict[str, Any]:

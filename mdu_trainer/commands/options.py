@@ -8,19 +8,23 @@ import sys
 from copy import copy
 from dataclasses import MISSING, Field, fields
 from enum import Enum
-from itertools import pairwise
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import TrainingArguments
+from transformers.utils import logging
 from trl import ModelConfig, TrlParser
 
 from ..config import MDUConfig
 from ..config.presets import preset
 from ..files import UserError, without_secrets
+from ..terminal import folded
 from .help import HelpFormatter, description_of, plain_names, program
+
+logger = logging.get_logger(__name__)
 
 SHORT = {"model_name_or_path": "model"}  # other names that are taken for an option's
 # options beside which no file is taken
@@ -53,7 +57,7 @@ def parse_options(*types: Any, default: Path | None = None, description: str | N
         raise UserError("--config needs a file.")
     file = arguments[arguments.index("--config") + 1] if "--config" in arguments else None
     parser = OptionParser(types, description)
-    parser.take_preset(arguments)
+    parser.take_presets(_values_after("--preset", arguments))
     try:
         *filled, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except UserError:
@@ -85,6 +89,7 @@ class OptionParser(TrlParser):
     def __init__(self, types: tuple[Any, ...], description: str | None = None):
         self._topic: Any = None  # the group of the dataclass whose options are being added
         self._trainers: Any = None  # the group of those that it has from TrainingArguments
+        self._has_preset = False  # named on the command line, which counts before a file
         super().__init__(
             types,
             allow_abbrev=False,
@@ -101,24 +106,35 @@ class OptionParser(TrlParser):
         """Raise a UserError."""
         raise UserError(f"{plain_names(message)} (--help lists the options).")
 
-    def take_preset(self, arguments: list[str]) -> None:
-        """Make the settings of `--preset NAME` the defaults, which files and other options count before."""
-        if self._takes_preset:
-            for word, after in pairwise([*arguments, ""]):
-                name, _, value = word.partition("=")
-                if name == "--preset":
-                    self.set_defaults(**preset(value or after))
+    def take_presets(self, names: list[str]) -> None:
+        """Make the settings of presets the defaults, which files and other options count before.
 
-    @property
-    def _takes_preset(self) -> bool:
-        """Whether there is a preset for the run; a comparison makes further runs of its presets."""
-        return any(action.dest == "preset" and action.nargs != "+" for action in self._actions)
+        A command that makes a further run of each preset takes only how rows are chosen and scored, which all its runs
+        share, where the presets agree.
+        """
+        actions = {action.dest: action for action in self._actions}
+        if "preset" not in actions:
+            return
+        self._has_preset = bool(names)
+        chosen = {name: preset(name) for name in names if name != "none"}
+        for name, one in chosen.items():
+            scoring = {
+                option: value
+                for option, value in one.scoring.items()
+                if option in actions and all(other.scoring.get(option, value) == value for other in chosen.values())
+            }
+            alone = actions["preset"].nargs != "+"
+            self.set_defaults(**scoring | (one.training if alone else {}))
+            if scoring:
+                said = ", ".join(f"{option}={value}" for option, value in scoring.items())
+                logger.warning_once(folded(f"preset '{name}', unless set otherwise: {said}.", sys.stderr))
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
         """Take the values of a file as if they were given on the command line."""
         kwargs = {next((long for long, short in SHORT.items() if short == n), n): value for n, value in kwargs.items()}
-        if self._takes_preset and kwargs.get("preset") is not None:
-            self.set_defaults(**preset(kwargs["preset"]))
+        if kwargs.get("preset") is not None and not self._has_preset:
+            names = kwargs["preset"] if isinstance(kwargs["preset"], list) else [kwargs["preset"]]
+            self.take_presets([str(name) for name in names])
         actions = {action.dest: action for action in reversed(self._actions)}  # the first of two, not its --no_ form
         checked = {
             name: self._value(actions[name], value) if name in actions else value for name, value in kwargs.items()
@@ -185,6 +201,17 @@ def _topic_of(dtype: Any) -> str:
     """The title of a dataclass's options in the help."""
     titles = {MDUConfig: "unlearning (MDUConfig)", ModelConfig: "model, adapter and quantization (TRL's ModelConfig)"}
     return next((title for base, title in titles.items() if issubclass(dtype, base)), "what to do")
+
+
+def _values_after(name: str, arguments: list[str]) -> list[str]:
+    """The values of an option on a command line, given as `--name a b` or `--name=a`."""
+    values: list[str] = []
+    for place, word in enumerate(arguments):
+        if word.startswith(f"{name}="):
+            values = [word.partition("=")[2]]
+        elif word == name:
+            values = [*takewhile(lambda value: not value.startswith("--"), arguments[place + 1 :])]
+    return values
 
 
 def _split_config(argument: str) -> list[str]:

@@ -12,7 +12,7 @@ from ..objectives import OBJECTIVES
 from ..terminal import folded
 from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers, is_whole
 from .diffusion import DiffusionConfig
-from .presets import PRESETS, preset
+from .presets import PRESETS, preset, words
 
 logger = logging.get_logger(__name__)
 
@@ -213,14 +213,14 @@ class MDUConfig(DiffusionConfig):
         return made
 
     def __post_init__(self):
-        chosen = {} if self.preset is None else preset(self.preset)
+        chosen = {} if self.preset is None else preset(self.preset).training
         for name, value in chosen.items():
             if name not in self._given:
                 setattr(self, name, value)
         super().__post_init__()
-        if chosen:
-            said = ", ".join(f"{name}={getattr(self, name)}" for name in chosen)
-            logger.warning_once(folded(f"preset '{self.preset}': {said}.", sys.stderr))
+        if self.preset is not None:
+            values = {name: getattr(self, name) for name in chosen}
+            logger.warning_once(folded(words(self.preset, values), sys.stderr))
 
     def check_values(self) -> None:
         """As in `DiffusionConfig`, and the options of the losses."""

@@ -1,7 +1,5 @@
 """The counterfactual anchor: what is hidden of a row, and what is struck out of theta_0's prediction."""
 
-import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +10,6 @@ from published import write_dream, write_llada
 from runs import QUIET
 
 from mdu_trainer import MDUConfig, MDUTrainer
-from mdu_trainer.commands.comparison import ComparisonConfig
-from mdu_trainer.commands.options import parse_options
-from mdu_trainer.config.presets import PRESETS
 from mdu_trainer.data.secrets import SecretMarker
 from mdu_trainer.divergence import AnchorKL, Projection
 from mdu_trainer.files import UserError
@@ -250,50 +245,3 @@ def test_lora_on_the_published_layouts(write, tmp_path, sets):
             assert scores["kl"].value.tolist() == pytest.approx([x.item() for x in expected], rel=1e-4)
         ends.append(trained(trainer))
     assert not torch.equal(*ends)
-
-
-# Presets
-
-
-def test_a_preset_sets_what_is_not_given(tmp_path, seen):
-    args = MDUConfig(str(tmp_path), preset="lasting")
-    assert {name: getattr(args, name) for name in PRESETS["lasting"]} == PRESETS["lasting"] and args.counterfactual
-    given = MDUConfig(str(tmp_path), preset="lasting", learning_rate=1e-5, tau=0.5)
-    assert (given.learning_rate, given.tau, given.anchor_input) == (1e-5, 0.5, "counterfactual")
-    assert "preset 'lasting': loss_type=mdu, tau=0.5, anchor_input=counterfactual" in seen.text
-
-    @dataclasses.dataclass
-    class Own(MDUConfig):
-        learning_rate: float = 3e-5
-
-    assert Own(str(tmp_path), preset="lasting").learning_rate == PRESETS["lasting"]["learning_rate"]
-    assert dataclasses.replace(given, seed=1).learning_rate == 1e-5
-    with pytest.raises(UserError, match="preset 'best' is unknown; choose one of lasting"):
-        MDUConfig(str(tmp_path), preset="best")
-
-
-@pytest.mark.parametrize(
-    "words, file, expected",
-    [
-        ("--preset lasting", "", {}),
-        ("--preset=lasting --tau 0.5", "", {"tau": 0.5}),
-        ("", "preset: lasting\nlearning_rate: 1.0e-4\n", {"learning_rate": 1e-4}),
-        ("--preset lasting --learning_rate 2e-5", "learning_rate: 1.0e-4\n", {"learning_rate": 2e-5}),
-    ],
-)
-def test_a_preset_on_the_command_line(tmp_path, monkeypatch, words, file, expected):
-    (tmp_path / "some.yaml").write_text(file + "output_dir: out\n")
-    monkeypatch.setattr("sys.argv", ["unlearn", "--config", str(tmp_path / "some.yaml"), *words.split()])
-    (args,) = parse_options(MDUConfig)
-    expected = PRESETS["lasting"] | expected
-    assert {name: getattr(args, name) for name in expected} == expected
-
-
-def test_a_comparison_has_a_run_for_each_preset(tmp_path):
-    config = ComparisonConfig(
-        str(tmp_path), loss_type=["ga", "mdu"], tau=[0.0], preset=["lasting"], learning_rate=1e-4
-    )
-    runs = config.runs()
-    assert [Path(run.output_dir).name for run in runs] == ["ga", "mdu-tau0", "mdu-lasting"]
-    assert [run.learning_rate for run in runs] == [1e-4, 1e-4, PRESETS["lasting"]["learning_rate"]]
-    assert [config.swept(run) for run in runs] == [{}, {}, {"preset": "lasting"}]

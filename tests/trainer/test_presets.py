@@ -1,0 +1,110 @@
+"""Settings under one name: what they set, what counts before them, and that their sources' figures can be compared."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from trl import ModelConfig
+
+from mdu_trainer import MDUConfig
+from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig
+from mdu_trainer.commands.options import parse_options
+from mdu_trainer.config.presets import PRESETS, SCORED
+from mdu_trainer.files import UserError
+
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
+
+LASTING = PRESETS["lasting"].training
+
+
+def test_a_preset_sets_what_is_not_given(tmp_path, seen):
+    args = MDUConfig(str(tmp_path), preset="lasting")
+    assert {name: getattr(args, name) for name in LASTING} == LASTING and args.counterfactual
+    given = MDUConfig(str(tmp_path), preset="lasting", learning_rate=1e-5, tau=0.5)
+    assert (given.learning_rate, given.tau, given.anchor_input) == (1e-5, 0.5, "counterfactual")
+    assert "preset 'lasting': loss_type=mdu, tau=0.5, anchor_input=counterfactual" in seen.text
+
+    @dataclasses.dataclass
+    class Own(MDUConfig):
+        learning_rate: float = 3e-5
+
+    assert Own(str(tmp_path), preset="lasting").learning_rate == LASTING["learning_rate"]
+    assert dataclasses.replace(given, seed=1).learning_rate == 1e-5
+    with pytest.raises(UserError, match="preset 'best' is unknown; choose one of lasting"):
+        MDUConfig(str(tmp_path), preset="best")
+
+
+@pytest.mark.parametrize(
+    "words, file, expected",
+    [
+        ("--preset lasting", "", {}),
+        ("--preset=lasting --tau 0.5", "", {"tau": 0.5}),
+        ("", "preset: lasting\nlearning_rate: 1.0e-4\n", {"learning_rate": 1e-4}),
+        ("--preset lasting --learning_rate 2e-5", "learning_rate: 1.0e-4\n", {"learning_rate": 2e-5}),
+    ],
+)
+def test_a_preset_on_the_command_line(tmp_path, monkeypatch, words, file, expected):
+    (tmp_path / "some.yaml").write_text(file + "output_dir: out\n")
+    monkeypatch.setattr("sys.argv", ["unlearn", "--config", str(tmp_path / "some.yaml"), *words.split()])
+    (args,) = parse_options(MDUConfig)
+    expected = LASTING | expected
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_a_comparison_has_a_run_for_each_preset(tmp_path):
+    config = ComparisonConfig(
+        str(tmp_path), loss_type=["ga", "mdu"], tau=[0.0], preset=["lasting"], learning_rate=1e-4
+    )
+    runs = config.runs()
+    assert [Path(run.output_dir).name for run in runs] == ["ga", "mdu-tau0", "mdu-lasting"]
+    assert [run.learning_rate for run in runs] == [1e-4, 1e-4, LASTING["learning_rate"]]
+    assert [config.swept(run) for run in runs] == [{}, {}, {"preset": "lasting"}]
+
+
+def parsed(monkeypatch, words, *types):
+    monkeypatch.setattr("sys.argv", ["tofu", *words.split()])
+    return parse_options(*types)
+
+
+@pytest.mark.parametrize("name", ["paper", "release", "replication"])
+def test_a_published_run_by_name(tmp_path, monkeypatch, seen, name):
+    args = MDUConfig(str(tmp_path), preset=name)
+    assert {option: getattr(args, option) for option in PRESETS[name].training} == PRESETS[name].training
+    for option, value in PRESETS[name].training.items():
+        assert f"{option}={value}" in seen.text  # in full
+    assert PRESETS[name].unknown in " ".join(seen.text.split())
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
+    rows, config = parsed(monkeypatch, f"--output_dir {tmp_path} --preset {name}", ComparisonArguments, MDUConfig)
+    assert {option: getattr(rows, option) for option in SCORED} == SCORED
+    assert config.forget_masking == PRESETS[name].training["forget_masking"]
+    assert "retain_split=retain_perturbed" in seen.text
+
+
+def test_what_is_set_counts_before_the_rows_and_decoding_of_a_preset(tmp_path, monkeypatch):
+    (tmp_path / "some.yaml").write_text("decoding_steps: 64\npreset: lasting\n")
+    words = f"--output_dir out --config {tmp_path / 'some.yaml'} --preset paper --max_new_tokens 32"
+    rows, config = parsed(monkeypatch, words, ComparisonArguments, MDUConfig)
+    assert (rows.decoding_steps, rows.max_new_tokens, rows.retain_split) == (64, 32, "retain_perturbed")
+    assert (config.preset, config.learning_rate, config.anchor_input) == ("paper", 1e-5, "masked_prompt")
+
+
+def test_the_runs_of_a_comparison_share_what_its_presets_agree_on(tmp_path, monkeypatch):
+    words = "--output_dir out --preset paper release lasting --learning_rate 1e-4"
+    rows, config = parsed(monkeypatch, words, ComparisonArguments, ComparisonConfig)
+    assert (rows.retain_split, rows.decoding_steps) == ("retain_perturbed", 128)
+    assert [run.learning_rate for run in config.runs()] == [1e-4, 1e-5, 1e-5, 1e-3]
+    rows, config = parsed(monkeypatch, "--output_dir out --preset paper", ComparisonArguments, ComparisonConfig)
+    assert [run.tau for run in config.runs()] == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("backbone, epochs", [("llada", 9), ("dream", 5)])
+def test_the_papers_table_is_one_file_with_the_settings_of_its_preset(monkeypatch, backbone, epochs):
+    words = f"--config {CONFIGS / f'paper_{backbone}.yaml'} --model PATH --bf16 false"
+    rows, config, _ = parsed(monkeypatch, words, ComparisonArguments, ComparisonConfig, ModelConfig)
+    paper = PRESETS["paper"]
+    assert {option: getattr(rows, option) for option in SCORED} == SCORED
+    runs = [run for run in config.runs() if run.loss_type == "mdu"]
+    assert [run.tau for run in runs] == [0.0, 0.25, 0.5, 0.75, 1.0] and len(config.runs()) == 10
+    expected = paper.training | {"num_train_epochs": epochs}
+    for run in runs:
+        assert {option: getattr(run, option) for option in expected} == expected | {"tau": run.tau}
