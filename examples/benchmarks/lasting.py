@@ -4,7 +4,8 @@
     python examples/benchmarks/lasting.py --scales demo --methods mdu-0 counterfactual --learning_rates 1e-3 --seeds 0
 
 Models of two scales are made once: "demo", that of examples/configs/demo.yaml, and "large", 60 authors of whom six are
-to be forgotten, on top of a model that learned other authors before. A method's learning rate is chosen on rows that
+to be forgotten, on top of a model that learned other authors before. A third, "tofu", is real text: the model and the
+rows of examples/configs/tofu_tiny.yaml. A method's learning rate is chosen on rows that
 are not the test's: other authors of the first scale, with the first seed. Of the rates that leave a retain rL of .98
 it is the one with the lowest worst-case recovery. Name one rate, and that is taken.
 
@@ -29,9 +30,10 @@ from pathlib import Path
 
 from lasting_figures import Cell, Measurer, best_rate, table
 from lasting_methods import METHODS
-from lasting_models import SCALES, Scale, Split
+from lasting_models import SCALES, Scale, Split, TofuSplit
 
 from mdu_trainer.commands import run
+from mdu_trainer.commands.checks import check_source
 from mdu_trainer.files import UserError, read_json, write_whole
 
 MAIN = ("mdu-0", "mdu-1", "npo", "wording", "counterfactual")
@@ -42,6 +44,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/lasting"), help="models and figures")
     parser.add_argument("--scales", nargs="+", choices=SCALES, default=["demo", "large"])
+    parser.add_argument("--dataset_name", default="../shared/tofu", help="of scale tofu: a folder, or locuslab/TOFU")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(MAIN))
     parser.add_argument("--learning_rates", nargs="+", type=float, default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -56,6 +59,10 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name} must be above 0, got {value:g}.")
+    if "tofu" in args.scales:
+        check_source(args.dataset_name, "dataset_name")
+        if args.scales[0] == "tofu" and len(args.learning_rates) > 1:
+            raise UserError("A rate is chosen on embedded authors: name another scale before tofu, or one rate.")
     if min(args.learning_rates) <= 0:
         raise UserError(f"--learning_rates must be above 0, got {min(args.learning_rates):g}.")
     chosen = {name: getattr(args, name) for name in ("max_steps", "finetune_epochs")}
@@ -78,11 +85,19 @@ def scale_of(name: str, args: argparse.Namespace) -> Scale:
     return scale
 
 
+def split_of(name: str, args: argparse.Namespace, validation: bool = False) -> Split:
+    """The rows and models of a scale."""
+    scale = scale_of(name, args)
+    if scale.real_text:
+        return TofuSplit(scale, name, args.output_dir, dataset_name=args.dataset_name)
+    return Split(scale, name, args.output_dir, validation)
+
+
 def chosen_rates(args: argparse.Namespace) -> dict[str, float]:
     """The learning rate of each method: the one that is named, or the best on the rows of the validation."""
     if len(args.learning_rates) == 1:
         return dict.fromkeys(args.methods, args.learning_rates[0])
-    measurer = Measurer(Split(scale_of(args.scales[0], args), args.scales[0], args.output_dir, validation=True))
+    measurer = Measurer(split_of(args.scales[0], args, validation=True))
     return {
         method: best_rate([measurer.cell(method, rate, args.seeds[0]) for rate in args.learning_rates])
         for method in args.methods
@@ -94,7 +109,7 @@ def main() -> None:
     check(args)
     rates = chosen_rates(args)
     for name in args.scales:
-        measurer = Measurer(Split(scale_of(name, args), name, args.output_dir))
+        measurer = Measurer(split_of(name, args))
         cells: dict[str, list[Cell]] = {}
         for method in args.methods:
             cells[method] = [measurer.cell(method, rates[method], seed) for seed in args.seeds]

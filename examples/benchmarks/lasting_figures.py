@@ -26,7 +26,6 @@ from mdu_trainer.evaluation.sources import spread
 from mdu_trainer.evaluation.tofu import TofuResult, TruthRatios
 from mdu_trainer.files import Record
 from mdu_trainer.models import weights_fingerprint
-from mdu_trainer.testing import unseen_answers
 
 RELEARNING_RATES = (3e-4, 1e-3, 3e-3)
 RELEARN, MEMBERSHIP = "relearn-related", "membership"
@@ -130,7 +129,7 @@ class Measurer:
         self.split = split
         self.settings = AttackSettings(
             decoding=split.decoding,
-            unseen=unseen_answers(split.forget),
+            unseen=split.unseen,
             unrelated=split.retain,
             relearn_learning_rate=RELEARNING_RATES[1],
             **split.scale.attacking,

@@ -13,12 +13,14 @@ from mdu_trainer import DiffusionGenerationConfig, MDUConfig, load_model, load_t
 from mdu_trainer.commands.finetuning import HEADS, FinetuningArguments, finetune_config
 from mdu_trainer.commands.training import is_trained
 from mdu_trainer.data.rows import question_answer_rows
+from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.models import load_checkpoint
-from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
+from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer, unseen_answers
 from mdu_trainer.trainer.mdlm import MDLMTrainer
 
 FACTS = 8  # rows an author
+KEPT_OF_TOFU = 80
 QUIET: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
@@ -44,6 +46,7 @@ class Scale:
         attacks: names of those that are made; all if None.
         decoding_steps: of every answer; a token a step if None.
         scored: rows to keep that are scored, at most.
+        real_text: the rows are TOFU's: forget01, and the first `KEPT_OF_TOFU` of those to keep.
     """
 
     authors: int
@@ -56,6 +59,7 @@ class Scale:
     attacks: tuple[str, ...] | None = None
     decoding_steps: int | None = None
     scored: int = 96
+    real_text: bool = False
 
 
 DEMO = FinetuningArguments(finetune_epochs=240, finetune_learning_rate=3e-3, finetune_batch_size=48)
@@ -75,6 +79,15 @@ SCALES = {
         finetuning=DEMO,
         updates={"max_steps": 480, "per_device_train_batch_size": 16, "retain_batch_size": 32},
         attacking={"relearn_steps": 80, "samples": 4},
+    ),
+    "tofu": Scale(  # that of examples/configs/tofu_tiny.yaml
+        authors=0,
+        forgotten=0,
+        finetuning=FinetuningArguments(250, 2e-3, 32, hidden_size=192, num_layers=4, vocab_size=1024),
+        updates={"max_steps": 100, "per_device_train_batch_size": 16, "retain_batch_size": 32},
+        attacking={"relearn_steps": 80, "samples": 4},
+        decoding_steps=32,
+        real_text=True,
     ),
     "tiny": Scale(  # learns nothing: to see that all runs
         authors=4,
@@ -133,6 +146,11 @@ class Split:
         return self.all_rows.select(list(range(FACTS * self.scale.authors, len(self.all_rows))))
 
     @property
+    def unseen(self) -> Dataset:
+        """The questions to forget with answers that no model has seen."""
+        return unseen_answers(self.forget)
+
+    @property
     def _forgotten(self) -> range:
         stop = self.scale.authors - (self.scale.forgotten if self.validation else 0)
         return range(FACTS * (stop - self.scale.forgotten), FACTS * stop)
@@ -185,6 +203,34 @@ class Split:
         )
         teach(self.first, self.base, both, scale.finetuning)
         teach(self.first, self.never, self.retain, scale.finetuning)
+
+
+@dataclass(frozen=True)
+class TofuSplit(Split):
+    """Real text: rows of TOFU, whose wrong answers are the unseen ones.
+
+    Attributes:
+        dataset_name: folder with TOFU's files, or its name on the Hub.
+    """
+
+    dataset_name: str = ""
+
+    @cached_property
+    def forget(self) -> Dataset:
+        return load_split(self.dataset_name, "forget01_perturbed")
+
+    @cached_property
+    def retain(self) -> Dataset:
+        return load_split(self.dataset_name, "retain_perturbed").select(range(KEPT_OF_TOFU))
+
+    @cached_property
+    def earlier(self) -> Dataset:
+        return self.retain.select([])
+
+    @property
+    def unseen(self) -> Dataset:
+        pairs = [(row["question"], wrong) for row in self.forget.to_list() for wrong in row["perturbed_answer"]]
+        return Dataset.from_dict(dict(zip(("question", "answer"), map(list, zip(*pairs, strict=True)), strict=True)))
 
 
 def teach(start: Path, folder: Path, rows: Dataset, args: FinetuningArguments) -> None:

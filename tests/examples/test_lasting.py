@@ -10,6 +10,7 @@ import pytest
 import warm
 
 from mdu_trainer.evaluation.results import Estimate
+from mdu_trainer.files import UserError
 from mdu_trainer.models import load_checkpoint
 from mdu_trainer.testing import fictional_authors, forget_retain_split, unseen_answers
 
@@ -118,6 +119,22 @@ def test_rows_of_a_demo_are_those_of_the_command(script, tmp_path):
     assert (len(large.forget), len(large.retain), len(large.earlier)) == (48, 432, 248)
     unseen = unseen_answers(large.forget)["answer"]
     assert len(unseen) == 5 * 48 and not set(unseen) & set(large.all_rows["answer"])
+
+
+def test_real_text_is_tofus(script, monkeypatch, tmp_path, tofu_path):
+    options = ["--scales", "tofu", "--dataset_name", str(tofu_path), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["lasting.py", *options, "--learning_rates", "1e-3"])
+    args = script.parse()
+    script.check(args)
+    split = script.split_of("tofu", args)
+    assert (len(split.forget), len(split.retain), len(split.earlier)) == (40, 80, 0)
+    rows, unseen = split.forget.to_list(), split.unseen
+    assert unseen["question"] == [row["question"] for row in rows for _ in row["perturbed_answer"]]
+    assert unseen["answer"] == [wrong for row in rows for wrong in row["perturbed_answer"]]
+    assert not set(unseen["answer"]) & {*split.forget["answer"], *split.retain["answer"]}
+    monkeypatch.setattr(sys, "argv", ["lasting.py", *options])
+    with pytest.raises(UserError, match="A rate is chosen on embedded authors: name another scale before tofu"):
+        script.check(script.parse())
 
 
 @pytest.mark.parametrize("method", ["wording", "damage", "repair", "repselect", "mudman"])
