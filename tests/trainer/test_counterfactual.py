@@ -1,6 +1,5 @@
 """The counterfactual anchor: what is hidden of a row, and what is struck out of theta_0's prediction."""
 
-
 import pytest
 import torch
 from datasets import Dataset
