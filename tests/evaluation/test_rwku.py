@@ -73,7 +73,7 @@ def test_every_config_has_its_figures(folder, roomy, tokenizer):
     wanted |= dict.fromkeys(("utility_general", "utility_truthfulness"), {"accuracy"})
     wanted |= {"utility_reason": {"exact_match"}, "utility_factuality": {"exact_match", "f1"}}
     assert {name: set(scores) for name, scores in run.scores.items()} == wanted | {"utility_fluency": {"entropy"}}
-    assert "| forget level1 rL |" in Results("m", "RWKU", {}, [run]).table()
+    assert "| F-L1 rL |" in Results("m", "RWKU", {}, [run]).table()
 
 
 def test_choices_are_scored_by_their_likelihood(folder, roomy, tokenizer, backbone):
