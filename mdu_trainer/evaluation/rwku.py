@@ -21,6 +21,7 @@ from ..data.words import split_words
 from ..files import UserError, read_jsonl
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
+from .pairs import questions_of_pairs
 from .protocol import MMLU_ROWS, Choices, Protocol, check_protocol
 from .results import Run
 from .runner import score_questions
@@ -118,7 +119,7 @@ def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) ->
     rows: list[Any] = []
     for _, file in files:
         name = f"forget ({file.relative_to(path) if path.is_dir() else file.name})"
-        read = _without_pairs(read_jsonl(file), f"the {name} set")
+        read = questions_of_pairs(read_jsonl(file), f"the {name} set")
         check_columns(table(read, str(file)), name, QUESTION_ANSWER)
         rows += read
     found = table(rows, str(path))
@@ -145,29 +146,6 @@ def _file_of_subject(folder: Path) -> Path | None:
             f"{folder} has several files of pairs, {', '.join(file.name for file in pairs)}: pass the one to forget."
         )
     return pairs[0] if pairs else None
-
-
-def _without_pairs(rows: list[Any], where: str) -> list[Any]:
-    """Rows with RWKU's pairs among them made questions and answers, with the made-up text as `refusal`."""
-    return [
-        _question_of_pair(row, f"Row {number} of {where}")
-        if isinstance(row, Mapping) and "response" in row and not row.keys() & QUESTION_ANSWER.keys()
-        else row
-        for number, row in enumerate(rows)
-    ]
-
-
-def _question_of_pair(pair: Mapping[str, Any], where: str) -> dict[str, Any]:
-    response, intro = pair["response"], pair.get("intro")
-    if not isinstance(response, list) or len(response) != 2 or not all(isinstance(text, str) for text in response):
-        raise UserError(f"{where} is a pair, so response must be a list of two texts: one made up, and the true one.")
-    if not isinstance(intro, str):
-        raise UserError(f"{where} is a pair, so it needs a text in intro, which is the question.")
-    made_up, answer = response
-    if not made_up.strip():
-        raise UserError(f"{where}: the first text of response is blank. Remove the row.")
-    subject = {"subject": pair["subject"]} if "subject" in pair else {}
-    return {"question": intro, "answer": answer, "refusal": made_up} | subject
 
 
 def _about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:

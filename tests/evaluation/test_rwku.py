@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 import warm
 
+from mdu_trainer.commands.convert import main
 from mdu_trainer.commands.row_sets import answer_rows
+from mdu_trainer.evaluation.own_rows import load_questions
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.evaluation.rwku_questions import CONFIGS, ngram_entropy, word_match
+from mdu_trainer.files import UserError
 from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.inference.likelihood import response_likelihood
 
@@ -253,6 +256,69 @@ def test_a_folder_a_subject(tmp_path):
     (otto / "pair_phi.json").write_text(json.dumps([pair(0, OTTO)]))
     with pytest.raises(ValueError, match="several files of pairs, pair.json, pair_phi.json: pass the one to forget"):
         load_forget_rows(tmp_path / "all", [OTTO])
+
+
+def test_pairs_are_rows_of_ones_own(tmp_path):
+    """What `mdu unlearn --forget` takes: a file of pairs, or a folder a subject, without a step between."""
+    rows = [pair(0), pair(1, OTTO)]
+    for name, text in {"pair.json": json.dumps(rows), "pair.jsonl": "\n".join(map(json.dumps, rows))}.items():
+        (tmp_path / name).write_text(text)
+        found = load_questions(str(tmp_path / name))
+        assert found.column_names == ["question", "answer", "refusal"]
+        assert found.to_list() == load_forget_rows(tmp_path / name).remove_columns("subject").to_list()
+    (tmp_path / "all" / "1_Anna").mkdir(parents=True)
+    (tmp_path / "all" / "1_Anna" / "pair.json").write_text(json.dumps(rows))
+    (tmp_path / "all" / "1_Anna" / "forget_level1.json").write_text(json.dumps([probe("1")]))
+    assert load_questions(str(tmp_path / "all")).to_list() == found.to_list()
+    assert load_questions(f"{tmp_path / 'all' / '1_Anna'}:pair").to_list() == found.to_list()
+    chosen = answer_rows(found, True, refusals=True)["chosen"][1]
+    assert chosen == [{"role": "assistant", "content": f"{OTTO} is a made-up baker, 1."}]
+    (tmp_path / "pair.json").write_text(json.dumps([pair(0), pair(1) | {"response": ["secret"]}]))
+    with pytest.raises(UserError, match="Row 1 of .*pair.json is a pair, so response must be a list of two") as error:
+        load_questions(str(tmp_path / "pair.json"))
+    assert "secret" not in str(error.value)
+
+
+def test_convert(tmp_path, capsys):
+    for number, subject in enumerate((ANNA, OTTO), 1):
+        folder = tmp_path / "Target" / f"{number}_{subject.replace(' ', '_')}"
+        folder.mkdir(parents=True)
+        (folder / "pair.json").write_text(json.dumps([pair(i, subject) for i in range(2)]))
+    (tmp_path / "Target" / "3_Someone").mkdir()
+    forget = tmp_path / "Target" / "3_Someone" / "forget.jsonl"
+    forget.write_text(json.dumps({"question": "Who?", "answer": "Said\u2028so."}))
+    output = tmp_path / "rows.jsonl"
+    assert main(["rwku", str(tmp_path / "Target"), "--subjects", OTTO, ANNA, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "4 rows to forget, 4 of them with a text that DPO prefers" in said and "DPO reads" not in said
+    assert output.stat().st_mode & 0o077 == 0, "for its owner's eyes only"
+    expected = load_forget_rows(tmp_path / "Target", [OTTO, ANNA]).remove_columns("subject").to_list()
+    assert load_questions(str(output)).to_list() == expected and len(expected) == 4
+    assert main(["rwku", str(tmp_path / "Target"), "--output", str(output), "--overwrite"]) == 0
+    said += capsys.readouterr().out
+    assert "5 rows to forget, 4 of them" in said and "DPO reads these texts only where every row has one" in said
+    assert "refusal" not in load_questions(str(output)).column_names and len(load_questions(str(output))) == 5
+    assert not any(word in said for word in ("Zanzibar", "Quux", "Someone"))
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "message"),
+    [
+        ("pairs.json", "rows.json", "must end in .jsonl"),
+        ("pairs.json", "there.jsonl", "is there already: pass --overwrite"),
+        ("pairs.json", "folder.jsonl", "is a folder: name a file"),
+        (".", "new.jsonl", "lies in what is read"),
+        ("nothing", "new.jsonl", "neither a file of JSON lines, nor a folder"),
+    ],
+)
+def test_convert_refuses(tmp_path, monkeypatch, source, output, message):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.json").write_text(json.dumps([pair(0)]))
+    Path("there.jsonl").write_text("kept")
+    Path("folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=message):
+        main(["rwku", source, "--output", output])
+    assert Path("there.jsonl").read_text() == "kept" and not Path("new.jsonl").exists()
 
 
 def test_rows_to_forget_of_odd_files(tmp_path):
