@@ -1,16 +1,19 @@
 """RWKU: rows of our own in its schema."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import warm
+from trl import ModelConfig
 
 from mdu_trainer.commands.convert import main
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.commands.row_sets import answer_rows
 from mdu_trainer.evaluation.own_rows import load_questions
-from mdu_trainer.evaluation.results import Results
+from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.evaluation.rwku_questions import CONFIGS, ngram_entropy, word_match
 from mdu_trainer.files import UserError
@@ -349,12 +352,32 @@ def test_the_script_forgets_without_a_retain_set(folder, roomy, tokenizer, tmp_p
         *("--subjects", ANNA, "--configs", "forget_level1", "mia_forget", "utility_truthfulness"),
         *("--decoding_steps", "2", "--likelihood_draws", "2", "--max_steps", "2", "--report_to", "none"),
         *("--dtype", "float32", "--use_cpu", "true", "--output_dir", tmp_path / "out"),
+        *("--protocol", "release", "--rouge", "f1"),
     ]
     run = warm.run([sys.executable, ROOT / "examples" / "rwku.py", *options], cwd=ROOT, timeout=280)
     assert run.returncode == 0, run.stderr[-3000:]
     results = Results.load(tmp_path / "out" / "results.json")
     assert [one.name for one in results.runs] == ["base", "mdu tau=0"] and results.runs[1].train_seconds > 0
     assert results.runs[0].rows == {"forget_level1": 1, "mia_forget": 1, "utility_truthfulness": 1}
-    assert results.details() in run.stdout
+    assert (results.protocol, results.rouge) == ("release", "f1") and results.settings["protocol"] == "release"
+    assert "letter_accuracy" in results.runs[0].scores["utility_truthfulness"]
+    assert results.details() in run.stdout and "| F-L1 rL F1 |" in results.table() and results.table() in run.stdout
     written = (tmp_path / "out" / "results.json").read_text() + run.stdout + run.stderr
     assert "Zanzibar" not in written, "whom it forgets is not in files or logs"
+
+
+def test_the_paper_s_settings_have_a_name(tmp_path, monkeypatch):
+    """The file is read as it lies there, and the table has the paper's columns."""
+    monkeypatch.setattr(sys, "argv", ["rwku.py", "--config", str(ROOT / "examples" / "configs" / "rwku_paper.yaml")])
+    script = runpy.run_path(str(ROOT / "examples" / "rwku.py"))
+    args, config, _ = parse_options(script["RwkuArguments"], script["RwkuConfig"], ModelConfig)
+    assert (args.decoding_steps, args.max_new_tokens, args.choices, args.rouge) == (64, 64, "generated", "f1")
+    assert (config.retain_weight, config.num_train_epochs, len(set(args.subjects))) == (0, 3, 10)
+    scores = {name: {"rougeL_f1": Estimate(0.5)} for name in args.configs if "level" in name}
+    scores |= {name: {"letter_accuracy": Estimate(0.5)} for name in ("utility_general", "utility_truthfulness")}
+    scores["utility_factuality"] = {"exact_match": Estimate(0.5)}
+    (tmp_path / "10_Prince_Harry,_Duke_of_Sussex.jsonl").write_text('{"question": "Who?", "answer": "He."}')
+    assert len(load_forget_rows(tmp_path, args.subjects[-1:])) == 1, "a name as RWKU's folders have it"
+    columns = Results("m", "RWKU", {}, [Run("base", None, scores, {}, rouge="f1")]).table_cells()[0][1:-1]
+    titles = "F-L1 F-L2 F-L3 N-L1 N-L2 MMLU TruthfulQA TriviaQA".split()
+    assert [title.split()[0] for title in columns] == titles and list(scores) == args.configs
