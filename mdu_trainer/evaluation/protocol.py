@@ -3,7 +3,7 @@
 `Protocol` is how questions are asked and answers scored. "ours" is what this package recommends and does by default.
 "release" does as the code that was released with the MDU paper (arXiv 2605.18253), for figures beside its own:
 
-- All that is decoded counts, also what stands after the end token; that includes ROUGE-L.
+- All that is decoded counts, also what stands after the end token: for ROUGE-L, TriviaQA, and the entropy.
 - Answers are weighed without their end token: the probability, the truth ratio, and losses.
 - The truth ratio takes the true answer, not a rewording of it, and the first three wrong ones.
 - RWKU: a probe is its bare query, 64 tokens are decoded, MMLU is its first 100 rows, choices are scored by the first

@@ -195,7 +195,7 @@ def _match(batch: QuestionBatch) -> RowScores:
 def _letter(batch: QuestionBatch) -> RowScores:
     """Whether the first of a question's letters that stands alone, as in "B", "(B)" or "B. sky", is a true one."""
     right = []
-    for text, question in zip(batch.texts, batch.questions, strict=True):
+    for text, question in zip(batch.ended, batch.questions, strict=True):
         true, letters = question.references
         said = re.search(rf"(?<![A-Za-z])[{letters}](?![A-Za-z])", text)
         right.append(float(said is not None and said[0] in true))

@@ -188,6 +188,11 @@ class QuestionBatch:
         """The answer to each question, without special tokens."""
         return self.tokenizer.batch_decode(self.written, skip_special_tokens=True)
 
+    @property
+    def ended(self) -> list[str]:
+        """The same up to the end token, whatever counts as the answer."""
+        return self.tokenizer.batch_decode(self.decoded, skip_special_tokens=True)
+
     @cached_property
     def likelihoods(self) -> list[dict[str, AnswerLikelihood]]:
         """The likelihoods of the answers to each question, by role."""

@@ -159,7 +159,8 @@ class Said:
     """A batch of which only the decoded texts are read."""
 
     def __init__(self, texts, references):
-        self.texts, self.questions = texts, [Question([], tuple(each), {}) for each in references]
+        self.texts = self.ended = texts
+        self.questions = [Question([], tuple(each), {}) for each in references]
 
 
 @pytest.mark.parametrize(
