@@ -83,8 +83,14 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
     check(args, config, model_args)
     chosen, name = settings(args, config, model_args), model_args.model_name_or_path
     forget = load_forget_rows(args.forget, args.subjects)
-    how = {"keep_dataset_cache": args.keep_dataset_cache, "protocol": args.protocol}
-    sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows, **how)
+    sets = load_rwku(
+        args.dataset_name,
+        args.configs,
+        args.subjects,
+        args.max_eval_rows,
+        keep_dataset_cache=args.keep_dataset_cache,
+        protocol=args.protocol,
+    )
     folder, state, tau = Path(config.output_dir), processes(), config.tau if config.loss_type == "mdu" else None
     config.output_dir = str(folder / (config.loss_type if tau is None else f"mdu-tau{tau:.12g}"))
     models = [folder / "base", Path(config.output_dir)]

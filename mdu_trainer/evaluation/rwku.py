@@ -219,7 +219,7 @@ def evaluate_rwku(
         asked = [config.ask(row) for row in rows]
         prompts, references = [one.prompt for one in asked], [one.references for one in asked]
         answers = {role: [one.answers[role] for one in asked] for role in asked[0].answers}
-        how = {"conversational": config.conversational, "protocol": protocol}
+        how: dict[str, Any] = {"conversational": config.conversational, "protocol": protocol}
         questions = encode_questions(name, prompts, references, answers, tokenizer, backbone, **how)
         decoding = replace(generation_config, max_new_tokens=config.max_new_tokens)
         parts.append(QuestionSet(name, questions, config.metrics, decoding, num_draws, protocol))

@@ -174,7 +174,7 @@ class QuestionBatch:
     @cached_property
     def written(self) -> list[list[int]]:
         """Ids of what counts as the answer to each question: by the protocol "release" all that was decoded."""
-        how = {"row_ids": self.rows, "past_end": self.set.protocol == "release"}
+        how: dict[str, Any] = {"row_ids": self.rows, "past_end": self.set.protocol == "release"}
         return generate_ids(self.model, self.prompts, self.set.decoding, self.backbone, **how)
 
     @cached_property
