@@ -23,6 +23,7 @@ from mdu_trainer.commands.loading import check_model, load
 from mdu_trainer.commands.options import parse_options, settings
 from mdu_trainer.commands.row_sets import DataArguments
 from mdu_trainer.commands.training import train_seconds, unlearn
+from mdu_trainer.evaluation.protocol import Choices, Protocol, Rouge, check_protocol
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
@@ -42,7 +43,17 @@ class RwkuArguments(RunArguments, DataArguments):
     max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each config."})
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Decoded tokens of short answers; the protocol's if unset."}
+    )
     likelihood_draws: int = field(default=32, metadata={"help": "Passes a choice for its likelihood."})
+    protocol: Protocol = field(
+        default="ours", metadata={"help": "Ask and score as we do, or as the release of the MDU paper does."}
+    )
+    choices: Choices | None = field(
+        default=None, metadata={"help": "How choices are scored; likelihood, by the release generated, if unset."}
+    )
+    rouge: Rouge = field(default="recall", metadata={"help": "What tables and pictures show as rL of ROUGE-L."})
 
 
 @dataclass
@@ -63,7 +74,8 @@ def check(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> N
         raise UserError("RWKU has no retain set: leave --retain_weight at 0, or use examples/tofu.py.")
     check_run(args, config.output_dir or "")
     check_once(args, "subjects", "configs")
-    check_least(args, max_eval_rows=1, batch_size=1, decoding_steps=1, likelihood_draws=1)
+    check_least(args, max_eval_rows=1, batch_size=1, decoding_steps=1, max_new_tokens=1, likelihood_draws=1)
+    check_protocol(args.protocol, args.choices)
     check_source(args.dataset_name, "dataset_name")
 
 
@@ -71,8 +83,14 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
     check(args, config, model_args)
     chosen, name = settings(args, config, model_args), model_args.model_name_or_path
     forget = load_forget_rows(args.forget, args.subjects)
-    cache = {"keep_dataset_cache": args.keep_dataset_cache}
-    sets = load_rwku(args.dataset_name, args.configs, args.subjects, args.max_eval_rows, **cache)
+    sets = load_rwku(
+        args.dataset_name,
+        args.configs,
+        args.subjects,
+        args.max_eval_rows,
+        keep_dataset_cache=args.keep_dataset_cache,
+        protocol=args.protocol,
+    )
     folder, state, tau = Path(config.output_dir), processes(), config.tau if config.loss_type == "mdu" else None
     config.output_dir = str(folder / (config.loss_type if tau is None else f"mdu-tau{tau:.12g}"))
     models = [folder / "base", Path(config.output_dir)]
@@ -81,7 +99,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
 
     def score(model, tokenizer, method: str, part: str):
         decoding = DiffusionGenerationConfig(steps=args.decoding_steps, batch_size=args.batch_size)
-        return evaluate_rwku(
+        scored = evaluate_rwku(
             model,
             tokenizer,
             sets,
@@ -90,7 +108,11 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
             num_draws=args.likelihood_draws,
             progress_path=folder / part / "rows.jsonl",
             show_progress=True,
+            max_new_tokens=args.max_new_tokens,
+            protocol=args.protocol,
+            choices=args.choices,
         )
+        return replace(scored, rouge=args.rouge)
 
     data = f"RWKU, {len(args.subjects)} subjects" if args.subjects else "RWKU"
     results = Results(name, data, chosen)
@@ -101,7 +123,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
     results.runs.append(replace(scored, tau=tau, train_seconds=train_seconds(Path(config.output_dir))))
     if state.is_main_process:
         results.save(folder / "results.json")
-        print(f"\n{results.details()}\n\nWritten to {folder}")
+        print(f"\n{results.table()}\n\n{results.details()}\n\nWritten to {folder}")
 
 
 def command() -> None:

@@ -55,6 +55,8 @@ def check(args: ScoreArguments, model_args: ModelConfig) -> None:
     check_once(args, "subjects", "configs", "metrics")
     if args.metrics is not None:
         choose_metrics(args.metrics)
+    if args.protocol != "ours" and args.benchmark not in (*ATTACKED, "rwku"):
+        raise UserError(f"--benchmark {args.benchmark} has no protocol but its own: leave --protocol out.")
     positive = ("max_eval_rows", "batch_size", "max_new_tokens", "decoding_steps", "likelihood_draws")
     check_least(args, **dict.fromkeys(positive, 1), seed=0)
     if args.dataset_name is not None:
@@ -71,8 +73,10 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
     benchmark, path = BENCHMARKS[args.benchmark], model_args.model_name_or_path
     sets = benchmark.load(args)
     baseline = Results.load(args.baseline) if args.baseline else None
+    if baseline is not None and baseline.protocol != args.protocol:
+        raise UserError(f"{args.baseline} has figures by the protocol '{baseline.protocol}': pass --protocol, too.")
     model, tokenizer = load(path, model_args, args.trust_remote_code)
-    scored = replace(benchmark.evaluate(model, tokenizer, sets, args), method=Path(path).name)
+    scored = replace(benchmark.evaluate(model, tokenizer, sets, args), method=Path(path).name, rouge=args.rouge)
     if not processes().is_main_process:
         return
     data = args.benchmark if benchmark.source is None else f"{args.dataset_name} {args.forget_split}"

@@ -110,7 +110,8 @@ def score_requests(score: Scorer, model, tokenizer, names: list[str], label: str
             known_as = name if part == "forget" else part
             scores[known_as], rows[known_as] = run.scores[part], run.rows[part]
         seconds += run.eval_seconds
-    return Run(label, None, scores, rows, eval_seconds=seconds)
+    run = Run(label, None, scores, rows, eval_seconds=seconds)
+    return replace(run, protocol=score.args.protocol, rouge=score.args.rouge)
 
 
 def check(args: SequentialArguments, folder: Path, model_args: ModelConfig) -> None:

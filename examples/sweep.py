@@ -43,7 +43,10 @@ from mdu_trainer.terminal import folded
 
 CONFIG = Path(__file__).parent / "configs" / "sweep.yaml"
 DEFAULTS = {name: MDUConfig.__dataclass_fields__[name].default for name in SHORT}
-FIGURES_OF = {"rougeL": ("rougeL_recall", "rougeL_f1"), "choice_probability": ("probability",)}  # others: their name
+FIGURES_OF = {  # of a metric; of others their name
+    "rougeL": ("rougeL", "rougeL_recall", "rougeL_f1"),
+    "choice_probability": ("probability",),
+}
 
 
 @dataclass

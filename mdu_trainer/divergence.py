@@ -81,14 +81,14 @@ class AnchorKL:
         token_weight: `[N]`, the share of each token in the loss up to a common factor, if it is known beforehand. The
             gradient of a head in training then needs no second pass over the chunks.
         edit: `(anchor logits [C, V], rows) -> [C, V]`, a change of the anchor of some of the N tokens, before tau.
-        forward: KL(anchor || p) instead.
+        direction: "reverse" is KL(p || anchor), "forward" KL(anchor || p), "js" the Jensen-Shannon divergence.
     """
 
     tau: float
     anchor: Prediction | None = None
     token_weight: Tensor | None = None
     edit: Callable[[Tensor, slice], Tensor] | None = None
-    forward: bool = False
+    direction: str = "reverse"
 
     def __post_init__(self) -> None:
         if self.tau != 0 and self.anchor is None:
@@ -102,10 +102,14 @@ class AnchorKL:
             return _fused(prediction, self)
         log_p = _log_softmax(prediction)
         token_entropy = _entropy(log_p)
-        if self.tau == 0 and not self.forward:
+        if self.tau == 0 and self.direction == "reverse":
             return TokenValues(math.log(prediction.shape[-1]) - token_entropy, token_entropy.detach())
         log_q = self._log_anchor(log_p)
-        large, other = (log_q, log_p) if self.forward else (log_p, log_q)
+        if self.direction == "js":
+            log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+            of_p, of_q = (torch.linalg.vecdot(one.exp(), one - log_m) for one in (log_p, log_q))
+            return TokenValues((of_p + of_q) / 2, token_entropy.detach())
+        large, other = (log_q, log_p) if self.direction == "forward" else (log_p, log_q)
         return TokenValues((large.exp() * (large - other)).sum(dim=-1), token_entropy.detach())
 
     def _log_anchor(self, log_p: Tensor) -> Tensor:
@@ -124,7 +128,8 @@ class AnchorKL:
             KL = sum p (log p - log softmax(a)) = E_p[d] - logsumexp(z) + logsumexp(a)
             dp_u/dz_v = p_u ([u = v] - p_v), so dKL/dz_v = p_v (d_v - E_p[d]);   H = logsumexp(z) - E_p[z]
 
-        With q = softmax(a), KL(q || p) = logsumexp(z) - logsumexp(a) - E_q[d], and its gradient is p_v - q_v.
+        With q = softmax(a), KL(q || p) = logsumexp(z) - logsumexp(a) - E_q[d], and its gradient is p_v - q_v. That of
+        "js" is p_v (s_v - E_p[s]) / 2 with s = log p - log m and m = (p + q) / 2, as dJS/dp_v = s_v / 2.
 
         Args:
             logits: of some rows; overwritten.
@@ -136,7 +141,13 @@ class AnchorKL:
         token_entropy = log_partition - torch.linalg.vecdot(p, logits)
         if anchor is not None:
             anchor = (anchor if self.edit is None else self.edit(anchor, rows)).mul_(self.tau)
-        if self.forward:
+        if self.direction == "js":
+            log_p = logits.sub_(log_partition[:, None])
+            log_q = self._log_anchor(p) if anchor is None else anchor.log_softmax(dim=-1)
+            log_m = torch.logaddexp(log_p, log_q).sub_(math.log(2))
+            mean, of_anchor = (torch.linalg.vecdot(r, x.sub_(log_m)) for r, x in ((p, log_p), (log_q.exp(), log_q)))
+            return (mean + of_anchor) / 2, token_entropy, log_p.sub_(mean[:, None]).mul_(p).div_(2)
+        if self.direction == "forward":
             q = torch.full_like(p, 1 / p.shape[-1]) if anchor is None else anchor.softmax(dim=-1)
             difference = logits if anchor is None else logits - anchor
             of_anchor = math.log(p.shape[-1]) if anchor is None else anchor.logsumexp(dim=-1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.distance import jensenshannon
 from scipy.special import softmax
 from scipy.stats import entropy as scipy_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -52,6 +53,23 @@ def test_anchor_kl_at_its_minimum_and_its_gradient(logits):
     kl.sum().backward()
     assert kl.abs().max() < 1e-12 and prediction.grad.abs().max() < 1e-12
     assert torch.autograd.gradcheck(lambda x: anchor_kl(x, logits[1], 0.75), logits[0].clone().requires_grad_())
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.7])
+@pytest.mark.parametrize("from_logits", [True, False])
+def test_jensen_shannon_equals_its_definition(logits, tau, from_logits):
+    """Against scipy's square root of it, in nats; the gradient against finite differences."""
+    prediction, anchor = logits
+    p, q = (softmax(x.numpy(), axis=1) for x in (prediction, tau * anchor))
+    measure = AnchorKL(tau, anchor if tau else None, direction="js")
+
+    def values(z):
+        return measure(z if from_logits else Projection(z, torch.eye(11, dtype=torch.float64))).value
+
+    np.testing.assert_allclose(values(prediction).numpy(), jensenshannon(p, q, axis=1) ** 2, rtol=1e-12)
+    assert torch.autograd.gradcheck(lambda z: (values(z) * torch.arange(1, 7)).sum(), prediction.requires_grad_())
+    far = torch.tensor([[60.0, -60.0]]), torch.tensor([[-60.0, 60.0]])
+    assert AnchorKL(1.0, far[1], direction="js")(far[0]).value.item() == pytest.approx(math.log(2)), "its bound"
 
 
 def test_no_rows():

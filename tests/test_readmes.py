@@ -42,6 +42,7 @@ NOT_RUN = {  # how a command begins, and why it is not run here
     "export ": "sets the environment of a shell",
     ".venv/bin/python -m pytest ": "runs tests, as this does",
     "python -m mdu_trainer.evaluation ": "tests/evaluation/test_harness.py runs it; imports take 15 s",
+    "accelerate launch examples/rwku.py --config ": "forgets ten people; tests/evaluation/test_rwku.py reads the file",
     "python examples/benchmarks/lasting.py": "tests/examples/test_lasting.py runs it at its smallest scale",
 }
 TASKS = {  # script or module -> the same as a subcommand of mdu
@@ -51,6 +52,7 @@ TASKS = {  # script or module -> the same as a subcommand of mdu
     "mdu_trainer.leak_check": "leak-check",
     "mdu_trainer.models": "models",
     "mdu_trainer.model_card": "card",
+    "mdu_trainer.convert": "convert",
 }
 SUBSTITUTES = {  # what stands for something that a reader has
     "PATH": "outputs/demo/base",
@@ -86,6 +88,7 @@ QUICK = {  # options that are added
     "audit": [],
     "models": [],
     "card": [],
+    "convert": [],
     "sequential": [*TRAINING, *SCORING],
     "rwku": [*TRAINING, *SCORING, "--dataset_name", "../shared/rwku", "--configs", "forget_level1"],
     "examples/benchmarks/step.py": shlex.split("--shape tiny --repeats 1"),

@@ -24,6 +24,7 @@ COMMANDS = {  # name -> what it runs, and what that does
     "report": ("report.py", "one page of a comparison, to open in a browser or to send"),
     "publish": ("publish.py", "send an unlearned model to the Hugging Face Hub"),
     "models": ("models.__main__", "what a checkpoint is, and whether it is supported"),
+    "convert": ("convert", "make RWKU's files rows that mdu unlearn --forget takes"),
     "card": ("model_card", "write a checkpoint's card"),
 }
 FIRST = {"audit": ["--audit"]}  # options that a name stands for

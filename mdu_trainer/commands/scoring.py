@@ -1,13 +1,14 @@
 """Score models on questions and answers, as a command line asks for it. Finished rows are kept, as figures only."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..evaluation.protocol import Protocol, Rouge
 from ..evaluation.tofu import TofuResult, TruthRatios, evaluate_tofu, longest_answer
 from ..inference.config import DiffusionGenerationConfig
 from .checks import check_least
@@ -22,6 +23,10 @@ class ScoringArguments:
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens; the longest answer if unset."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     likelihood_draws: int = field(default=16, metadata={"help": "Passes a row for the probability."})
+    protocol: Protocol = field(
+        default="ours", metadata={"help": "Ask and score as we do, or as the release of the MDU paper does."}
+    )
+    rouge: Rouge = field(default="recall", metadata={"help": "What tables and pictures show as rL of ROUGE-L."})
 
 
 def check_scoring(args: ScoringArguments) -> None:
@@ -74,7 +79,7 @@ class Scorer:
             steps=self.args.decoding_steps,
             batch_size=self.args.batch_size,
         )
-        return evaluate_tofu(
+        result = evaluate_tofu(
             model,
             tokenizer,
             self.sets if sets is None else sets,
@@ -85,4 +90,6 @@ class Scorer:
             num_draws=self.args.likelihood_draws,
             progress_path=progress_path,
             show_progress=name or method,
+            protocol=self.args.protocol,
         )
+        return replace(result, run=replace(result.run, rouge=self.args.rouge))

@@ -62,7 +62,8 @@ class MDUConfig(DiffusionConfig):
             Counterfactual anchor: a true token that is struck out gets the logit that this share of the vocabulary
             lies below. `None` strikes nothing out.
         kl_direction (`str`, *optional*, defaults to `"reverse"`):
-            MDU: `"reverse"` is KL(model || anchor) (the paper's), `"forward"` KL(anchor || model).
+            MDU: `"reverse"` is KL(model || anchor) (the paper's), `"forward"` KL(anchor || model), `"js"` the
+            Jensen-Shannon divergence of the two, which is at most log 2.
         precompute_anchor (`bool`, *optional*, defaults to `False`):
             MDU at tau > 0: compute all anchors before training, into `anchor_cache` in the output folder, and keep no
             copy of the model. A resumed run reads what is there. The file is derived from forget data and is not for
@@ -150,7 +151,10 @@ class MDUConfig(DiffusionConfig):
     )
     kl_direction: str = field(
         default="reverse",
-        metadata={"help": "MDU: KL(model || anchor), or KL(anchor || model).", "choices": ["reverse", "forward"]},
+        metadata={
+            "help": "MDU: KL(model || anchor), KL(anchor || model), or the Jensen-Shannon divergence.",
+            "choices": ["reverse", "forward", "js"],
+        },
     )
     precompute_anchor: bool = field(
         default=False, metadata={"help": "MDU: compute all anchors before training and keep no copy of the model."}

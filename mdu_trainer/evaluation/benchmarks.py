@@ -17,6 +17,7 @@ from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..testing import fictional_authors, forget_retain_split
 from .own_rows import load_own_rows
+from .protocol import check_protocol
 from .registry import Benchmark, BenchmarkOptions, register_benchmark
 from .results import Run
 from .runner import processes
@@ -61,12 +62,14 @@ def _load_own(options: BenchmarkOptions) -> dict[str, Dataset]:
 def _load_rwku(options: BenchmarkOptions) -> dict[str, Dataset]:
     if options.retain_log is not None:
         raise UserError("retain_log is for the truth ratios of TOFU, which RWKU does not have. Leave it out.")
+    check_protocol(options.protocol, options.choices)
     return load_rwku(
         options.dataset_name,
         options.configs,
         options.subjects,
         options.max_eval_rows,
         keep_dataset_cache=options.keep_dataset_cache,
+        protocol=options.protocol,
     )
 
 
@@ -86,12 +89,15 @@ def _evaluate_tofu(
 def _evaluate_rwku(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
 ) -> Run:
-    return evaluate_rwku(model, tokenizer, sets, **_shared(options))
+    lengths = {"max_new_tokens": options.max_new_tokens}
+    return evaluate_rwku(model, tokenizer, sets, choices=options.choices, **lengths, **_shared(options))
 
 
 def _retain_log(options: BenchmarkOptions, sets: Mapping[str, Dataset]) -> TruthRatios | None:
     """The truth ratios of a model that never saw the rows, once it is clear that they are of these rows."""
-    return TruthRatios.load(options.retain_log, sets["forget"]) if options.retain_log else None
+    if options.choices is not None:
+        raise UserError("choices is for the multiple choice of RWKU, which there is none of here. Leave it out.")
+    return TruthRatios.load(options.retain_log, sets["forget"], options.protocol) if options.retain_log else None
 
 
 def _shared(options: BenchmarkOptions, **decoding: Any) -> dict[str, Any]:
@@ -102,6 +108,7 @@ def _shared(options: BenchmarkOptions, **decoding: Any) -> dict[str, Any]:
         "num_draws": options.likelihood_draws,
         "progress_path": Path(options.output_dir) / "rows.jsonl",
         "show_progress": True,
+        "protocol": options.protocol,
     }
 
 
@@ -118,6 +125,18 @@ register_benchmark(
         },
     ),
 )
-register_benchmark("rwku", Benchmark(_load_rwku, _evaluate_rwku, source="jinzhuoran/RWKU"))
+register_benchmark(
+    "rwku",
+    Benchmark(
+        _load_rwku,
+        _evaluate_rwku,
+        source="jinzhuoran/RWKU",
+        words={
+            "accuracy": "share of multiple-choice questions of which a true choice is the likeliest",
+            "letter_accuracy": "share of multiple-choice questions that the first generated letter answers",
+            "substring_match": "share of questions of which an answer occurs in the decoded text",
+        },
+    ),
+)
 register_benchmark("fictional", Benchmark(_load_fictional, _evaluate_tofu))
 register_benchmark("own", Benchmark(_load_own, _evaluate_tofu))

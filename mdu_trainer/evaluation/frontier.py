@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
 
 from ..files import UserError
-from .results import NEVER_TRAINED, Estimate, Place, Results, Run, level_of
+from .results import NEVER_TRAINED, ROUGE, Estimate, Place, Results, Run, level_of
 
 FIGURES: dict[str, Place] = {  # scores by their short names
-    "forget": ("forget", "rougeL_recall"),
-    "retain": ("retain", "rougeL_recall"),
+    "forget": ("forget", ROUGE),
+    "retain": ("retain", ROUGE),
     "utility": (None, "model_utility"),
     "forget_quality": (None, "forget_quality"),
 }
@@ -74,8 +74,8 @@ def place_of(name: str) -> Place:
     """The set and the metric of the score of that name.
 
     Args:
-        name: `forget`, `retain` (both ROUGE-L recall), `utility`, `forget_quality`, or any other score as SET.METRIC,
-            e.g. `retain.probability`, or `model.METRIC`.
+        name: `forget`, `retain` (both ROUGE-L, the recall or the F1 as `Run.rouge` says), `utility`,
+            `forget_quality`, or any other score as SET.METRIC, e.g. `retain.probability`, or `model.METRIC`.
 
     Raises:
         ValueError: for a name of neither kind.

@@ -9,9 +9,12 @@ from datasets import Dataset, DatasetInfo
 from ..data.reading import check_table, read_row, read_rows
 from ..data.secrets import SPANS
 from ..files import UserError
-from .sources import SUFFIXES, check_columns, config_names, load_split, read_file
+from .pairs import is_pair, questions_of_pairs
+from .rwku import load_forget_rows
+from .sources import SUFFIXES, check_columns, config_names, load_split, read_file, table
 
 QUESTIONS = ("question", "answer")
+RESPONSES = {"messages", "completion", "rejected"}  # columns of rows as a trainer takes them
 FURTHER = ("paraphrased_question", "refusal")  # kept where every row has them
 TURNS = {"prompt": ("question", "user"), "completion": ("answer", "assistant"), "chosen": ("refusal", "assistant")}
 
@@ -42,10 +45,11 @@ def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: boo
 
     A row has `question` and `answer`; or `prompt` and `completion`, both texts or both messages; or `messages`, a turn
     of the user and the response to it. `paraphrased_question` is kept, `chosen`, the response that DPO prefers, as
-    `refusal`, and `secret_spans` (see `mdu_trainer.data.secrets`).
+    `refusal`, and `secret_spans` (see `mdu_trainer.data.secrets`). RWKU's pairs are read, too (see `pairs`).
 
     Args:
-        source: a JSON, JSON Lines, CSV or Parquet file, or a folder or a data set on the Hub, as NAME or NAME:CONFIG.
+        source: a JSON, JSON Lines, CSV or Parquet file, or a folder or a data set on the Hub, as NAME or NAME:CONFIG;
+            or a folder that has nothing but a folder a subject, as `rwku.load_forget_rows` takes it.
         name: what messages call the rows.
         keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_split`.
 
@@ -58,7 +62,10 @@ def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: boo
     """
     rows = _load_source(source, keep_dataset_cache)
     columns = set(rows.column_names)
-    if not columns & set(QUESTIONS) and (columns & {"messages", "completion", "rejected"}):
+    if is_pair(dict.fromkeys(columns)) and not columns & RESPONSES:
+        rows = table(questions_of_pairs(rows, source), source, _known(rows), rows.split)
+        columns = set(rows.column_names)
+    if not columns & set(QUESTIONS) and columns & RESPONSES:
         rows = _as_questions(rows, source, name)
     else:
         _check_texts(rows, source)
@@ -73,6 +80,8 @@ def _load_source(source: str, keep_dataset_cache: bool) -> Dataset:
     path = Path(source)
     if path.suffix in SUFFIXES or path.is_file():
         return read_file(path)
+    if path.is_dir() and not any(file.is_file() for file in path.iterdir()):
+        return load_forget_rows(path)
     named = ":" in source and not path.exists()
     folder, _, config = source.rpartition(":") if named else (source, "", "")
     if folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
@@ -111,9 +120,12 @@ def _as_questions(rows: Dataset, source: str, name: str) -> Dataset:
             texts.setdefault(column, []).append(_text_of(value, role, f"{where}: its {part}"))
     for column in {FURTHER[0], SPANS} & set(rows.column_names):
         texts[column] = list(rows[column])
-    known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
-    info = DatasetInfo(**{one: getattr(rows.info, one) for one in known})
-    return Dataset.from_dict(texts, info=info, split=rows.split)
+    return Dataset.from_dict(texts, info=_known(rows), split=rows.split)
+
+
+def _known(rows: Dataset) -> DatasetInfo:
+    """By which a card names a set, of rows whose columns will have other types."""
+    return DatasetInfo(**{one: getattr(rows.info, one) for one in ("dataset_name", "config_name")})
 
 
 def _text_of(value: str | list[Mapping[str, Any]], role: str, where: str) -> str:

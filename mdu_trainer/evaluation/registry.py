@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..files import UserError
+from .protocol import Choices, Protocol, Rouge
 
 RowScores = dict[str, list[float | None]]  # name -> a value a row, None where it cannot be measured
 
@@ -56,10 +57,20 @@ class BenchmarkOptions:
     )
     max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each set."})
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
-    max_new_tokens: int | None = field(default=None, metadata={"help": "TOFU: decoded tokens; the longest answer."})
+    max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Decoded tokens; TOFU: the longest answer, RWKU: the protocol's, if unset."}
+    )
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     likelihood_draws: int = field(default=16, metadata={"help": "Passes an answer for its likelihood."})
     seed: int = field(default=0, metadata={"help": "Of the draws."})
+    protocol: Protocol = field(
+        default="ours", metadata={"help": "Ask and score as we do, or as the release of the MDU paper does."}
+    )
+    choices: Choices | None = field(
+        default=None,
+        metadata={"help": "RWKU: how choices are scored; likelihood, by the release generated, if unset."},
+    )
+    rouge: Rouge = field(default="recall", metadata={"help": "What tables and pictures show as rL of ROUGE-L."})
     retain_log: str | None = field(
         default=None, metadata={"help": "truth_ratios.json of a model of the rows to keep; adds the forget quality."}
     )

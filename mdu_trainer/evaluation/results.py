@@ -3,18 +3,20 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from ..files import Record, without_secrets
+from ..files import Record, UserError, without_secrets
+from .protocol import RL, Protocol, Rouge
 from .registry import score_titles
 
 Place = tuple[str | None, str]  # set and metric of a score, the set None for the model as a whole
 
+ROUGE = "rougeL"  # metric of a place that stands for the recall or the F1, whichever a run shows
 NEVER_TRAINED = "retain model"  # method of the run of a model that never saw the rows to forget
 DISTANCE = "to never-trained"  # title of the column with the signed distance of the forget rL to that run's
 COLUMNS: dict[str, Place] = {  # of `Results.table`, where any run has the score
-    "forget rL": ("forget", "rougeL_recall"),
-    "retain rL": ("retain", "rougeL_recall"),
+    "forget rL": ("forget", ROUGE),
+    "retain rL": ("retain", ROUGE),
     "forget prob.": ("forget", "probability"),
     "retain prob.": ("retain", "probability"),
     "truth ratio": ("forget", "truth_ratio"),
@@ -30,10 +32,21 @@ SHORT = {  # in the name of a run
     "anchor_input": "input",
 }
 SUMMARISED = ("forget", "retain", "real_authors", "world_facts")  # sets that COLUMNS cover; others get their own
+RWKU_SETS = {  # as tables of RWKU call them
+    **{f"forget_level{n}": f"F-L{n}" for n in (1, 2, 3)},
+    **{f"neighbor_level{n}": f"N-L{n}" for n in (1, 2)},
+    "utility_general": "MMLU",
+    "utility_truthfulness": "TruthfulQA",
+    "utility_factuality": "TriviaQA",
+    "utility_reason": "BBH",
+    "utility_fluency": "AlpacaEval",
+}
 HEADLINES = {  # the one of a further set that the table shows
     "accuracy": "acc.",
-    "rougeL_recall": "rL",
+    "letter_accuracy": "letter acc.",
+    ROUGE: "rL",
     "exact_match": "match",
+    "substring_match": "substring",
     "entropy": "entropy",
     "loss": "loss",
 }
@@ -75,6 +88,8 @@ class Run:
         summary: scores of the model as a whole (`model_utility`, `forget_quality`, ...).
         train_seconds, eval_seconds: wall-clock time.
         settings: what tells the run from others of its method, e.g. `{"learning_rate": 1e-4, "max_steps": 60}`.
+        protocol: how it was asked and scored, see `mdu_trainer.evaluation.protocol`.
+        rouge: what tables and pictures show as its rL. Both are among the scores.
     """
 
     method: str
@@ -85,6 +100,8 @@ class Run:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
+    protocol: Protocol = "ours"
+    rouge: Rouge = "recall"
 
     @property
     def name(self) -> str:
@@ -109,7 +126,11 @@ class Run:
         )
 
     def figure(self, name: str | None, metric: str) -> Estimate | None:
-        """The score of a set, or of the summary if `name` is None; None if it was not measured."""
+        """The score of a set, or of the summary if `name` is None; None if it was not measured.
+
+        The metric `ROUGE` is the recall or the F1, whichever the run shows.
+        """
+        metric = f"{ROUGE}_{self.rouge}" if metric == ROUGE else metric
         return (self.summary if name is None else self.scores.get(name, {})).get(metric)
 
     def places(self) -> list[Place]:
@@ -117,7 +138,12 @@ class Run:
         return [(name, metric) for name, scores in [*self.scores.items(), (None, self.summary)] for metric in scores]
 
     def change(self, baseline: "Run") -> str:
-        """A Markdown table of the scores that both runs have, and how far this one has moved from the other."""
+        """A Markdown table of the scores that both runs have, and how far this one has moved from the other.
+
+        Raises:
+            UserError: they have different protocols.
+        """
+        common([baseline, self], "protocol")
         rows = [["set", "metric", baseline.name, self.name, "change"]]
         for name, metric in self.places():
             before, after = baseline.figure(name, metric), self.figure(name, metric)
@@ -137,7 +163,8 @@ class Results(Record):
         runs: "base" first.
     """
 
-    schema: ClassVar[int] = 2
+    schema: ClassVar[int] = 3
+    earlier_schemas: ClassVar[tuple[int, ...]] = (2,)
     kind: ClassVar[str] = "results file"
     remedy: ClassVar[str] = "repeat the evaluation"
 
@@ -151,9 +178,22 @@ class Results(Record):
         return super(Results, replace(self.finite(), settings=without_secrets(self.settings))).to_json()
 
     def check(self) -> None:
-        """Refuse a comparison of nothing."""
+        """Refuse a comparison of nothing, and one of what does not compare."""
         if not self.runs:
             raise ValueError("it holds no run")
+        for name in ("protocol", "rouge"):
+            if len({getattr(run, name) for run in self.runs}) > 1:
+                raise ValueError(f"its runs differ in their {name}")
+
+    @property
+    def protocol(self) -> str:
+        """How all runs were asked and scored."""
+        return common(self.runs, "protocol")
+
+    @property
+    def rouge(self) -> str:
+        """What rL stands for: "recall" or "f1"."""
+        return common(self.runs, "rouge")
 
     def finite(self) -> "Results":
         """The comparison without scores that are NaN or infinite: nothing was measured there."""
@@ -180,13 +220,15 @@ class Results(Record):
         Args:
             further: columns at the end: title -> name of a run -> text.
         """
-        further = further or {}
+        further, rouge = further or {}, RL[self.rouge]
+        common(self.runs, "protocol")
         columns = {
             title: place for title, place in self._columns().items() if any(run.figure(*place) for run in self.runs)
         }
         level = level_of(self.runs, COLUMNS["forget rL"])
         after = [title in columns for title in ("forget rL", "retain rL")].count(True)  # the two come first
-        rows = [["method", *columns, "train s", *further]]
+        titles = [title.replace("rL", rouge) if place[1] == ROUGE else title for title, place in columns.items()]
+        rows = [["method", *titles, "train s", *further]]
         for run in self.runs:
             found = [run.figure(*place) for place in columns.values()]
             scores = ["" if score is None else _rounded(score.value) for score in found]
@@ -204,6 +246,7 @@ class Results(Record):
 
     def details_cells(self) -> list[list[str]]:
         """Every score with its interval, one a row, under a header; the runs are the columns."""
+        common(self.runs, "protocol")
         places = dict.fromkeys(place for run in self.runs for place in run.places())
         rows = [["set", "metric", "rows", *(run.name for run in self.runs)]]
         for name, metric in sorted(places, key=lambda place: place[0] is None):  # the summary last
@@ -222,9 +265,21 @@ class Results(Record):
         for name in further:
             for metric, short in (HEADLINES | titles).items():
                 if any(run.figure(name, metric) for run in self.runs):
-                    columns[f"{name.replace('_', ' ')} {short}"] = (name, metric)
+                    columns[f"{RWKU_SETS.get(name, name.replace('_', ' '))} {short}"] = (name, metric)
                     break
         return columns
+
+
+def common(runs: Iterable[Run], name: Literal["protocol", "rouge"]) -> str:
+    """Return what all runs have as their protocol, or as their rL.
+
+    Raises:
+        UserError: they differ, so they do not compare.
+    """
+    found = dict.fromkeys(getattr(run, name) for run in runs)
+    if len(found) > 1:
+        raise UserError(f"Runs differ in their {name} ({', '.join(found)}), so they do not compare: score them alike.")
+    return next(iter(found), Run.__dataclass_fields__[name].default)
 
 
 def level_of(runs: Iterable[Run], place: Place) -> Estimate | None:

@@ -21,11 +21,13 @@ from ..data.words import split_words
 from ..files import UserError, read_jsonl
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
+from .pairs import questions_of_pairs
+from .protocol import MMLU_ROWS, Choices, Protocol, check_protocol
 from .results import Run
 from .runner import score_questions
-from .rwku_questions import CONFIGS
+from .rwku_questions import CONFIGS, config_of
 from .scoring import QuestionSet, encode_questions, estimates
-from .sources import QUESTION_ANSWER, check_columns, config_names, load_split, spread, table
+from .sources import QUESTION_ANSWER, check_columns, config_names, first_rows, load_split, spread, table
 
 FILES = {  # config -> stem of its file in the folders of the published data
     "mia_forget": "forget_mia",
@@ -36,6 +38,7 @@ FILES = {  # config -> stem of its file in the folders of the published data
     "utility_factuality": "triviaqa",
     "utility_fluency": "fluency",
 }
+MMLU = "utility_general"
 ABOUT_SUBJECTS = [*(f"forget_level{n}" for n in (1, 2, 3)), *(f"neighbor_level{n}" for n in (1, 2)), "mia_forget"]
 
 
@@ -46,6 +49,7 @@ def load_rwku(
     max_rows: int | None = None,
     *,
     keep_dataset_cache: bool = False,
+    protocol: Protocol = "ours",
 ) -> dict[str, Dataset]:
     """The sets to evaluate on. All rows about the subjects are checked, whether they are used or not.
 
@@ -56,6 +60,7 @@ def load_rwku(
         subjects: keep only rows about these, of the configs that are about subjects.
         max_rows: use so many evenly spaced rows of each set.
         keep_dataset_cache: as in `load_split`.
+        protocol: by "release", MMLU is its first 100 rows, of which `max_rows` are used.
 
     Raises:
         ValueError: for an unknown config or subject, rows that cannot be asked or scored, or `max_rows` below 1.
@@ -74,6 +79,8 @@ def load_rwku(
             rows = _about(rows, subjects, config)
         sets[config] = rows
     check_sets(sets)
+    if protocol == "release" and MMLU in sets:
+        sets[MMLU] = first_rows(sets[MMLU], MMLU_ROWS)
     return {config: spread(rows, max_rows) for config, rows in sets.items()}
 
 
@@ -112,7 +119,7 @@ def load_forget_rows(path: str | Path, subjects: Sequence[str] | None = None) ->
     rows: list[Any] = []
     for _, file in files:
         name = f"forget ({file.relative_to(path) if path.is_dir() else file.name})"
-        read = _without_pairs(read_jsonl(file), f"the {name} set")
+        read = questions_of_pairs(read_jsonl(file), f"the {name} set")
         check_columns(table(read, str(file)), name, QUESTION_ANSWER)
         rows += read
     found = table(rows, str(path))
@@ -141,29 +148,6 @@ def _file_of_subject(folder: Path) -> Path | None:
     return pairs[0] if pairs else None
 
 
-def _without_pairs(rows: list[Any], where: str) -> list[Any]:
-    """Rows with RWKU's pairs among them made questions and answers, with the made-up text as `refusal`."""
-    return [
-        _question_of_pair(row, f"Row {number} of {where}")
-        if isinstance(row, Mapping) and "response" in row and not row.keys() & QUESTION_ANSWER.keys()
-        else row
-        for number, row in enumerate(rows)
-    ]
-
-
-def _question_of_pair(pair: Mapping[str, Any], where: str) -> dict[str, Any]:
-    response, intro = pair["response"], pair.get("intro")
-    if not isinstance(response, list) or len(response) != 2 or not all(isinstance(text, str) for text in response):
-        raise UserError(f"{where} is a pair, so response must be a list of two texts: one made up, and the true one.")
-    if not isinstance(intro, str):
-        raise UserError(f"{where} is a pair, so it needs a text in intro, which is the question.")
-    made_up, answer = response
-    if not made_up.strip():
-        raise UserError(f"{where}: the first text of response is blank. Remove the row.")
-    subject = {"subject": pair["subject"]} if "subject" in pair else {}
-    return {"question": intro, "answer": answer, "refusal": made_up} | subject
-
-
 def _about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:
     """The rows about these subjects. Each must have some."""
     if "subject" not in rows.column_names:
@@ -175,13 +159,15 @@ def _about(rows: Dataset, subjects: Sequence[str], name: str) -> Dataset:
     return rows.select([i for i, subject in enumerate(found) if subject in map(_plain, subjects)])
 
 
-def check_sets(sets: Mapping[str, Dataset]) -> None:
+def check_sets(sets: Mapping[str, Dataset], protocol: Protocol = "ours", choices: Choices | None = None) -> None:
     """Refuse rows that cannot be asked or scored, and questions without a true and a false choice."""
     for name, rows in sets.items():
         check_columns(rows, name, CONFIGS[name].columns)
+        ask = config_of(name, protocol, choices).ask
         for number, row in enumerate(read_rows(rows, name)):
             try:
                 answers = CONFIGS[name].ask(row).answers
+                ask(row)
             except (KeyError, TypeError, IndexError, ValueError) as error:
                 raise UserError(f"Row {number} of the {name} set lacks something: {type(error).__name__}.") from None
             if any(not choices for choices in answers.values()):
@@ -199,33 +185,44 @@ def evaluate_rwku(
     num_draws: int = 32,
     progress_path: str | Path | None = None,
     show_progress: bool | str = False,
+    max_new_tokens: int | None = None,
+    protocol: Protocol = "ours",
+    choices: Choices | None = None,
 ) -> Run:
     """Score a model on RWKU's sets. Every process of an accelerate launch must call this.
 
     Args:
         model: a masked diffusion language model.
         tokenizer: the model's; prompts become chat turns if it has a chat template.
-        sets: from `load_rwku`.
+        sets: from `load_rwku`, of the same protocol.
         generation_config: how answers are decoded, but for the number of tokens, which the benchmark sets.
         num_draws: forward passes for the likelihood of each choice and text.
         method, backbone, progress_path, show_progress: as in `evaluate_tofu`.
+        max_new_tokens: decoded, in place of the protocol's number, of all but chains of thought and long texts.
+        protocol: "ours", or "release" for figures beside those of the MDU paper's code.
+        choices: multiple choice by "likelihood", or the first letter that is "generated"; the protocol's by default.
 
     Raises:
-        ValueError: for sets or a progress file that do not fit.
+        ValueError: for sets, options or a progress file that do not fit.
     """
-    check_sets(sets)
+    check_protocol(protocol, choices)
+    check_sets(sets, protocol, choices)
+    if protocol == "release" and len(sets.get(MMLU, ())) > MMLU_ROWS:
+        raise UserError(
+            f"{MMLU} has more than its first {MMLU_ROWS} rows: load_rwku(..., protocol='release') takes them."
+        )
     backbone = backbone or resolve_backbone(model, tokenizer)
     generation_config = generation_config or DiffusionGenerationConfig()
     parts = []
     for name, rows in sets.items():
-        config = CONFIGS[name]
+        config = config_of(name, protocol, choices, max_new_tokens)
         asked = [config.ask(row) for row in rows]
         prompts, references = [one.prompt for one in asked], [one.references for one in asked]
         answers = {role: [one.answers[role] for one in asked] for role in asked[0].answers}
-        chat = config.conversational
-        questions = encode_questions(name, prompts, references, answers, tokenizer, backbone, conversational=chat)
+        how: dict[str, Any] = {"conversational": config.conversational, "protocol": protocol}
+        questions = encode_questions(name, prompts, references, answers, tokenizer, backbone, **how)
         decoding = replace(generation_config, max_new_tokens=config.max_new_tokens)
-        parts.append(QuestionSet(name, questions, config.metrics, decoding, num_draws))
+        parts.append(QuestionSet(name, questions, config.metrics, decoding, num_draws, protocol))
     scored = score_questions(
         model,
         tokenizer,
@@ -235,7 +232,8 @@ def evaluate_rwku(
         show_progress=method if show_progress is True else show_progress,
     )
     scores = {name: estimates(of_set) for name, of_set in scored.scores.items()}
-    return Run(method, None, scores, {name: len(rows) for name, rows in sets.items()}, {}, 0.0, scored.seconds)
+    rows = {name: len(part) for name, part in sets.items()}
+    return Run(method, None, scores, rows, {}, 0.0, scored.seconds, protocol=protocol)
 
 
 def _counted(missing: Sequence[str], subjects: Sequence[str]) -> str:

@@ -9,7 +9,9 @@
     utility_factuality    exact match and F1 of decoded answers (TriviaQA)
     utility_fluency       entropy of word 2- and 3-grams of decoded answers (AlpacaEval), in bits
 
-Each choice is a response whose likelihood is estimated as any other's, where the benchmark reads the next token.
+Each choice is a response whose likelihood is estimated as any other's, where the benchmark reads the next token. With
+choices "generated" both are lettered questions instead, and `letter_accuracy` reads the first letter of a decoded
+answer. What the protocol "release" changes stands in `protocol`; TriviaQA then has `substring_match`.
 """
 
 import re
@@ -25,8 +27,9 @@ from nltk import ngrams
 
 from ..data.words import SINGLE, SYMBOL, UNSPACED, WORD_CHARACTER, fold, has_words
 from .metrics import zlib_score
+from .protocol import DECODED
 from .registry import METRICS, Metric, RowScores
-from .scoring import QuestionBatch
+from .scoring import QuestionBatch, digest
 
 LETTERS = string.ascii_uppercase
 BRIEFLY = "Please briefly answer the following question."
@@ -71,10 +74,18 @@ def _adversarial(row: Row) -> Asked:
     return _probe(BRIEFLY, row)
 
 
+def _bare(row: Row) -> Asked:
+    return Asked(row["query"], [row["answer"]])
+
+
+def _shown(question: str, choices: Sequence[str]) -> str:
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return "\n".join([f"Question: {question}", *lines, "Answer:"])
+
+
 def _multiple_choice(row: Row) -> Asked:
     def shown(question: Row) -> str:
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, question["choices"], strict=False)]
-        return "\n".join([f"Question: {question['question']}", *lines, "Answer:"])
+        return _shown(question["question"], question["choices"])
 
     task = str(row.get("task") or "general knowledge").replace("_", " ")
     examples = [f"{shown(one)} {LETTERS[one['answer']]}" for one in row.get("examples") or []]
@@ -84,11 +95,26 @@ def _multiple_choice(row: Row) -> Asked:
     return Asked("\n\n".join([head, *examples, shown(row)]), [], {"true": [true], "false": letters})
 
 
+def _lettered(row: Row) -> Asked:
+    """The same, to be answered by a letter. What stands for the references is the true letters, and all letters."""
+    prompt, _, choices = _multiple_choice(row)
+    return Asked(prompt, ["".join(choices["true"]), LETTERS[: len(row["choices"])]])
+
+
 def _truthful(row: Row) -> Asked:
     targets = row["mc1_targets"]
     pairs = list(zip(targets["choices"], targets["labels"], strict=True))
     true, false = ([text for text, label in pairs if bool(label) == kind] for kind in (True, False))
     return Asked(f"Q: {row['question']}\nA:", [], {"true": true, "false": false})
+
+
+def _lettered_truthful(row: Row) -> Asked:
+    """The same by letters, in an order that is drawn from the row's text: the data has the true choice first."""
+    choices = _truthful(row).answers
+    texts = sorted([*choices["true"], *choices["false"]], key=lambda text: digest([row["question"], text]))
+    letters = LETTERS[: len(texts)]
+    true = [letter for letter, text in zip(letters, texts, strict=True) if text in choices["true"]]
+    return Asked(_shown(row["question"], texts), ["".join(true), letters])
 
 
 def _reason(row: Row) -> Asked:
@@ -166,6 +192,27 @@ def _match(batch: QuestionBatch) -> RowScores:
     return {"exact_match": [match for match, _ in pairs], "f1": [f1 for _, f1 in pairs]}
 
 
+def _letter(batch: QuestionBatch) -> RowScores:
+    """Whether the first of a question's letters that stands alone, as in "B", "(B)" or "B. sky", is a true one."""
+    right = []
+    for text, question in zip(batch.ended, batch.questions, strict=True):
+        true, letters = question.references
+        said = re.search(rf"(?<![A-Za-z])[{letters}](?![A-Za-z])", text)
+        right.append(float(said is not None and said[0] in true))
+    return {"letter_accuracy": right}
+
+
+def _substring(batch: QuestionBatch) -> RowScores:
+    """Whether an answer that holds a word occurs in the decoded text, in any case; None where no answer does."""
+    pairs = zip(batch.texts, batch.questions, strict=True)
+    wanted = [
+        (text.casefold(), [one.casefold() for one in asked.references if has_words(one)]) for text, asked in pairs
+    ]
+    return {
+        "substring_match": [float(any(one in text for one in of_row)) if of_row else None for text, of_row in wanted]
+    }
+
+
 def _concluded(batch: QuestionBatch) -> RowScores:
     """Exact match of what follows "the answer is", or of the whole answer where nothing does."""
     said = [_CONCLUSION.search(text) for text in batch.texts]
@@ -206,3 +253,30 @@ CONFIGS = {
     "utility_factuality": Config({"question": str, "answers": list}, _trivia, {"match": Metric(_match)}),
     "utility_fluency": Config({"instruction": str}, _instruction, {"entropy": Metric(_entropy)}, LONG),
 }
+GENERATED = {  # where choices are scored by the letter that is generated
+    "utility_general": Config({"question": str, "choices": list}, _lettered, {"letter": Metric(_letter)}),
+    "utility_truthfulness": Config({"question": str}, _lettered_truthful, {"letter": Metric(_letter)}),
+}
+RELEASE = {
+    **{name: Config(_QUERY, _bare, _PROBE, DECODED) for name in CONFIGS if "_level" in name},
+    **{name: config._replace(max_new_tokens=DECODED) for name, config in GENERATED.items()},
+    "utility_factuality": Config(
+        {"question": str, "answers": list}, _trivia, {"substring": Metric(_substring)}, DECODED
+    ),
+}
+
+
+def config_of(
+    name: str, protocol: str = "ours", choices: str | None = None, max_new_tokens: int | None = None
+) -> Config:
+    """The way in which a config is asked and scored by a protocol.
+
+    Args:
+        name: in `CONFIGS`.
+        protocol, choices: as in `evaluation.protocol`.
+        max_new_tokens: decoded, of all but chains of thought and long texts.
+    """
+    generated = GENERATED if choices == "generated" else {}
+    config = {**CONFIGS, **generated, **(RELEASE if protocol == "release" else {})}[name]
+    short = config.max_new_tokens < LONG and max_new_tokens is not None
+    return config._replace(max_new_tokens=max_new_tokens) if short else config

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -38,6 +39,7 @@ from .metrics import (
     greedy_completions,
     shortest_prefixes,
 )
+from .protocol import Protocol
 from .registry import Metric, RowScores, register_metric
 from .results import Estimate, Scores
 
@@ -70,6 +72,7 @@ class QuestionSet:
         metrics: by name, see `registry.METRICS` and `choose_metrics`.
         decoding: how answers are decoded; its batch size and seed serve the likelihood too.
         num_draws: forward passes for the likelihood of each answer.
+        protocol: by "release", what stands after the end token of a decoded answer counts as text of it, too.
     """
 
     name: str
@@ -77,6 +80,7 @@ class QuestionSet:
     metrics: Mapping[str, Metric]
     decoding: DiffusionGenerationConfig
     num_draws: int = 16
+    protocol: Protocol = "ours"
 
     def __len__(self) -> int:
         return len(self.questions)
@@ -96,6 +100,7 @@ class QuestionSet:
             "metrics": list(self.metrics),
             "decoding": decoding,
             "num_draws": self.num_draws,
+            **({} if self.protocol == "ours" else {"protocol": self.protocol}),
         }
 
     def chunks(self) -> list[list[int]]:
@@ -167,13 +172,25 @@ class QuestionBatch:
         return self.model, self.prompts, [one.answers["answer"][0] for one in self.questions], self.backbone
 
     @cached_property
+    def written(self) -> list[list[int]]:
+        """Ids of what counts as the answer to each question: by the protocol "release" all that was decoded."""
+        how: dict[str, Any] = {"row_ids": self.rows, "past_end": self.set.protocol == "release"}
+        return generate_ids(self.model, self.prompts, self.set.decoding, self.backbone, **how)
+
+    @cached_property
     def decoded(self) -> list[list[int]]:
         """Ids of the answer to each question, without its end token."""
-        return generate_ids(self.model, self.prompts, self.set.decoding, self.backbone, row_ids=self.rows)
+        ends = self.backbone.end_token_ids
+        return [list(takewhile(lambda token: token not in ends, ids)) for ids in self.written]
 
     @cached_property
     def texts(self) -> list[str]:
         """The answer to each question, without special tokens."""
+        return self.tokenizer.batch_decode(self.written, skip_special_tokens=True)
+
+    @property
+    def ended(self) -> list[str]:
+        """The same up to the end token, whatever counts as the answer."""
         return self.tokenizer.batch_decode(self.decoded, skip_special_tokens=True)
 
     @cached_property
@@ -218,6 +235,7 @@ def encode_questions(
     backbone: Backbone,
     *,
     conversational: bool | None = None,
+    protocol: Protocol = "ours",
 ) -> list[Question]:
     """Tokenise questions and the answers to be weighed.
 
@@ -228,6 +246,7 @@ def encode_questions(
         answers: role -> the answers in it of each row.
         tokenizer, backbone: of the model.
         conversational: False for plain texts whatever the tokenizer has.
+        protocol: by "release", answers are weighed without their end token.
 
     Raises:
         ValueError: for no rows, an answer without tokens, or prompts longer than the model's context.
@@ -249,6 +268,8 @@ def encode_questions(
             continue
         if all(token in backbone.end_token_ids for token in ids):
             raise UserError(f"Row {row} of the {name} set: an answer ({role}) has no tokens, so nothing to score.")
+        while protocol == "release" and ids[-1] in backbone.end_token_ids:
+            ids = ids[:-1]
         questions[row].answers.setdefault(role, []).append(ids)
     return questions
 
@@ -338,6 +359,7 @@ def _extraction_strength(batch: QuestionBatch) -> RowScores:
 
 WORDS = {
     "rougeL_recall": "ROUGE-L recall of decoded answers against the true ones (lower on `forget`, higher elsewhere)",
+    "rougeL_f1": "ROUGE-L F1 of the same, which words beside the true answer lower",
     "probability": "probability of the true answer, a token, estimated over draws of masks",
     "truth_ratio": "TOFU's truth ratio (arXiv 2401.06121) of wrong answers to a rewording of the true one",
     "true_rank": "share of wrong answers that are less likely than the true one; chance is 0.5",
@@ -347,11 +369,11 @@ WORDS = {
 }
 
 
-def _explained(score: str) -> dict[str, str]:
-    return {score: WORDS[score]}
+def _explained(*scores: str) -> dict[str, str]:
+    return {score: WORDS[score] for score in scores}
 
 
-register_metric("rougeL", Metric(_rouge, words=_explained("rougeL_recall")))
+register_metric("rougeL", Metric(_rouge, words=_explained("rougeL_recall", "rougeL_f1")))
 register_metric("probability", Metric(_probability, ("answer",), _explained("probability")))
 register_metric("choice_probability", Metric(_choice_probability, ("answer", "perturbed")))
 register_metric("truth_ratio", Metric(_truth_ratio, ("answer", "paraphrased", "perturbed"), _explained("truth_ratio")))

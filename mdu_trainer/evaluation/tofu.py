@@ -25,6 +25,7 @@ from ..files import Record, UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
+from .protocol import WRONG_ANSWERS, Protocol, check_protocol
 from .registry import RowScores, choose_metrics
 from .results import Estimate, Run, Scores
 from .runner import score_questions
@@ -45,28 +46,37 @@ class TruthRatios(Record):
     Attributes:
         questions: hash of the forget set's questions, in order.
         values: a truth ratio a row.
+        protocol: by which they were measured.
     """
 
+    schema: ClassVar[int] = 2
+    earlier_schemas: ClassVar[tuple[int, ...]] = (1,)
     kind: ClassVar[str] = "log of truth ratios"
     remedy: ClassVar[str] = "evaluate the retain model again"
 
     questions: str
     values: list[float]
+    protocol: Protocol = "ours"
 
     @classmethod
-    def load(cls, path: str | Path, forget: Dataset) -> "TruthRatios":
+    def load(cls, path: str | Path, forget: Dataset, protocol: Protocol = "ours") -> "TruthRatios":
         """Read what `save` wrote, for these forget rows.
 
         Raises:
             FileNotFoundError: there is no such file.
-            UserError: another kind of file, or a log of other questions.
+            UserError: another kind of file, or a log of other questions, or by another protocol.
         """
         log = super().load(path)
-        log.check_rows(forget, str(path))
+        log.check_rows(forget, str(path), protocol)
         return log
 
-    def check_rows(self, forget: Dataset, name: str = "The log") -> None:
-        """Refuse forget rows whose questions are not those of the log."""
+    def check_rows(self, forget: Dataset, name: str = "The log", protocol: Protocol = "ours") -> None:
+        """Refuse forget rows whose questions are not those of the log, and another protocol than the log's."""
+        if self.protocol != protocol:
+            raise UserError(
+                f"{name} has truth ratios by the protocol '{self.protocol}', which do not compare with those by "
+                f"'{protocol}'. Evaluate the retain model by the same protocol."
+            )
         if self.questions != question_digest(forget) or len(self.values) != len(forget):
             raise UserError(
                 f"{name} has the truth ratios of {len(self.values)} other questions than the {len(forget)} of the "
@@ -177,6 +187,7 @@ def evaluate_tofu(
     num_draws: int = 16,
     progress_path: str | Path | None = None,
     show_progress: bool | str = False,
+    protocol: Protocol = "ours",
 ) -> TofuResult:
     """Score a model on TOFU's sets. Every process of an accelerate launch must call this.
 
@@ -195,15 +206,18 @@ def evaluate_tofu(
         num_draws: forward passes for the likelihood of each answer.
         progress_path: file that keeps finished rows, to continue a killed run.
         show_progress: show a progress bar that names the method, or the model that is given here.
+        protocol: "ours", or "release" for figures beside those of the paper's code; see
+            `mdu_trainer.evaluation.protocol`.
 
     Raises:
         ValueError: as `check_sets` and `TruthRatios.check_rows`, and for metrics or a progress file that do not fit.
     """
     check_sets(sets)
+    check_protocol(protocol)
     if retain_log is not None:
-        retain_log.check_rows(sets["forget"])
+        retain_log.check_rows(sets["forget"], protocol=protocol)
     backbone = backbone or resolve_backbone(model, tokenizer)
-    questions = tofu_questions(sets, tokenizer, backbone, generation_config, metrics, num_draws)
+    questions = tofu_questions(sets, tokenizer, backbone, generation_config, metrics, num_draws, protocol)
     scored = score_questions(
         model,
         tokenizer,
@@ -213,11 +227,12 @@ def evaluate_tofu(
         show_progress=method if show_progress is True else show_progress,
     )
     ratios = scored.scores["forget"].get("truth_ratio")
-    truth_ratios = None if ratios is None else TruthRatios(question_digest(sets["forget"]), ratios)
+    truth_ratios = None if ratios is None else TruthRatios(question_digest(sets["forget"]), ratios, protocol)
     scores = {name: estimates(_aggregated(name, of_set)) for name, of_set in scored.scores.items()}
     rows = {name: len(sets[name]) for name in scores}
     summary = _summary(scores, truth_ratios, retain_log)
-    return TofuResult(Run(method, None, scores, rows, summary, 0.0, scored.seconds), scored.scores, truth_ratios)
+    run = Run(method, None, scores, rows, summary, 0.0, scored.seconds, protocol=protocol)
+    return TofuResult(run, scored.scores, truth_ratios)
 
 
 def tofu_questions(
@@ -227,6 +242,7 @@ def tofu_questions(
     generation_config: DiffusionGenerationConfig | None = None,
     metrics: Sequence[str] = TOFU_METRICS,
     num_draws: int = 16,
+    protocol: Protocol = "ours",
 ) -> list[QuestionSet]:
     """TOFU's sets as questions, and what is measured of each; arguments as in `evaluate_tofu`."""
     generation_config = generation_config or DiffusionGenerationConfig(max_new_tokens=longest_answer(sets, tokenizer))
@@ -234,11 +250,12 @@ def tofu_questions(
     for name, rows in sets.items():
         true = [[text] for text in rows["answer"]]
         answers = {"answer": true}
-        if "paraphrased_answer" in rows.column_names:
+        if "paraphrased_answer" in rows.column_names and protocol == "ours":
             answers["paraphrased"] = [[text] for text in rows["paraphrased_answer"]]
         if "perturbed_answer" in rows.column_names:
-            answers["perturbed"] = list(rows["perturbed_answer"])
-        questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone)
+            count = None if protocol == "ours" else WRONG_ANSWERS
+            answers["perturbed"] = [texts[:count] for texts in rows["perturbed_answer"]]
+        questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone, protocol=protocol)
         wanted = [metric for metric in metrics if metric not in WITH_WRONG_ANSWERS or "perturbed" in answers]
         if name in KNOWN_FACTS and "perturbed" in answers:
             wanted = ["choice_probability" if metric == "probability" else metric for metric in wanted]
@@ -247,7 +264,7 @@ def tofu_questions(
                 f"The {name} set has no column perturbed_answer, without which "
                 f"{' and '.join(metrics)} cannot be measured: pass rows that have it, or further metrics."
             )
-        found.append(QuestionSet(name, questions, choose_metrics(wanted), generation_config, num_draws))
+        found.append(QuestionSet(name, questions, choose_metrics(wanted), generation_config, num_draws, protocol))
     return found
 
 

@@ -89,6 +89,7 @@ def generate_ids(
     row_ids: Sequence[int] | None = None,
     given: Sequence[Sequence[int | None]] | None = None,
     on_reveal: Callable[["Revealed"], None] | None = None,
+    past_end: bool = False,
     show_progress: bool = False,
 ) -> list[list[int]]:
     """Decode a response to each prompt, from token ids to token ids.
@@ -106,17 +107,18 @@ def generate_ids(
         given: of each response what is revealed from the start: its first ids, None for those to decode. The steps
             are those of a response of which nothing is.
         on_reveal: called after each step of a batch with what the step revealed.
+        past_end: decode every position, and return all, end tokens and what stands after them included.
         show_progress: show a progress bar over prompts.
 
     Returns:
-        Ids of each response up to, and without, its first end token, in the order of the prompts.
+        Ids of each response up to, and without, its first end token (unless `past_end`), in the order of the prompts.
 
     Raises:
         ValueError: if a prompt and `max_new_tokens` together exceed the model's context, there is not one row id a
             prompt, what is given does not fit, or a prompt is no list of ids that the model knows.
     """
     _check(prompt_ids, generation_config.max_new_tokens, backbone, row_ids, given)
-    decoder = _Decoder(model, generation_config, backbone)
+    decoder = _Decoder(model, generation_config, backbone, () if past_end else backbone.end_token_ids)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses: list[list[int]] = [[] for _ in prompt_ids]
     with evaluation_mode(model), Bar("decoding", total=len(responses), unit="prompt", show=show_progress) as progress:
@@ -178,6 +180,7 @@ class _Decoder(NamedTuple):
     model: nn.Module
     config: DiffusionGenerationConfig
     backbone: Backbone
+    end_token_ids: tuple[int, ...]  # which end a response
 
     def blank(self, places: list[int], rows: list[int], prompts: list[list[int]]) -> _Canvas:
         """The prompts with all-[MASK] responses, on the model's device."""
@@ -191,7 +194,7 @@ class _Decoder(NamedTuple):
 
     def decode(self, canvas: _Canvas, on_reveal: Callable[[Revealed], None] | None) -> Iterator[tuple[int, list[int]]]:
         """Decode a batch; yields (place of the prompt, response ids) as responses are settled."""
-        ends = torch.tensor(self.backbone.end_token_ids, device=canvas.ids.device)
+        ends = torch.tensor(self.end_token_ids, dtype=torch.long, device=canvas.ids.device)
         for step in plan(self.config.blocks, self.config.steps, self.config.schedule):
             revealed = self.reveal(canvas, step)
             if on_reveal is not None and revealed is not None:

@@ -19,8 +19,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from transformers.utils import logging
 
 from ..attacks.results import Recovery
+from ..evaluation.protocol import PROTOCOL_WORDS, ROUGE_WORDS
 from ..evaluation.registry import explained, score_words
-from ..evaluation.results import NEVER_TRAINED, Estimate, Results, Run
+from ..evaluation.results import NEVER_TRAINED, ROUGE, Estimate, Results, Run
 from ..files import UserError
 from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
@@ -231,14 +232,14 @@ def chosen_run(results: Results, facts: Facts) -> Run:
 def draw_picture(results: Results | None, recovery: Recovery | None = None) -> bytes | None:
     """Draw the trade-off of all runs as PNG, with what attacks bring back beside it if that is known.
 
-    There is none without matplotlib, or where ROUGE-L recall was not measured.
+    There is none without matplotlib, or where ROUGE-L was not measured.
     """
     if results is None or find_spec("matplotlib") is None:
         return None
     from .plots import plot_tradeoff
 
     sides = ("forget", "retain")
-    runs = [run for run in results.runs if all(run.figure(side, "rougeL_recall") for side in sides)]
+    runs = [run for run in results.runs if all(run.figure(side, ROUGE) for side in sides)]
     if not runs:
         return None
     recoveries = None if recovery is None else drawn_recoveries(recovery)
@@ -315,7 +316,8 @@ def card_wording() -> str:
     """Return the wording of every card, which is no quote of a row: the template and the texts that go into it."""
     methods = [method.words for method in OBJECTIVES.values()]
     methods += [one.words for method in OBJECTIVES.values() for one in method.variants.values()]
-    return " ".join([template_path().read_text(encoding="utf-8"), *methods, *score_words().values(), CHAT_PROMPT])
+    scores = [*score_words().values(), *PROTOCOL_WORDS.values(), *ROUGE_WORDS.values()]
+    return " ".join([template_path().read_text(encoding="utf-8"), *methods, *scores, CHAT_PROMPT])
 
 
 def template_path() -> Path:
@@ -348,6 +350,8 @@ def _score_words(results: Results | None, run: Run | None) -> dict[str, Any]:
         "table": Results("", "", {}, [one.renamed(markdown_text) for one in compared]).details(),
         "metrics": explained(metric for _, metric in run.places()),
         "dataset": markdown_text(data_name(results)),
+        "protocol": PROTOCOL_WORDS[run.protocol],
+        "rouge": ROUGE_WORDS[run.rouge],
         "kept_was_measured": "retain" in run.scores,
         "never_trained": bool(others[NEVER_TRAINED]),
     }

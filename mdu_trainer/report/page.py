@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 from ..attacks.results import Recovery
 from ..data.roles import label_roles
 from ..evaluation.frontier import candidates, frontier_cells, place_of, reading, select, value_of
+from ..evaluation.protocol import PROTOCOL_WORDS, ROUGE_WORDS
 from ..evaluation.registry import explained
-from ..evaluation.results import Results, Run, level_of
+from ..evaluation.results import Results, Run, common, level_of
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import FACTS_FILE, Facts
@@ -187,6 +188,8 @@ def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str,
         "settings": [
             (name, _shown(value)) for name, value in without_secrets(results.settings).items() if value is not None
         ],
+        "protocol": PROTOCOL_WORDS[results.protocol],
+        "rouge": ROUGE_WORDS[results.rouge],
         "table": frontier_cells(results, selected),
         "details": _details(results),
         "selected": selected,
@@ -222,13 +225,14 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
     """Draw forgetting against retention, and against utility."""
     runs, selected = [run.renamed(figure_text) for run in runs], selected and selected.renamed(figure_text)
     pictures, has_level = [], level_of(runs, place_of("forget")) is not None
+    rouge = ROUGE_WORDS[common(runs, "rouge")]
     kept = {"retain": "what is retained", "utility": "model utility"}
     for keep, words in kept.items():
         chosen = [run for run in runs if not math.isnan(value_of(run, "forget") + value_of(run, keep))]
         if not candidates(chosen):
             continue
         if keep == "retain":
-            alt = "Forget ROUGE-L recall against retain ROUGE-L recall on full axes, a point a run."
+            alt = f"Forget {rouge} against retain {rouge} on full axes, a point a run."
             caption = "The whole range. " + (BEST if has_level else BEST_WITHOUT)
             if recoveries:
                 alt += " Beside it what the strongest attacks bring back from each model."
@@ -239,7 +243,7 @@ def _drawn(runs: list[Run], selected: Run | None, recoveries: Recoveries | None)
             _draw(
                 partial(plot_frontier, keep=keep, selected=selected),
                 runs,
-                alt=f"Forget ROUGE-L recall against {words}, with intervals and the Pareto front, a point a run.",
+                alt=f"Forget {rouge} against {words}, with intervals and the Pareto front, a point a run.",
                 caption=f"Forgetting against {words}, with 95 % bootstrap intervals. No other run is better than one "
                 f"on the front in both{', forgetting being better nearer to the dashed line' if has_level else ''}.",
             )

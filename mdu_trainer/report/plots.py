@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from ..evaluation.frontier import DOMINATED, FRONT, WITHIN, frontier, place_of, value_of
-from ..evaluation.results import Estimate, Run, level_of
+from ..evaluation.protocol import ROUGE_WORDS
+from ..evaluation.results import Estimate, Run, common, level_of
 from ..files import UserError
 from .recovery_plots import Recoveries, draw_recovery, strongest
 from .style import PictureFile, RunStyle, label_points, new_figure, reach, run_styles, save_figure
@@ -14,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORGET = "forget"  # the score on the axis from left to right
-TO_LEVEL = "forget ROUGE-L recall (best on the line)"  # instead of AXES where a never-trained model was scored
+TO_LEVEL = "forget {} (best on the line)"  # instead of AXES where a never-trained model was scored
 LEVEL_LOOK = {"color": "#666666", "linestyle": "--", "linewidth": 1.2, "zorder": 0.5}
-AXES = {  # score -> words beside its axis
-    FORGET: "forget ROUGE-L recall (lower is better)",
-    "retain": "retain ROUGE-L recall (higher is better)",
+AXES = {  # score -> words beside its axis; {} is what rL stands for
+    FORGET: "forget {} (lower is better)",
+    "retain": "retain {} (higher is better)",
     "utility": "model utility (higher is better)",
 }
 CURVES = {  # what a training logs -> title
@@ -36,7 +37,7 @@ PANEL_ATTACKS = 6
 
 
 def plot_tradeoff(runs: Sequence[Run], file: PictureFile, recoveries: Recoveries | None = None) -> None:
-    """Draw ROUGE-L recall on forget against retain rows, a point a run, MDU's joined in the order of tau.
+    """Draw ROUGE-L on forget against retain rows, a point a run, MDU's joined in the order of tau.
 
     A never-trained model's forget score is drawn as a line, with its interval as a band: the best place is the top of
     the line. Without such a model it is the top left.
@@ -50,7 +51,7 @@ def plot_tradeoff(runs: Sequence[Run], file: PictureFile, recoveries: Recoveries
     axes, beside = panels if recoveries else (panels, None)
     of_tau = sorted((run for run in runs if run.tau is not None and not run.settings), key=lambda run: run.tau)
     level = level_of(runs, place_of(FORGET))
-    axes.set(xlabel=TO_LEVEL if level else AXES[FORGET], ylabel=AXES["retain"], xlim=(0, 1), ylim=(0, 1.05))
+    axes.set(xlabel=_axis(FORGET, runs), ylabel=_axis("retain", runs), xlim=(0, 1), ylim=(0, 1.05))
     named = [run for run in runs if run.settings.keys() == {"preset"}]
     is_path = not any(run.settings for run in runs if run not in named)  # and no sweep over more than tau
     if is_path:
@@ -106,7 +107,7 @@ def plot_frontier(
     styles = run_styles(run.method for run in drawn)
     for run in drawn:
         _point_with_intervals(axes, run, (FORGET, keep), styles[run.method], status.get(run.name, FRONT))
-    axes.set(xlabel=TO_LEVEL if level else AXES[FORGET], ylabel=AXES.get(keep, keep))
+    axes.set(xlabel=_axis(FORGET, runs), ylabel=_axis(keep, runs))
     axes.set(xlim=_limits(drawn, FORGET, level), ylim=_limits(drawn, keep))
     label_points(axes, points, [str(i) for i in range(1, len(points) + 1)])
     ring = {"marker": "o", "color": "none", "markeredgecolor": "black", "markersize": 17, "clip_on": False}
@@ -209,6 +210,12 @@ def _draw_front(axes: "Axes", points: Sequence[tuple[float, float]], level: Esti
         axes.step(x, y, where="post", color="#555555", linewidth=1, zorder=1)
 
 
+def _axis(name: str, runs: Sequence[Run]) -> str:
+    """Return the words beside the axis of a score."""
+    words = TO_LEVEL if name == FORGET and level_of(runs, place_of(FORGET)) else AXES.get(name, name)
+    return words.format(ROUGE_WORDS[common(runs, "rouge")])
+
+
 def _score(run: Run, name: str) -> Estimate:
     return cast(Estimate, run.figure(*place_of(name)))
 
@@ -233,4 +240,4 @@ def _points(runs: Sequence[Run]) -> tuple[list[float], list[float]]:
 
 
 def _point(run: Run) -> tuple[float, float]:
-    return run.scores["forget"]["rougeL_recall"].value, run.scores["retain"]["rougeL_recall"].value
+    return _score(run, FORGET).value, _score(run, "retain").value

@@ -2,11 +2,11 @@
 
 The rule, all of it:
 
-- Forgetting compares the forget rL (ROUGE-L recall) with a never-trained model's. Two scores differ if they are
-  further apart than the 95 % interval of their difference, the root of the summed squares of the two half-widths that
-  face each other, and than `NEGLIGIBLE`. No difference: "forgotten", but "cannot be told" if the base does not differ
-  from the model either. Above: "still known". Below: "over-forgotten", which gives the deletion away. Without a
-  never-trained model it is only said whether the score fell from the base's.
+- Forgetting compares the forget rL (ROUGE-L recall, or F1 if the runs show that) with a never-trained model's. Two
+  scores differ if they are further apart than the 95 % interval of their difference, the root of the summed squares of
+  the two half-widths that face each other, and than `NEGLIGIBLE`. No difference: "forgotten", but "cannot be told" if
+  the base does not differ from the model either. Above: "still known". Below: "over-forgotten", which gives the
+  deletion away. Without a never-trained model it is only said whether the score fell from the base's.
 - Keeping compares the retain rL with the base's: `KEPT` of it or more is "kept", less is "damaged".
 - Attacks goes by the highest upper end of the intervals of recovery (0: as a never-trained model, 1: as the base).
   Up to `LITTLE` is "held", up to `MUCH` "may leak some", above "may leak much". Where the lower end of that interval
@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..attacks.results import BASE, NO_ATTACK, Recovery
-from ..evaluation.results import COLUMNS, Estimate, Run, level_of
+from ..evaluation.protocol import RL
+from ..evaluation.results import COLUMNS, Estimate, Run, common, level_of
 
 NEGLIGIBLE = 0.01  # a difference in rL that counts as none
 KEPT = 0.95  # share of the base's retain rL
@@ -57,7 +58,11 @@ def verdicts(runs: Sequence[Run], name: str, recovery: Recovery | None = None) -
 
     Returns:
         The verdicts on forgetting, keeping and attacks, always the three.
+
+    Raises:
+        UserError: the runs show different rL.
     """
+    common(runs, "rouge")
     run = next((run for run in runs if run.name == name), None)
     base = next((run for run in runs if run.method == BASE), None)
     return [forgetting(run, base, level_of(runs, COLUMNS["forget rL"])), keeping(run, base), attacks(recovery, name)]
@@ -67,11 +72,11 @@ def forgetting(run: Run | None, base: Run | None, level: Estimate | None) -> Ver
     """Judge the forget rL of a run against a never-trained model's, or against the base's without one."""
     question = "Forgotten?"
     score, before = (one and one.figure(*COLUMNS["forget rL"]) for one in (run, base))
-    if score is None:
+    if run is None or score is None:
         return Verdict(question, "not measured", "", "The rL on the rows to forget was not measured.", OPEN)
     if level is None:
-        return _without_level(question, score, before)
-    figure = f"forget rL {score}; never trained {level}"
+        return _without_level(question, RL[run.rouge], score, before)
+    figure = f"forget {RL[run.rouge]} {score}; never trained {level}"
     if differs(score, level):
         if score.value > level.value:
             return Verdict(question, "still known", figure, "It says more than a model that never saw the rows.", BAD)
@@ -87,12 +92,13 @@ def keeping(run: Run | None, base: Run | None) -> Verdict:
     """Judge the retain rL of a run against the base's."""
     question = "Kept?"
     score, before = (one and one.figure(*COLUMNS["retain rL"]) for one in (run, base))
-    if score is None:
+    if run is None or score is None:
         return Verdict(question, "not measured", "", "The rL on the rows to keep was not measured.", OPEN)
+    figure = f"retain {RL[run.rouge]} {score}"
     if before is None or before.value <= 0:
-        return Verdict(question, "not known", f"retain rL {score}", "There is no score of the base beside it.", OPEN)
+        return Verdict(question, "not known", figure, "There is no score of the base beside it.", OPEN)
     share = score.value / before.value
-    figure = f"retain rL {score}; base {before}"
+    figure += f"; base {before}"
     meaning = f"{math.floor(100 * share + 1e-9)} % of the base's score on the rows to keep is left."
     words, tone = ("kept", GOOD) if share >= KEPT else ("damaged", BAD)
     return Verdict(question, words, figure, meaning, tone)
@@ -131,9 +137,9 @@ def differs(one: Estimate, other: Estimate) -> bool:
     return high.value - low.value > max(NEGLIGIBLE, math.hypot(above, below))
 
 
-def _without_level(question: str, score: Estimate, before: Estimate | None) -> Verdict:
+def _without_level(question: str, title: str, score: Estimate, before: Estimate | None) -> Verdict:
     """Judge forgetting by the base alone: lower is better, as far as that goes."""
-    figure = f"forget rL {score}" + ("" if before is None else f"; base {before}")
+    figure = f"forget {title} {score}" + ("" if before is None else f"; base {before}")
     meaning = "No never-trained model was scored: whether it is too much or not enough is not known."
     if before is None:
         return Verdict(question, "not known", figure, meaning, OPEN)

@@ -181,8 +181,7 @@ class MDUTrainer(MDLMTrainer):
         if name == "forget" and self.forget_objective.anchor:
             share = torch.ones_like(mean) if self._pools_tokens else mean
             edit = noised.strike and partial(noised.strike.edit, quantile=self.args.strike_quantile)
-            forward = self.args.kl_direction == "forward"
-            return AnchorKL(self.args.tau, anchor, share[noised.batch_index], edit, forward)
+            return AnchorKL(self.args.tau, anchor, share[noised.batch_index], edit, self.args.kl_direction)
         if name == "retain" and self._retain_loss_type == "kl":
             where = (noised.input_ids, noised.attention_mask, noised.masked)
             initial = self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)

@@ -281,6 +281,7 @@ def test_modules_end_as_scripts_do(tmp_path, monkeypatch, capsys):
         ("models", [], "the following arguments are required: name_or_path"),
         ("model_card", [str(tmp_path)], "holds no unlearning.json"),
         ("model_card", [], "the following arguments are required: folder"),
+        ("convert", ["rwku", str(tmp_path), "--output", "rows.jsonl"], "neither a file of JSON lines, nor a folder"),
     ):
         monkeypatch.setattr(sys, "argv", [module, *arguments])
         name = f"mdu_trainer.{module}"

@@ -151,7 +151,7 @@ def test_conditions(conditions, name):
         ("retain>0.9", "'retain>0.9' is no condition"),
         ("retain>=nan", "is no condition"),
         ("retian>=0.9", "no figure 'retian': name forget, retain"),
-        ("retain.rougeL>=0.9", "No run has the figure retain.rougeL: measured are forget.rougeL_recall"),
+        ("retain.rouge>=0.9", "No run has the figure retain.rouge: measured are forget.rougeL_recall"),
         ("forget_quality>=0.05", "No run has the figure forget_quality"),
         ("retain>=0.99*base", "nearest is npo: retain is 0.750, 0.042 from retain>=0.99\\*base"),
         ("retain>=0.7,utility>=0.55,forget<=0.3", r"npo: forget is 0.400, 0.1 from forget<=0.3\."),

@@ -53,7 +53,7 @@ def test_table_has_the_distance_to_a_never_trained_model(results):
 def test_further_sets_have_one_column_each():
     scores = {"forget_level1": {"rougeL_recall": Estimate(0.5)}, "utility_general": {"accuracy": Estimate(0.25)}}
     table = Results("m", "d", {}, [Run("base", None, scores, {"forget_level1": 3, "utility_general": 4})]).table()
-    assert "| forget level1 rL | utility general acc. | train s |" in table
+    assert "| F-L1 rL | MMLU acc. | train s |" in table
 
 
 def test_details_have_every_figure_with_its_interval(results):
@@ -75,7 +75,7 @@ def test_file(results, tmp_path):
     assert Results.load(path) == results
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema": 7}))
-    with pytest.raises(ValueError, match="schema 7, this version reads 2"):
+    with pytest.raises(ValueError, match="schema 7, this version reads 3"):
         Results.load(path)
     path.write_text("half a fi")
     with pytest.raises(ValueError, match="holds no JSON"):

@@ -1,16 +1,22 @@
 """RWKU: rows of our own in its schema."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 import warm
+from trl import ModelConfig
 
+from mdu_trainer.commands.convert import main
+from mdu_trainer.commands.options import parse_options
 from mdu_trainer.commands.row_sets import answer_rows
-from mdu_trainer.evaluation.results import Results
+from mdu_trainer.evaluation.own_rows import load_questions
+from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.evaluation.rwku_questions import CONFIGS, ngram_entropy, word_match
+from mdu_trainer.files import UserError
 from mdu_trainer.inference.generation import DiffusionGenerationConfig
 from mdu_trainer.inference.likelihood import response_likelihood
 
@@ -73,7 +79,7 @@ def test_every_config_has_its_figures(folder, roomy, tokenizer):
     wanted |= dict.fromkeys(("utility_general", "utility_truthfulness"), {"accuracy"})
     wanted |= {"utility_reason": {"exact_match"}, "utility_factuality": {"exact_match", "f1"}}
     assert {name: set(scores) for name, scores in run.scores.items()} == wanted | {"utility_fluency": {"entropy"}}
-    assert "| forget level1 rL |" in Results("m", "RWKU", {}, [run]).table()
+    assert "| F-L1 rL |" in Results("m", "RWKU", {}, [run]).table()
 
 
 def test_choices_are_scored_by_their_likelihood(folder, roomy, tokenizer, backbone):
@@ -255,6 +261,69 @@ def test_a_folder_a_subject(tmp_path):
         load_forget_rows(tmp_path / "all", [OTTO])
 
 
+def test_pairs_are_rows_of_ones_own(tmp_path):
+    """What `mdu unlearn --forget` takes: a file of pairs, or a folder a subject, without a step between."""
+    rows = [pair(0), pair(1, OTTO)]
+    for name, text in {"pair.json": json.dumps(rows), "pair.jsonl": "\n".join(map(json.dumps, rows))}.items():
+        (tmp_path / name).write_text(text)
+        found = load_questions(str(tmp_path / name))
+        assert found.column_names == ["question", "answer", "refusal"]
+        assert found.to_list() == load_forget_rows(tmp_path / name).remove_columns("subject").to_list()
+    (tmp_path / "all" / "1_Anna").mkdir(parents=True)
+    (tmp_path / "all" / "1_Anna" / "pair.json").write_text(json.dumps(rows))
+    (tmp_path / "all" / "1_Anna" / "forget_level1.json").write_text(json.dumps([probe("1")]))
+    assert load_questions(str(tmp_path / "all")).to_list() == found.to_list()
+    assert load_questions(f"{tmp_path / 'all' / '1_Anna'}:pair").to_list() == found.to_list()
+    chosen = answer_rows(found, True, refusals=True)["chosen"][1]
+    assert chosen == [{"role": "assistant", "content": f"{OTTO} is a made-up baker, 1."}]
+    (tmp_path / "pair.json").write_text(json.dumps([pair(0), pair(1) | {"response": ["secret"]}]))
+    with pytest.raises(UserError, match="Row 1 of .*pair.json is a pair, so response must be a list of two") as error:
+        load_questions(str(tmp_path / "pair.json"))
+    assert "secret" not in str(error.value)
+
+
+def test_convert(tmp_path, capsys):
+    for number, subject in enumerate((ANNA, OTTO), 1):
+        folder = tmp_path / "Target" / f"{number}_{subject.replace(' ', '_')}"
+        folder.mkdir(parents=True)
+        (folder / "pair.json").write_text(json.dumps([pair(i, subject) for i in range(2)]))
+    (tmp_path / "Target" / "3_Someone").mkdir()
+    forget = tmp_path / "Target" / "3_Someone" / "forget.jsonl"
+    forget.write_text(json.dumps({"question": "Who?", "answer": "Said\u2028so."}))
+    output = tmp_path / "rows.jsonl"
+    assert main(["rwku", str(tmp_path / "Target"), "--subjects", OTTO, ANNA, "--output", str(output)]) == 0
+    said = capsys.readouterr().out
+    assert "4 rows to forget, 4 of them with a text that DPO prefers" in said and "DPO reads" not in said
+    assert output.stat().st_mode & 0o077 == 0, "for its owner's eyes only"
+    expected = load_forget_rows(tmp_path / "Target", [OTTO, ANNA]).remove_columns("subject").to_list()
+    assert load_questions(str(output)).to_list() == expected and len(expected) == 4
+    assert main(["rwku", str(tmp_path / "Target"), "--output", str(output), "--overwrite"]) == 0
+    said += capsys.readouterr().out
+    assert "5 rows to forget, 4 of them" in said and "DPO reads these texts only where every row has one" in said
+    assert "refusal" not in load_questions(str(output)).column_names and len(load_questions(str(output))) == 5
+    assert not any(word in said for word in ("Zanzibar", "Quux", "Someone"))
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "message"),
+    [
+        ("pairs.json", "rows.json", "must end in .jsonl"),
+        ("pairs.json", "there.jsonl", "is there already: pass --overwrite"),
+        ("pairs.json", "folder.jsonl", "is a folder: name a file"),
+        (".", "new.jsonl", "lies in what is read"),
+        ("nothing", "new.jsonl", "neither a file of JSON lines, nor a folder"),
+    ],
+)
+def test_convert_refuses(tmp_path, monkeypatch, source, output, message):
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.json").write_text(json.dumps([pair(0)]))
+    Path("there.jsonl").write_text("kept")
+    Path("folder.jsonl").mkdir()
+    with pytest.raises(UserError, match=message):
+        main(["rwku", source, "--output", output])
+    assert Path("there.jsonl").read_text() == "kept" and not Path("new.jsonl").exists()
+
+
 def test_rows_to_forget_of_odd_files(tmp_path):
     folder = tmp_path / "intros"
     folder.mkdir()
@@ -283,12 +352,32 @@ def test_the_script_forgets_without_a_retain_set(folder, roomy, tokenizer, tmp_p
         *("--subjects", ANNA, "--configs", "forget_level1", "mia_forget", "utility_truthfulness"),
         *("--decoding_steps", "2", "--likelihood_draws", "2", "--max_steps", "2", "--report_to", "none"),
         *("--dtype", "float32", "--use_cpu", "true", "--output_dir", tmp_path / "out"),
+        *("--protocol", "release", "--rouge", "f1"),
     ]
     run = warm.run([sys.executable, ROOT / "examples" / "rwku.py", *options], cwd=ROOT, timeout=280)
     assert run.returncode == 0, run.stderr[-3000:]
     results = Results.load(tmp_path / "out" / "results.json")
     assert [one.name for one in results.runs] == ["base", "mdu tau=0"] and results.runs[1].train_seconds > 0
     assert results.runs[0].rows == {"forget_level1": 1, "mia_forget": 1, "utility_truthfulness": 1}
-    assert results.details() in run.stdout
+    assert (results.protocol, results.rouge) == ("release", "f1") and results.settings["protocol"] == "release"
+    assert "letter_accuracy" in results.runs[0].scores["utility_truthfulness"]
+    assert results.details() in run.stdout and "| F-L1 rL F1 |" in results.table() and results.table() in run.stdout
     written = (tmp_path / "out" / "results.json").read_text() + run.stdout + run.stderr
     assert "Zanzibar" not in written, "whom it forgets is not in files or logs"
+
+
+def test_the_paper_s_settings_have_a_name(tmp_path, monkeypatch):
+    """The file is read as it lies there, and the table has the paper's columns."""
+    monkeypatch.setattr(sys, "argv", ["rwku.py", "--config", str(ROOT / "examples" / "configs" / "rwku_paper.yaml")])
+    script = runpy.run_path(str(ROOT / "examples" / "rwku.py"))
+    args, config, _ = parse_options(script["RwkuArguments"], script["RwkuConfig"], ModelConfig)
+    assert (args.decoding_steps, args.max_new_tokens, args.choices, args.rouge) == (64, 64, "generated", "f1")
+    assert (config.retain_weight, config.num_train_epochs, len(set(args.subjects))) == (0, 3, 10)
+    scores = {name: {"rougeL_f1": Estimate(0.5)} for name in args.configs if "level" in name}
+    scores |= {name: {"letter_accuracy": Estimate(0.5)} for name in ("utility_general", "utility_truthfulness")}
+    scores["utility_factuality"] = {"exact_match": Estimate(0.5)}
+    (tmp_path / "10_Prince_Harry,_Duke_of_Sussex.jsonl").write_text('{"question": "Who?", "answer": "He."}')
+    assert len(load_forget_rows(tmp_path, args.subjects[-1:])) == 1, "a name as RWKU's folders have it"
+    columns = Results("m", "RWKU", {}, [Run("base", None, scores, {}, rouge="f1")]).table_cells()[0][1:-1]
+    titles = "F-L1 F-L2 F-L3 N-L1 N-L2 MMLU TruthfulQA TriviaQA".split()
+    assert [title.split()[0] for title in columns] == titles and list(scores) == args.configs

@@ -121,7 +121,7 @@ def test_forget_quality_against_a_retain_model(model, make_model, tokenizer, set
 
 def test_a_log_of_other_questions_is_refused(sets, result, tmp_path):
     result.truth_ratios.save(tmp_path / "log.json")
-    assert set(json.loads((tmp_path / "log.json").read_text())) == {"schema", "questions", "values"}
+    assert set(json.loads((tmp_path / "log.json").read_text())) == {"schema", "questions", "values", "protocol"}
     for other in (sets["forget"].select(range(5)), sets["forget"].select([1, 0, 2, 3, 4, 5])):
         with pytest.raises(ValueError, match="6 other questions than the .* of the forget set"):
             TruthRatios.load(tmp_path / "log.json", other)

@@ -143,6 +143,10 @@ def test_refusals_come_before_a_model(scored, tmp_path, tofu_path):
         ("--retain_log", scored[0] / "truth_ratios.json", "--max_eval_rows", "5"): "other questions",
         ("--retain_log", scored[0] / "results.json"): "not a log of truth ratios",
         ("--baseline", scored[0] / "rows.jsonl"): "not a results file",
+        ("--baseline", scored[0] / "results.json", "--protocol", "release"): "has figures by the protocol 'ours'",
+        ("--retain_log", scored[0] / "truth_ratios.json", "--protocol", "release"): "do not compare with those by",
+        ("--choices", "generated"): "choices is for the multiple choice of RWKU",
+        ("--rouge", "precision"): "invalid choice",
         ("--metrics", "bleu"): "Unknown metrics: bleu",
     }
     for arguments, message in refused.items():

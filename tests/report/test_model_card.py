@@ -89,6 +89,13 @@ def test_metadata(facts, results):
     assert len(read) == len(values) and {result.dataset_type for result in read} == {"org/data"}
 
 
+def test_the_protocol_and_what_rl_stands_for_are_named(facts, results):
+    runs = [replace(run, protocol="release", rouge="f1") for run in results.runs]
+    text = unlearned_model_card(facts, replace(results, runs=runs), picture="x.png").text
+    assert "by the protocol release (as the code released with the MDU paper asks and scores); rL stands for" in text
+    assert "rL stands for ROUGE-L F1:" in text and "![ROUGE-L F1 on the rows" in text
+
+
 def test_only_measured_figures(facts):
     scores = {"forget": {"rougeL_recall": Estimate(0.25), "probability": Estimate(float("nan"))}}
     results = Results("m", "d", {}, [Run("mdu", 0.0, scores, {"forget": 4})])

@@ -64,6 +64,9 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
             shown = {"masked_prompt": anchor_ids, "prompt": noisy, "hidden_prompt": noisy[response]}[args.anchor_input]
             logits = log_probs(live, shown)[masked[-len(shown) :]]
         q = (args.tau * logits).log_softmax(-1)
+        if args.kl_direction == "js":
+            m = (p.exp() / 2 + q.exp() / 2).log()
+            return ((p.exp() * (p - m)).sum() + (q.exp() * (q - m)).sum()) / 2 / masked.sum(), masked.sum()
         large, other = (q, p) if args.kl_direction == "forward" else (p, q)
         return (large.exp() * (large - other)).sum() / masked.sum(), masked.sum()
     if loss_type == "kl":

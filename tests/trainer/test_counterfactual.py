@@ -143,10 +143,10 @@ def test_striking_out(quantile):
     assert not torch.equal(struck, logits) and struck is not logits
 
 
-@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("direction", ["reverse", "forward", "js"])
 @pytest.mark.parametrize("tau", [0.0, 0.7])
 @pytest.mark.parametrize("shared_head", [False, True])
-def test_fused_values_and_gradients_are_those_of_the_logits(forward, tau, shared_head):
+def test_fused_values_and_gradients_are_those_of_the_logits(direction, tau, shared_head):
     generator = torch.Generator().manual_seed(0)
     hidden, anchor = torch.randn(2, 7, 4, generator=generator, dtype=torch.float64)
     weight = torch.randn(13, 4, generator=generator, dtype=torch.float64)
@@ -160,10 +160,10 @@ def test_fused_values_and_gradients_are_those_of_the_logits(forward, tau, shared
         inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
         if fused:
             of_anchor = Projection(anchor, None if shared_head else weight)
-            measure = AnchorKL(tau, of_anchor if tau else None, edit=edit, forward=forward)
+            measure = AnchorKL(tau, of_anchor if tau else None, edit=edit, direction=direction)
             values = measure(Projection(*inputs)).value
         else:
-            measure = AnchorKL(tau, anchor @ weight.T if tau else None, edit=edit, forward=forward)
+            measure = AnchorKL(tau, anchor @ weight.T if tau else None, edit=edit, direction=direction)
             values = measure(inputs[0] @ inputs[1].T).value
         (values * torch.arange(1, 8)).sum().backward()
         ends.append((values.detach(), *(x.grad for x in inputs)))

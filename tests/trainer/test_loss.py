@@ -28,6 +28,7 @@ CONTENT, GENERATED = ({"tau": 0.5, "forget_masking": kind} for kind in ("content
         {"tau": 0.25, "t_min": 1.0, "t_max": 1.0},
         {"tau": 0.0, "kl_direction": "forward"},
         {"tau": 0.5, "kl_direction": "forward", "kl_reduction": "token"},
+        {"tau": 0.5, "kl_direction": "js"},
         COUNTERFACTUAL,
         COUNTERFACTUAL | {"tau": 0.5, "kl_direction": "forward"},
         COUNTERFACTUAL | {"strike_quantile": 0.0, "anchor_source": "current"},
