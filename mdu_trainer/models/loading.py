@@ -22,6 +22,7 @@ from transformers import (
 from ..files import UserError
 from . import dream, llada, llada_moe
 from .backbone import backbone_name, resolve_backbone
+from .block_attention import set_block_size
 from .checks import INTACT, check_complete, check_files, check_finite, some
 from .head import head_way
 from .probe import is_runnable
@@ -32,7 +33,7 @@ if TYPE_CHECKING:  # imported where it is used, for it takes a second
 
 T = TypeVar("T")
 
-NATIVE = ("llada", "Dream")
+NATIVE = ("llada", "Dream", "sdar")
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -41,11 +42,11 @@ TOKENIZERS = {"llada": llada.LLaDATokenizer, "llada_moe": llada.LLaDATokenizer, 
 
 
 def load_model(
-    name_or_path: str, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any
+    name_or_path: str, *, trust_remote_code: bool = False, block_size: int | None = None, **from_pretrained_kwargs: Any
 ) -> PreTrainedModel:
     """Load a masked diffusion language model of any supported kind.
 
-    LLaDA, LLaDA-MoE and Dream load as the native classes, a *ForMaskedLM as itself, a decoder whose config says
+    LLaDA, LLaDA-MoE, Dream and SDAR load as the native classes, a *ForMaskedLM as itself, a decoder whose config says
     `is_causal=False` with its language-model head. Anything else needs the code shipped with the checkpoint.
 
     What was loaded is checked: no tensor is missing or left over, all weights are finite, and a token in the middle of
@@ -54,6 +55,8 @@ def load_model(
     Args:
         name_or_path: a Hub id or a directory.
         trust_remote_code: run the checkpoint's own code, where no class here or in transformers knows the model.
+        block_size: of a block-wise model that was trained with another one than its config says, or with none that it
+            says. It stands in the config, and in what is saved, from then on.
         **from_pretrained_kwargs: `dtype`, `device_map`, `attn_implementation`, `quantization_config`, `revision`, ...;
             also `load_in_8bit` or `load_in_4bit`.
 
@@ -64,6 +67,8 @@ def load_model(
     from_pretrained_kwargs = _quantization(from_pretrained_kwargs)
     where = {"trust_remote_code": trust_remote_code, **_hub_arguments(from_pretrained_kwargs)}
     config = from_pretrained_kwargs.pop("config", None) or load_config(name_or_path, **where)
+    if block_size is not None:
+        set_block_size(config, block_size)
     model = _whole_model(name_or_path, config, trust_remote_code, **from_pretrained_kwargs)
     model.config.use_cache = False
     check_finite(model, str(name_or_path))

@@ -8,11 +8,13 @@ from ..files import UserError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+SUPPORTED = ("sdar", "sdarforcausallm")  # of those below, the ones that are native here
 # Beginnings of model types and architectures, without case and punctuation, and why they are refused
 REASONS = {
     ("llada2", "sdar", "fastdllm"): (
-        "attends causally between blocks and in both directions within one. A plain bidirectional forward would "
-        "compute something it was never trained for, so block-wise models are not supported"
+        "attends causally between blocks and in both directions within one, and is none of the block-wise models that "
+        "are known here. A forward of another kind would compute something it was never trained for, so it is not "
+        "supported"
     ),
     ("diffusiongemma",): (
         "is a diffusion model without a mask token: there is no masked position to predict, so it is not supported"
@@ -25,7 +27,7 @@ def refuse_unsupported(model_type: str | None, architectures: list[str] | None) 
     for name in (model_type or "", *(architectures or [])):
         plain = re.sub(r"[^a-z0-9]", "", name.lower())
         for beginnings, reason in REASONS.items():
-            if plain.startswith(beginnings):
+            if plain.startswith(beginnings) and plain not in SUPPORTED:
                 raise UserError(f"{name} {reason}.")
 
 

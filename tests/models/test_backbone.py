@@ -134,7 +134,7 @@ def test_llada_moe_of_another_architecture(tmp_path):
 
 @pytest.mark.parametrize("model_type, architecture, reason", [
     ("llada2_moe", "LLaDA2MoeModelLM", "block-wise"),
-    ("sdar", "SDARForCausalLM", "block-wise"),
+    ("sdar_moe", "SDARMoeForCausalLM", "block-wise"),
     ("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", "block-wise"),
     ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "without a mask token"),
 ])  # fmt: skip
