@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from ..files import UserError
 from .block_attention import block_size_of
 from .dream import DreamConfig
+from .head import Clean
 from .llada import LLaDAConfig
 from .llada_moe import LLaDAMoEConfig
 from .probe import attends_both_ways
@@ -72,6 +73,15 @@ class Backbone:
     lora_target_modules: str | list[str] | None
     layer_class: str | None
     block_size: int | None = None
+
+    def form(self, clean_ids: torch.Tensor) -> dict[str, Any]:
+        """What `measure_at` and `hidden_at` are told of a pass over noisy tokens: the form in which the model learns.
+
+        Args:
+            clean_ids: `[B, L]`, x_0, which a block-wise model is shown beside x_t; no other model reads it.
+        """
+        clean = None if self.block_size is None else Clean(clean_ids, self.block_size)
+        return {"logit_shift": self.logit_shift, "clean": clean}
 
 
 def resolve_backbone(

@@ -16,6 +16,7 @@ from ..files import UserError
 from .published import PublishedConfigMixin, PublishedModelMixin
 
 IMPLEMENTATIONS = ("sdpa", "eager")
+FORMS = ("block", "full")  # of a config's attention_form
 
 
 def block_indices(block_size: int, attention_mask: Tensor, position_ids: Tensor | None = None) -> Tensor:
@@ -83,13 +84,14 @@ def noisy_clean_mask(block_size: int, attention_mask: Tensor, position_ids: Tens
     return (torch.cat([noisy, clean], dim=1) & seen)[:, None]
 
 
-def full_mask(attention_mask: Tensor) -> Tensor:
-    """The mask of a pass in which every token sees every other, whatever the blocks: bool `[B, 1, L, L]`.
+def full_mask(attention_mask: Tensor, query_length: int | None = None) -> Tensor:
+    """The mask of a pass in which every token sees every other, whatever the blocks: bool `[B, 1, Q, K]`.
 
     Args:
-        attention_mask: `[B, L]`, 1 for tokens and 0 for padding.
+        attention_mask: `[B, K]`, 1 for tokens and 0 for padding.
+        query_length: Q, as in `block_causal_mask`.
     """
-    return attention_mask.bool()[:, None, None, :].expand(-1, 1, attention_mask.shape[1], -1)
+    return attention_mask.bool()[:, None, None, :].expand(-1, 1, query_length or attention_mask.shape[1], -1)
 
 
 class BlockConfigMixin(PublishedConfigMixin):
@@ -112,6 +114,8 @@ class BlockConfigMixin(PublishedConfigMixin):
                 f"({self.max_position_embeddings}), got {size!r}. Correct {' or '.join(self.block_size_keys)} in the "
                 "config.json, or load with block_size=... of the model's training."
             )
+        if getattr(self, "attention_form", "block") not in FORMS:
+            raise UserError(f"attention_form must be one of {', '.join(FORMS)}, got {self.attention_form!r}.")
 
 
 class BlockModelMixin(PublishedModelMixin):
@@ -119,8 +123,8 @@ class BlockModelMixin(PublishedModelMixin):
 
     `forward` takes `attention_mask` in two forms beside none:
 
-    - `[B, K]`, 1 for tokens and 0 for padding: the block form, `block_causal_mask`. With a cache, K counts its tokens,
-      too, as everywhere in transformers.
+    - `[B, K]`, 1 for tokens and 0 for padding: the block form, `block_causal_mask`, or `full_mask` if the config says
+      `"attention_form": "full"`. With a cache, K counts its tokens, too, as everywhere in transformers.
     - bool `[B, 1, Q, K]`, taken as it is: `noisy_clean_mask`, `full_mask`, or any other.
 
     Everything else is as transformers' decoders take it, `past_key_values` with it: only finished blocks belong there.
@@ -168,7 +172,10 @@ class BlockModelMixin(PublishedModelMixin):
                     f"The attention mask is {list(attention_mask.shape)}, for {rows} rows of {cached} cached and "
                     f"{queries} new tokens: it must be {[rows, cached + queries]}."
                 )
-            attention_mask = block_causal_mask(self.config.block_size, attention_mask, queries, position_ids)
+            if attends_in_full(self.config):
+                attention_mask = full_mask(attention_mask, queries)
+            else:
+                attention_mask = block_causal_mask(self.config.block_size, attention_mask, queries, position_ids)
         if attention_mask.is_floating_point():  # it is to be added already
             return attention_mask
         mask = attention_mask.to(device=tokens.device, dtype=torch.bool)
@@ -178,9 +185,33 @@ class BlockModelMixin(PublishedModelMixin):
         return torch.where(mask, nothing, torch.finfo(self.dtype).min)
 
 
+def attends_in_full(config: Any) -> bool:
+    """Whether a block-wise model was trained, and is to be run, as if it had one block."""
+    return getattr(config, "attention_form", "block") == "full"
+
+
 def block_size_of(config: Any) -> int | None:
     """The block size of a model that attends between blocks, None of any other."""
-    return config.block_size if isinstance(config, BlockConfigMixin) else None
+    return config.block_size if isinstance(config, BlockConfigMixin) and not attends_in_full(config) else None
+
+
+def set_attention_form(config: Any, form: str | None) -> None:
+    """Say in a config in which form its model attends, with its blocks or in full; None leaves it as it is.
+
+    Model, decoding and saved files take it from there. It is a matter of training: public recipes train some
+    block-wise models (LLaDA2.x) in full.
+
+    Raises:
+        ValueError: blocks are asked of a model that has none.
+    """
+    if isinstance(config, BlockConfigMixin):
+        if form is not None:
+            config.attention_form = form
+    elif form == "block":
+        raise UserError(
+            f"attention='block' is for models that attend between blocks; one of model_type "
+            f"{getattr(config, 'model_type', None)!r} has none. Leave it out."
+        )
 
 
 def set_block_size(config: Any, block_size: int) -> None:
