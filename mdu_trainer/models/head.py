@@ -43,6 +43,9 @@ class Clean(NamedTuple):
 
     ids: Tensor  # [B, L], as the noisy ones but for what is masked in them
     block_size: int
+    opens: bool = (
+        False  # with a logit shift, the last clean token before a block predicts its first, not the noisy one
+    )
 
     def to(self, device: torch.device) -> "Clean":
         """The same on a device."""
@@ -131,6 +134,7 @@ class _Wanted(NamedTuple):
     selected: Tensor
     logit_shift: bool
     inputs: Mapping[str, Any] = MappingProxyType({})
+    opens: int | None = None  # block size, where what opens a block is predicted behind the selected half
 
     def run(self) -> Tensor:
         """The logits that the forward returns, or what the hooks have put in their place."""
@@ -139,7 +143,10 @@ class _Wanted(NamedTuple):
     def keep(self, states: Tensor) -> Tensor:
         """The wanted of `[B, L, ...]` states: `[N, ...]`. What is behind them (Perceiver's, clean tokens) is left."""
         batch_index, position = self.selected.to(states.device).nonzero(as_tuple=True)
-        return states[batch_index, (position - 1).clamp(min=0) if self.logit_shift else position]
+        place = (position - 1).clamp(min=0) if self.logit_shift else position
+        if self.opens is not None and self.logit_shift:
+            place = torch.where((position % self.opens == 0) & (position > 0), place + self.selected.shape[1], place)
+        return states[batch_index, place]
 
 
 def _wanted(
@@ -168,7 +175,8 @@ def _wanted(
         2 * length, dtype=torch.bool, device=mask.device
     )  # a hidden token sees itself, not nothing
     ids = torch.cat([input_ids, clean.ids], dim=1)
-    return _Wanted(model, ids, mask, selected, logit_shift, {"position_ids": places.repeat(1, 2)})
+    opens = clean.block_size if clean.opens else None
+    return _Wanted(model, ids, mask, selected, logit_shift, {"position_ids": places.repeat(1, 2)}, opens)
 
 
 def _logits(wanted: _Wanted) -> Tensor:
