@@ -20,8 +20,10 @@ from transformers.pytorch_utils import Conv1D
 from ..files import UserError
 from .block_attention import block_size_of
 from .dream import DreamConfig
+from .fast_dllm import Fast_dLLM_QwenConfig
 from .head import Clean
 from .llada import LLaDAConfig
+from .llada2 import LLaDA2MoeConfig
 from .llada_moe import LLaDAMoEConfig
 from .probe import attends_both_ways
 from .refusals import refuse_adapter, refuse_unsupported
@@ -37,7 +39,10 @@ NATIVE: dict[type, tuple[str, list[str], str]] = {
     LLaDAConfig: ("llada", ATTENTION + MLP, "LlamaDecoderLayer"),
     DreamConfig: ("dream", ATTENTION + MLP, "Qwen2DecoderLayer"),
     SDARConfig: ("sdar", ATTENTION + MLP, "Qwen3DecoderLayer"),
+    LLaDA2MoeConfig: ("llada2", ATTENTION + MLP, "Glm4MoeDecoderLayer"),
+    Fast_dLLM_QwenConfig: ("fast_dllm", ATTENTION + MLP, "Qwen2DecoderLayer"),
 }
+SHIFTED = ("dream", "fast_dllm")  # token i is predicted at position i - 1
 LOAD_TOGETHER = "One belongs to another checkpoint: load both from the same place, or correct the wrong one."
 MASKED_LM = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())  # XLM's and FlauBERT's names do not say so
 
@@ -47,13 +52,13 @@ class Backbone:
     """The facts of a checkpoint, as its config and tokenizer say.
 
     Attributes:
-        name: "llada", "llada_moe", "dream", "sdar", "masked_lm" (a *ForMaskedLM), "bidirectional" (a decoder that
-            attends in both directions, as its config says by `is_causal=False`) or "remote" (code shipped with the
-            checkpoint).
+        name: "llada", "llada_moe", "dream", "sdar", "llada2", "fast_dllm", "masked_lm" (a *ForMaskedLM),
+            "bidirectional" (a decoder that attends in both directions, as its config says by `is_causal=False`) or
+            "remote" (code shipped with the checkpoint).
         mask_token_id: the token that stands for a token to predict.
         end_token_ids: tokens that end a response; the first is the one appended in training.
         pad_token_id: fills a batch; always hidden by the attention mask.
-        logit_shift: True if token i is predicted at position i - 1 (Dream), False if at position i.
+        logit_shift: True if token i is predicted at position i - 1 (Dream, Fast-dLLM), False if at position i.
         vocab_size: rows of the embedding; ids in a batch are smaller.
         context_length: the longest sequence the model was made for, None if neither config nor tokenizer says.
         lora_target_modules: for `peft.LoraConfig(target_modules=...)`: the linear layers of attention and MLP, never
@@ -119,7 +124,7 @@ def resolve_backbone(
         mask_token_id=_mask_token_id(config, tokenizer, vocab_size),
         end_token_ids=end_token_ids,
         pad_token_id=_pad_token_id(name, config, tokenizer, end_token_ids, vocab_size),
-        logit_shift=name == "dream" or bool(getattr(config, "logit_shift", False)),
+        logit_shift=name in SHIFTED or bool(getattr(config, "logit_shift", False)),
         vocab_size=vocab_size,
         context_length=_context_length(name, config, tokenizer),
         lora_target_modules=lora_target_modules,
@@ -236,7 +241,8 @@ def _end_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     in_config = [] if in_config is None else [in_config] if isinstance(in_config, int) else list(in_config)
     eos, sep = cast("int | None", tokenizer.eos_token_id), cast("int | None", tokenizer.sep_token_id)
     # Native configs have no default for eos. Elsewhere the value may be transformers' own, not the model's
-    if native and eos is not None and in_config and eos not in in_config:
+    turn_ends = tokenizer.eos_token in END_OF_TURN  # chat models end a turn before the text ends
+    if native and eos is not None and in_config and eos not in in_config and not turn_ends:
         raise UserError(
             f"The config says eos_token_id={in_config[0]}, the tokenizer says {eos} ({tokenizer.eos_token!r}). "
             f"{LOAD_TOGETHER}"

@@ -7,6 +7,8 @@ Masks are boolean `[B, 1, Q, K]`, true where query q may attend to key k. Paddin
 keeps a place to look at, so that its output is a number, which nobody reads.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from ..files import UserError
 from .published import PublishedConfigMixin, PublishedModelMixin
 
+BLOCK_SIZE_KEYS = ("block_size", "bd_size", "block_length")  # in the configs of one model or another
 IMPLEMENTATIONS = ("sdpa", "eager")
 FORMS = ("block", "full")  # of a config's attention_form
 
@@ -97,22 +100,35 @@ def full_mask(attention_mask: Tensor, query_length: int | None = None) -> Tensor
 class BlockConfigMixin(PublishedConfigMixin):
     """A config that knows its block size, from its own key or, where it has none, from what was published."""
 
-    block_size_keys: ClassVar[tuple[str, ...]] = ("block_size",)
-    block_size: int
+    published_block_size: ClassVar[int]
+    block_size: Any
     max_position_embeddings: int
 
-    def check_block_size(self) -> None:
-        """Refuse a block size that is none.
+    def check_block_size(self, published: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Take the block size from the published keys, where it goes by one of them, and refuse one that is none.
+
+        Args:
+            published: what the config.json says beside the fields of the class.
 
         Raises:
-            ValueError: it is no whole number from 2 to the context.
+            ValueError: the keys contradict each other, or say no whole number from 2 to the context.
         """
-        size = self.block_size
+        said = {key: published[key] for key in BLOCK_SIZE_KEYS if published.get(key) is not None}
+        if self.block_size is not None:
+            said["block_size"] = self.block_size
+        if len(set(map(str, said.values()))) > 1:
+            found = ", ".join(f"{key}={value!r}" for key, value in said.items())
+            raise UserError(
+                f"The config contradicts itself about its block size: {found}. Leave the one that the model was "
+                "trained with."
+            )
+        key = next(iter(said), "block_size")
+        size = self.block_size = said.get(key, self.published_block_size)
         if not isinstance(size, int) or isinstance(size, bool) or not 2 <= size <= self.max_position_embeddings:
             raise UserError(
-                f"The block size must be a whole number from 2 to max_position_embeddings "
-                f"({self.max_position_embeddings}), got {size!r}. Correct {' or '.join(self.block_size_keys)} in the "
-                "config.json, or load with block_size=... of the model's training."
+                f"The config says {key}={size!r}: it must be a whole number from 2 (blocks of one token make a causal "
+                f"model) to max_position_embeddings={self.max_position_embeddings}. Correct it, or load the model "
+                "with the block_size that it was trained with."
             )
         if getattr(self, "attention_form", "block") not in FORMS:
             raise UserError(f"attention_form must be one of {', '.join(FORMS)}, got {self.attention_form!r}.")
@@ -132,6 +148,10 @@ class BlockModelMixin(PublishedModelMixin):
 
     config: Any
     dtype: torch.dtype
+
+    def __init__(self, config: Any) -> None:
+        config.check_block_size()  # it may have been set since the config was read
+        super().__init__(config)
 
     def forward(
         self,

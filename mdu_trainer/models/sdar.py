@@ -7,7 +7,7 @@ i. The block size stands in its config.json, as does the mask token.
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from .block_attention import BlockConfigMixin, BlockModelMixin
 from .published import refuse_values, register_model
@@ -31,16 +31,17 @@ class SDARConfig(BlockConfigMixin, Qwen3Config):
     is_causal: ClassVar[bool] = False
     not_published = ("is_causal", "layer_types")
     published_as_null = ("rope_scaling",)
+    published_block_size = 4
 
     use_cache: bool = False
     mask_token_id: int | None = None
-    block_size: Any = 4
+    block_size: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         chosen = {"hidden_act": self.hidden_act, "use_sliding_window": self.use_sliding_window}
         refuse_values("SDAR", REQUIRED, kwargs | chosen)
+        self.check_block_size(kwargs)
         super().__post_init__(**kwargs)
-        self.check_block_size()
 
 
 class SDARForCausalLM(BlockModelMixin, Qwen3ForCausalLM):
@@ -54,3 +55,4 @@ class SDARForCausalLM(BlockModelMixin, Qwen3ForCausalLM):
 
 AutoConfig.register("sdar", SDARConfig)
 register_model(SDARConfig, SDARForCausalLM)
+AutoTokenizer.register(SDARConfig, tokenizer_class=Qwen2Tokenizer)
