@@ -34,6 +34,7 @@ CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
 MOST_EDITS = 16  # passes over a block without masks, as LLaDA2.1 publishes them
 THRESHOLDS = {"sdar": 0.85, "llada2": 0.95, "fast_dllm": 0.9}  # published, by backbone
 SUB_BLOCKS = {"fast_dllm": 8}
+CACHING = ("llada", "llada_moe", "dream", "bidirectional")  # models that attend in full and take a cache
 
 
 def settle_options(config: DiffusionGenerationConfig, backbone: Backbone) -> DiffusionGenerationConfig:
@@ -53,9 +54,12 @@ def settle_options(config: DiffusionGenerationConfig, backbone: Backbone) -> Dif
             )
         config = replace(config, remasking="low_confidence", confidence_threshold=threshold)
     if backbone.block_size is None:
-        for name in ("confidence_threshold", "edit_threshold", "prefix_cache"):
-            if getattr(config, name):
+        for name in ("confidence_threshold", "edit_threshold"):
+            if getattr(config, name) is not None:
                 raise UserError(f"{name} is of models that attend between blocks; this one does not. Leave it out.")
+        if config.prefix_cache and (backbone.name not in CACHING or config.cfg_scale):
+            why = "cfg_scale needs a second one" if config.cfg_scale else f"this model ({backbone.name}) keeps none"
+            raise UserError(f"prefix_cache=True keeps the prefix of one pass, and {why}. Leave it out.")
         return config
     if config.cfg_scale:
         raise UserError(

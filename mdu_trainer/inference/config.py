@@ -51,8 +51,12 @@ class DiffusionGenerationConfig:
 
         block_length: of sub-blocks, at most the model's own block, and that by default (8 for Fast-dLLM v2).
         steps: each block has its share, rounded up, whatever of it the prompt takes.
-        prefix_cache: keep keys and values of finished blocks, so that a step costs the tokens of its own. It changes
-            no token; False computes them in every step. None is True.
+
+    Parameters of what is kept between steps:
+
+        prefix_cache: keep keys and values of the tokens before the block, so that a step costs the tokens of its own.
+            It changes no token of a block-wise model, where None is True. For one that attends in full (LLaDA, Dream)
+            True is an approximation (`mdu_trainer.inference.prefix`), and None is False.
 
     Parameters of the run:
 

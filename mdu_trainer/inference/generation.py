@@ -30,6 +30,7 @@ from ..terminal import Bar
 from .blocks import BlockDecoding, room_behind, settle_options
 from .canvas import Canvas, Revealed
 from .config import DiffusionGenerationConfig
+from .prefix import PrefixCache
 from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
 
@@ -128,7 +129,8 @@ def generate_ids(
             canvas = decoder.blank(places, rows, [prompt_ids[place] for place in places])
             if given is not None:
                 canvas.give([given[place] for place in places])
-            for place, ids in decoder.decode(canvas, on_reveal):
+            cache = PrefixCache(model, backbone) if decoder.config.prefix_cache else None
+            for place, ids in decoder._replace(cache=cache).decode(canvas, on_reveal):
                 responses[place] = ids
                 progress.update()
     return responses
@@ -140,6 +142,7 @@ class _Decoder(NamedTuple):
     model: nn.Module
     config: DiffusionGenerationConfig
     backbone: Backbone
+    cache: PrefixCache | None = None  # of one batch
 
     def blank(self, places: list[int], rows: list[int], prompts: list[list[int]]) -> Canvas:
         """The prompts with all-[MASK] responses, on the model's device."""
@@ -167,6 +170,8 @@ class _Decoder(NamedTuple):
                 return
             if settled.any():
                 canvas = canvas.keep(~settled)
+                if self.cache is not None:
+                    self.cache.keep(~settled)
 
     def reveal(self, canvas: Canvas, step: Step) -> Revealed | None:
         """Take one step, in place. None if it reveals nothing."""
@@ -197,7 +202,10 @@ class _Decoder(NamedTuple):
             prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
             inputs.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
         where = (canvas.attention_mask, selected)
-        logits = [logits_at(self.model, ids, *where, logit_shift=backbone.logit_shift) for ids in inputs]
+        if self.cache is not None:
+            logits = [self.cache.logits_at(canvas, selected, step)]
+        else:
+            logits = [logits_at(self.model, ids, *where, logit_shift=backbone.logit_shift) for ids in inputs]
         banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
         size = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
         found, columns = [], (*logits, canvas.row[batch_index], position)
