@@ -101,6 +101,8 @@ class Noised(NamedTuple):
         num_masked: `[B]`, |M_t|.
         num_response: `[B]`, |y|: the positions of the response that may be masked.
         weight: `[B]`, 1/t; 0 where the draw had masked nothing, so that the bound stays unbiased.
+        clean_ids: `[B, L]`, (x, y), of which block-wise models see the blocks before the one they predict.
+        clean_anchor_ids: `[B, L]`, the same for the anchor, which hides in it what it hides in `anchor_ids`: (m, y).
         strike: what is struck out of the anchor, where it is counterfactual.
     """
 
@@ -113,6 +115,8 @@ class Noised(NamedTuple):
     num_masked: Tensor
     num_response: Tensor
     weight: Tensor
+    clean_ids: Tensor
+    clean_anchor_ids: Tensor
     strike: "Strike | None" = None
 
 
@@ -191,6 +195,8 @@ def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
         num_masked=masked.sum(dim=1),
         num_response=batch.get("maskable", response).sum(dim=1),
         weight=~drew_nothing / batch["t"],
+        clean_ids=ids,
+        clean_anchor_ids=torch.where(masked, ids, corruption.anchor_ids),
     )
     if "secrets" not in batch:
         return noised
@@ -198,12 +204,15 @@ def forward_process(batch: dict[str, Tensor], mask_token_id: int) -> Noised:
     tokens = torch.where(stored[masked], noised.targets, -1)
     return noised._replace(
         anchor_ids=counterfactual_ids(corruption.noisy_ids, batch["secrets"], mask_token_id),
+        clean_anchor_ids=counterfactual_ids(ids, batch["secrets"], mask_token_id),
         strike=Strike(tokens, ~stored.any(dim=1)[noised.batch_index]),
     )
 
 
-def pad_rows(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
+def pad_rows(rows: Sequence[list[int]], fill: int, multiple: int = 1) -> tuple[Tensor, Tensor]:
     """Put rows of ids into one tensor, filled up on the right, with the attention mask: int64 `[B, L]` each.
+
+    L is the smallest multiple of a number that no row exceeds.
 
     >>> pad_rows([[5, 6, 7], [8]], fill=0)
     (tensor([[5, 6, 7],
@@ -212,19 +221,29 @@ def pad_rows(rows: Sequence[list[int]], fill: int) -> tuple[Tensor, Tensor]:
     """
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     ones = [torch.ones_like(row) for row in tensors]
-    return pad_sequence(tensors, batch_first=True, padding_value=fill), pad_sequence(ones, batch_first=True)
+    parts = (pad_sequence(x, batch_first=True, padding_value=value) for x, value in ((tensors, fill), (ones, 0)))
+    ids, mask = (
+        pad(part, (0, -part.shape[1] % multiple), value=value) for part, value in zip(parts, (fill, 0), strict=True)
+    )
+    return ids, mask
 
 
-def side_by_side(batches: Sequence[Noised], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids, attention mask and masked positions of several batches as one, padded on the right: `[sum B, L]`."""
+def side_by_side(batches: Sequence[Noised], pad_token_id: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Several batches as one, padded on the right, `[sum B, L]` each.
+
+    Returns:
+        Input ids, attention mask, masked positions, and the clean ids.
+    """
     width = max(noised.masked.shape[1] for noised in batches)
 
     def joined(parts: list[Tensor], value: int) -> Tensor:
         return torch.cat([pad(part, (0, width - part.shape[1]), value=value) for part in parts])
 
-    ids = joined([noised.input_ids for noised in batches], pad_token_id)
+    ids, clean_ids = (
+        joined([getattr(noised, name) for noised in batches], pad_token_id) for name in ("input_ids", "clean_ids")
+    )
     attention_mask = joined([noised.attention_mask for noised in batches], 0)
-    return ids, attention_mask, joined([noised.masked for noised in batches], False)
+    return ids, attention_mask, joined([noised.masked for noised in batches], False), clean_ids
 
 
 @dataclass(frozen=True)
@@ -238,6 +257,8 @@ class MaskSchedule:
             the time range, so they are spread evenly over an epoch.
         t_min, t_max, time_epsilon: t is uniform on [max(t_min, time_epsilon), t_max].
         prompt_mask_ratio: share of rows whose prompt takes part in the diffusion, too.
+        block_size: of blocks that have a time each, uniform on the same range; None for one time a row. Each row then
+            comes twice, the second time with what the first does not mask.
     """
 
     seed: int
@@ -247,6 +268,7 @@ class MaskSchedule:
     t_max: float = 1.0
     time_epsilon: float = 1e-3
     prompt_mask_ratio: float = 0.0
+    block_size: int | None = None
 
     @property
     def _key(self) -> int:
@@ -260,7 +282,19 @@ class MaskSchedule:
             length: positions of the longest row.
         """
         takes_prompt = counter_uniform(self._key + 1, visit, row) < self.prompt_mask_ratio
-        return self.times(visit, row), self.noise(visit, row, length), takes_prompt
+        t, noise = self.times(visit, row), self.noise(visit, row, length)
+        if self.block_size is not None:
+            noise = _below_half(noise, self.block_times(visit, row, length))
+            t = torch.full_like(t, 0.5)
+        return t, noise, takes_prompt
+
+    def block_times(self, visit: Tensor, row: Tensor, length: int) -> Tensor:
+        """Return the time of the block of each position, for rows whose blocks have one each: `[B, length]`."""
+        assert self.block_size is not None
+        block = torch.arange(length, device=row.device) // self.block_size
+        low = max(self.t_min, self.time_epsilon)
+        uniform = counter_uniform(self._key + 4, visit[:, None], row[:, None], block)
+        return low + (max(self.t_max, low) - low) * uniform
 
     def times(self, visit: Tensor, row: Tensor) -> Tensor:
         """Return the times of `row` `[B]` on `visit` `[B]`: float32 `[B]`."""
@@ -273,6 +307,16 @@ class MaskSchedule:
         """Return noise for the first `length` positions of `row` `[B]` on `visit` `[B]`: `[B, length]` in [0, 1)."""
         position = torch.arange(length, device=row.device)
         return counter_uniform(self._key, visit[:, None], row[:, None], position[None, :])
+
+
+def _below_half(noise: Tensor, t: Tensor) -> Tensor:
+    """Stretch noise, so that it is below 1/2 where it was below t. So 1 - noise is where it was not.
+
+    With t = 1/2 for the row a loss weighted by 1/t counts each token of the two copies twice in their mean, once in
+    all: the mean cross-entropy as Fast-dLLM v2 publishes it (arXiv 2509.26328).
+    """
+    below, above = noise / (2 * t), 1 - (1 - noise) / (2 * (1 - t))
+    return torch.where(noise < t, below.clamp(max=0.5 - 2**-20), above.clamp(min=0.5 + 2**-20))
 
 
 def counter_uniform(seed: int, *counters: Tensor) -> Tensor:

@@ -21,9 +21,16 @@ from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from .files import UserError
+from .models import SDARConfig, SDARForCausalLM
 
 WRONG_ANSWERS = 3  # perturbed answers a question
 MAX_AUTHORS = 96  # the smallest pool has 100 entities, and wrong answers need some that belong to nobody
@@ -288,9 +295,12 @@ def tiny_mdlm(
     num_heads: int = 4,
     seed: int = 0,
     max_position_embeddings: int = 256,
+    block_size: int | None = None,
     **config_kwargs: Any,
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """An untrained masked diffusion language model: a Llama that attends in both directions, as LLaDA is.
+
+    With a block size it is an SDAR instead, which attends between blocks.
 
     Under a million parameters with the tokenizer of the embedded default. Initialised on the CPU from its own seed;
     the global random state is left as it was.
@@ -300,7 +310,8 @@ def tiny_mdlm(
         hidden_size, num_layers, num_heads: of the transformer; the feed-forward layers are twice as wide.
         seed: of the weights.
         max_position_embeddings: the context, in tokens.
-        config_kwargs: further fields of `LlamaConfig`.
+        block_size: tokens of a block; None for none.
+        config_kwargs: further fields of `LlamaConfig`, or of `SDARConfig`.
 
     Raises:
         ValueError: if the tokenizer has no mask token.
@@ -326,7 +337,12 @@ def tiny_mdlm(
         "pad_token_id": tokenizer.pad_token_id,
         "mask_token_id": tokenizer.mask_token_id,
     }
-    config = LlamaConfig(**(fields | config_kwargs))
+    if block_size is None:
+        kind, config = LlamaForCausalLM, LlamaConfig(**(fields | config_kwargs))
+    else:
+        fields |= {"head_dim": hidden_size // num_heads, "block_size": block_size}
+        del fields["is_causal"]  # the class says so
+        kind, config = SDARForCausalLM, SDARConfig(**(fields | config_kwargs))
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the accelerators too
-        return LlamaForCausalLM(config)
+        return kind(config)

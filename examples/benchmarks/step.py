@@ -2,9 +2,11 @@
 
     python examples/benchmarks/step.py                                      # on a CPU
     python examples/benchmarks/step.py --shape llada-8b --json step.json    # on a GPU
+    python examples/benchmarks/step.py --block_size 32                      # a block-wise model, by block and in full
 
 A step is the loss and its gradients on one batch of forget rows, without the optimiser. The textbook step makes the
 logits of all positions in both passes and keeps a frozen copy of the model. Each variant runs in a process of its own.
+A block-wise model learns from the noisy tokens beside the clean ones, twice the tokens of a pass in full.
 On a CPU all are ready before the first is timed, and they take turns; a GPU has no room for all of them, so there they
 run one after the other. Reported are medians, and the peak of memory above the weights of the model in training.
 """
@@ -27,10 +29,11 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from mdu_trainer import MDLMConfig, MDLMTrainer, MDUConfig, MDUTrainer, corrupt
 from mdu_trainer.masking import MaskSchedule
+from mdu_trainer.models import SDARConfig, SDARForCausalLM
 from mdu_trainer.testing import dataset_texts, fictional_authors, train_tokenizer
 
 TAU = 0.5
@@ -40,6 +43,11 @@ RATIOS = {  # numerator / denominator, of the LoRA variants
     "memory_vs_textbook": ("textbook", "mdu tau=0.5", "peak_mb"),
     "tau0_vs_sft": ("mdu tau=0", "fine-tuning", "seconds"),
     "tau_vs_sft": ("mdu tau=0.5", "fine-tuning", "seconds"),
+}
+BY_BLOCK = ("mdu tau=0.5 in full", "mdu tau=0.5 by block", "fine-tuning in full", "fine-tuning by block")
+RATIOS_BY_BLOCK = {
+    "block_vs_full": ("mdu tau=0.5 by block", "mdu tau=0.5 in full", "seconds"),
+    "block_vs_full_sft": ("fine-tuning by block", "fine-tuning in full", "seconds"),
 }
 Step = Callable[[int], Tensor]
 
@@ -58,6 +66,7 @@ class Shape:
     vocabulary: int = 126464
     dtype: str = "float32"
     device: str = "cpu"
+    block_size: int | None = None  # of a block-wise model
 
     @property
     def tokens(self) -> int:
@@ -74,9 +83,9 @@ SHAPES = {
 }
 
 
-def make_model(shape: Shape) -> LlamaForCausalLM:
+def make_model(shape: Shape) -> PreTrainedModel:
     """A model of this shape with random weights, made where it stays."""
-    config = LlamaConfig(
+    fields = dict(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.mlp,
@@ -84,7 +93,6 @@ def make_model(shape: Shape) -> LlamaForCausalLM:
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
         max_position_embeddings=shape.prompt + shape.response,
-        is_causal=False,
         use_cache=False,
         tie_word_embeddings=False,
         mask_token_id=2,
@@ -94,7 +102,10 @@ def make_model(shape: Shape) -> LlamaForCausalLM:
     torch.manual_seed(0)
     torch.set_default_dtype(getattr(torch, shape.dtype))
     with torch.device(shape.device):
-        return LlamaForCausalLM(config)
+        if shape.block_size is None:
+            return LlamaForCausalLM(LlamaConfig(is_causal=False, **fields))
+        head_dim = shape.hidden // shape.heads
+        return SDARForCausalLM(SDARConfig(head_dim=head_dim, block_size=shape.block_size, **fields))
 
 
 def make_batch(shape: Shape, visit: int) -> dict[str, Tensor]:
@@ -121,8 +132,11 @@ def make_step(method: str, model: nn.Module, shape: Shape, lora: bool, folder: s
     tokenizer.mask_token, tokenizer.pad_token, tokenizer.eos_token = (tokenizer.decode([i]) for i in (2, 0, 1))
     rows = Dataset.from_dict({"prompt": rows["question"], "completion": rows["answer"]})
     shared = {"output_dir": folder, "report_to": "none", "max_length": None, "use_cpu": shape.device == "cpu"}
+    if shape.block_size is not None:
+        shared["attention"] = "block" if method.endswith("by block") else "full"
+        model.config.attention_form = shared["attention"]  # an adapter would not keep it
     passed = {"train_dataset": rows, "processing_class": tokenizer, "peft_config": LoraConfig(r=16) if lora else None}
-    if method == "fine-tuning":
+    if method.startswith("fine-tuning"):
         trainer = MDLMTrainer(model, MDLMConfig(**shared), **passed)
         name = "train"
     else:
@@ -200,7 +214,8 @@ def synchronize(device: str) -> None:
 
 def measure(shape: Shape, repeats: int) -> dict[str, dict[str, float]]:
     """Figures of every variant."""
-    variants = {f"{m}, {'LoRA' if lora else 'full'}": (m, lora) for lora in (True, False) for m in METHODS}
+    methods = METHODS if shape.block_size is None else BY_BLOCK
+    variants = {f"{m}, {'LoRA' if lora else 'full'}": (m, lora) for lora in (True, False) for m in methods}
     spawn = multiprocessing.get_context("spawn")
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks = {}
@@ -244,7 +259,8 @@ def matmul_rate(shape: Shape) -> float:
 
 def step_flops(shape: Shape, name: str) -> float:
     """Multiplications and additions that our step needs: weights times tokens, the head on the masked half alone."""
-    layers = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp) * shape.tokens
+    tokens = 2 * shape.tokens if "by block" in name else shape.tokens
+    layers = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.mlp) * tokens
     head = shape.vocabulary * shape.hidden * shape.batch * shape.response / 2
     backward = layers + head if name.endswith("LoRA") else 2 * (layers + head)
     anchor = layers + head if "tau=0.5" in name else 0
@@ -255,10 +271,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = "llada-8b" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--shape", choices=SHAPES, default=default)
+    parser.add_argument("--block_size", type=int, help="measure a block-wise model, by block and in full")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     args = parser.parse_args()
-    shape = SHAPES[args.shape]
+    shape = replace(SHAPES[args.shape], block_size=args.block_size)
     if shape.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--shape {args.shape} needs a GPU, and none is visible. Use --shape cpu.")
 
@@ -274,7 +291,8 @@ def main() -> None:
         share = "" if name.startswith("textbook") else f"{step_flops(shape, name) / f['seconds'] / rate:.0%}"
         print(f"| {name} | {f['seconds']:.3f} | {f['peak_mb']:.0f} | {f['tokens_per_s']:.0f} | {share} |")
     ratios = {
-        key: figures[f"{a}, LoRA"][figure] / figures[f"{b}, LoRA"][figure] for key, (a, b, figure) in RATIOS.items()
+        key: figures[f"{a}, LoRA"][figure] / figures[f"{b}, LoRA"][figure]
+        for key, (a, b, figure) in (RATIOS if shape.block_size is None else RATIOS_BY_BLOCK).items()
     }
     print()
     for key, ratio in ratios.items():

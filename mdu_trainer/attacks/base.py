@@ -221,7 +221,7 @@ class Target:
         """Return the mean cross-entropy of the masked tokens of each response: `[B]`, in nats."""
         noised = forward_process(batch, self.backbone.mask_token_id)
         where, measure = (noised.input_ids, noised.attention_mask, noised.masked), TokenNLL(noised.targets)
-        nll = measure_at(self.model, *where, measure, logit_shift=self.backbone.logit_shift)
+        nll = measure_at(self.model, *where, measure, **self.backbone.form(noised.clean_ids))
         return sum_by_example(nll.value, noised.batch_index, len(noised.masked)) / noised.num_masked
 
     def score(self, answers: list[str], rows: Sequence[int] | None = None) -> list[float]:

@@ -96,6 +96,7 @@ class _SizedMasks(NamedTuple):
 
     seed: int
     places: torch.Tensor
+    block_size: None = None  # one share a row
 
     def draw(self, visit: torch.Tensor, row: torch.Tensor, length: int) -> tuple[torch.Tensor, ...]:
         noise = counter_uniform(self.seed, *self.places[:, row, None], torch.arange(length))

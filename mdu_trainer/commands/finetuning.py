@@ -26,6 +26,8 @@ SHARED = (  # options of the unlearning that the fine-tuning follows
     "report_to",
     "logging_steps",
     "max_length",
+    "attention",
+    "noise_per",
     "disable_tqdm",
 )
 
@@ -40,13 +42,21 @@ class FinetuningArguments:
     hidden_size: int = field(default=128, metadata={"help": "Width of a model from scratch."})
     num_layers: int = field(default=3, metadata={"help": "Layers of a model from scratch."})
     vocab_size: int = field(default=512, metadata={"help": "Byte-level BPE tokens of a model from scratch."})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens of a block of a model from scratch, which then attends between blocks."},
+    )
 
 
 def check_finetuning(args: FinetuningArguments, model_args: ModelConfig) -> None:
     """Refuse what no model can be fine-tuned with, or made of from scratch."""
     check_least(args, finetune_epochs=0, finetune_batch_size=1)
     check_above_zero(args, "finetune_learning_rate")
+    if model_args.model_name_or_path is not None and args.block_size is not None:
+        raise UserError("--block_size is of a model from scratch; one that is named has its own. Leave it out.")
     if model_args.model_name_or_path is None:
+        if args.block_size is not None:
+            check_least(args, block_size=2)
         check_least(args, hidden_size=HEADS, num_layers=1, vocab_size=SMALLEST_VOCABULARY)
         if args.hidden_size % (2 * HEADS):
             raise UserError(f"--hidden_size must be a multiple of {2 * HEADS}, got {args.hidden_size}.")
@@ -73,7 +83,8 @@ def finetune(
         return str(folder)
     if name is None:
         tokenizer = train_tokenizer(dataset_texts(vocabulary.select_columns(["question", "answer"])), args.vocab_size)
-        model = tiny_mdlm(tokenizer, args.hidden_size, args.num_layers, HEADS, seed=config.seed)
+        size = (args.hidden_size, args.num_layers, HEADS)
+        model = tiny_mdlm(tokenizer, *size, seed=config.seed, block_size=args.block_size)
     else:
         model, tokenizer = load(name, model_args, config.trust_remote_code, is_trainable=True)
     trainer = MDLMTrainer(

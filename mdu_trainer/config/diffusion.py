@@ -58,6 +58,18 @@ class DiffusionConfig(TrainingArguments):
             for no score, or for one that does not tell a good model, is refused with those that there are. Unless
             the score is a loss, say whether more is better.
 
+        > Parameters that control the form of a pass (models that attend between blocks: SDAR, LLaDA2.x, Fast-dLLM v2)
+
+        attention (`str`, *optional*):
+            `"block"` trains on the noisy tokens beside the clean ones, of which a block sees those before it; `"full"`
+            lets every token see every other, as public recipes of LLaDA2.x do. As the model's config says if not set
+            (`"block"`, unless it was trained in full), and kept there.
+        noise_per (`str`, *optional*):
+            `"row"` draws one t a row. `"block"` draws one a block, and each row comes twice in a batch, the second
+            time with what the first does not mask, so that each token is learned once; a loss with 1/t is then the
+            mean cross-entropy. As the model was published if not set: `"block"` for Fast-dLLM v2. Rows to forget
+            whose masks are not random, and rows of an evaluation, come once.
+
         > Parameters that control the forward process
 
         t_min (`float`, *optional*, defaults to `0.0`), t_max (`float`, *optional*, defaults to `1.0`):
@@ -77,6 +89,14 @@ class DiffusionConfig(TrainingArguments):
     )
     max_length: int | None = field(
         default=1024, metadata={"help": "Longest row in tokens; responses are truncated, prompts never."}
+    )
+    attention: str | None = field(
+        default=None,
+        metadata={"help": "Models of blocks: attend between blocks, or in full.", "choices": [None, "block", "full"]},
+    )
+    noise_per: str | None = field(
+        default=None,
+        metadata={"help": "Models of blocks: draw t for each row or block.", "choices": [None, "row", "block"]},
     )
     t_min: float = field(default=0.0, metadata={"help": "t is uniform on [max(t_min, time_epsilon), t_max]."})
     t_max: float = field(default=1.0, metadata={"help": "Largest t; t_min = t_max = 1 masks the whole response."})
@@ -111,6 +131,10 @@ class DiffusionConfig(TrainingArguments):
         """
         check_training(self)
         check_numbers(self, dict.fromkeys(("t_min", "t_max", "time_epsilon"), "a number"))
+        for name in ("attention", "noise_per"):
+            choices = type(self).__dataclass_fields__[name].metadata["choices"]
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} must be one of {', '.join(choices[1:])}, got {getattr(self, name)!r}.")
         if not 0 < self.time_epsilon < 1:
             raise UserError(f"time_epsilon must lie between 0 and 1, got {self.time_epsilon}.")
         if not 0 <= self.t_min <= 1 or not 0 < self.t_max <= 1:

@@ -347,10 +347,12 @@ class DataCollatorForUnlearning:
         pad_token_id: id that fills the padding.
         end_token_id: if given, the padding becomes further end tokens of the response, which the model learns to
             predict (LLaDA's instruction tuning). Then a row's loss depends on the longest row of its batch.
+        multiple: the length of a batch is a multiple of it.
     """
 
     pad_token_id: int
     end_token_id: int | None = None
+    multiple: int = 1
 
     def __call__(self, features: list[dict[str, Row | list[Row]]]) -> dict[str, dict[str, Tensor]]:
         rows = {name: _flat([f[name] for f in features]) for name in features[0]}
@@ -362,7 +364,10 @@ class DataCollatorForUnlearning:
 
     def _pad(self, rows: list[Row], response: str) -> dict[str, Tensor]:
         fill = self.pad_token_id if self.end_token_id is None else self.end_token_id
-        input_ids, attention_mask = pad_rows([row["prompt_ids"] + row[response] for row in rows], fill)
+        twice = rows[0]["schedule"].block_size is not None  # the second time with what the first does not mask
+        rows = [*rows, *rows] if twice else rows
+        ids = [row["prompt_ids"] + row[response] for row in rows]
+        input_ids, attention_mask = pad_rows(ids, fill, self.multiple)
         if self.end_token_id is not None:
             attention_mask = torch.ones_like(attention_mask)
         length = input_ids.shape[1]
@@ -370,6 +375,8 @@ class DataCollatorForUnlearning:
         response_mask = attention_mask * (torch.arange(length) >= start[:, None])
         visit, number = (torch.tensor([row[name] for row in rows]) for name in ("visit", "row"))
         t, noise, takes_prompt = rows[0]["schedule"].draw(visit, number, length)
+        if twice:
+            noise = torch.cat([noise[: len(rows) // 2], 1 - noise[len(rows) // 2 :]])
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -381,7 +388,7 @@ class DataCollatorForUnlearning:
         if "masks" in rows[0]:
             batch |= rows[0]["masks"].apply(number, input_ids, response_mask, t, noise)
         if response == "completion_ids" and "secrets" in rows[0]:
-            batch["secrets"] = pad_rows([row["secrets"] for row in rows], KEPT)[0]
+            batch["secrets"] = pad_rows([row["secrets"] for row in rows], KEPT, self.multiple)[0]
         if all("anchor" in row for row in rows):
             batch["anchor"] = torch.cat([row["anchor"] for row in rows])
         return batch

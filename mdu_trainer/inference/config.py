@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from ..files import UserError
 
 Schedule = Literal["linear", "dllm", "dream"]
-Remasking = Literal["low_confidence", "margin", "entropy", "random"]
+Remasking = Literal["low_confidence", "margin", "entropy", "random", "low_confidence_dynamic"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,12 @@ class DiffusionGenerationConfig:
 
         remasking: the masked tokens with the highest score are revealed, the first of equal ones first.
             "low_confidence": probability of the token; "margin": by how much the top probability exceeds the second;
-            "entropy": negative entropy of the prediction; "random": no score, uniform.
+            "entropy": negative entropy of the prediction; "random": no score, uniform. "low_confidence_dynamic":
+            low_confidence, with the confidence_threshold that was published for a block-wise model if none is set.
+        confidence_threshold: all masked tokens whose score is above it are revealed, and as many as the schedule says
+            at least (block-wise models).
+        edit_threshold: revealed tokens of the block, too, are predicted, and replaced where another has a score above
+            it, up to 16 times once nothing is masked (LLaDA2.1).
         position_temperature: above 0, positions are sampled from softmax(score / position_temperature).
 
     Parameters that say what a revealed token is:
@@ -41,6 +46,17 @@ class DiffusionGenerationConfig:
         top_p, top_k: keep the most probable tokens only, up to a total probability, and up to a number.
         cfg_scale: classifier-free guidance, l_u + (cfg_scale + 1) * (l_c - l_u), where the prompt is masked in l_u;
             costs a second forward pass.
+
+    Parameters of models that attend between blocks, whose blocks are decoded one after the other:
+
+        block_length: of sub-blocks, at most the model's own block, and that by default (8 for Fast-dLLM v2).
+        steps: each block has its share, rounded up, whatever of it the prompt takes.
+
+    Parameters of what is kept between steps:
+
+        prefix_cache: keep keys and values of the tokens before the block, so that a step costs the tokens of its own.
+            It changes no token of a block-wise model, where None is True. For one that attends in full (LLaDA, Dream)
+            True is an approximation (`mdu_trainer.inference.prefix`), and None is False.
 
     Parameters of the run:
 
@@ -62,6 +78,9 @@ class DiffusionGenerationConfig:
     top_p: float | None = None
     top_k: int | None = None
     cfg_scale: float = 0.0
+    confidence_threshold: float | None = None
+    edit_threshold: float | None = None
+    prefix_cache: bool | None = None
     seed: int = 0
     batch_size: int = 32
 
@@ -97,6 +116,12 @@ class DiffusionGenerationConfig:
             value = getattr(self, name)
             if not (_is(value, Real) and math.isfinite(value) and value >= 0):
                 raise UserError(f"{name} must be a finite number of at least 0, got {value!r}.")
+        for name in ("confidence_threshold", "edit_threshold"):
+            value = getattr(self, name)
+            if value is not None and not (_is(value, Real) and 0 <= value <= 1):
+                raise UserError(f"{name} must lie in [0, 1], got {value!r}.")
+        if self.prefix_cache not in (None, True, False):
+            raise UserError(f"prefix_cache must be True or False, got {self.prefix_cache!r}.")
         if self.top_p is not None and not (_is(self.top_p, Real) and 0 < self.top_p <= 1):
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p!r}.")
 

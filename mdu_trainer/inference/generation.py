@@ -27,7 +27,10 @@ from ..files import UserError
 from ..masking import pad_rows
 from ..models import Backbone, evaluation_mode, logits_at, resolve_backbone
 from ..terminal import Bar
+from .blocks import BlockDecoding, room_behind, settle_options
+from .canvas import Canvas, Revealed
 from .config import DiffusionGenerationConfig
+from .prefix import PrefixCache
 from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
 
@@ -88,7 +91,7 @@ def generate_ids(
     *,
     row_ids: Sequence[int] | None = None,
     given: Sequence[Sequence[int | None]] | None = None,
-    on_reveal: Callable[["Revealed"], None] | None = None,
+    on_reveal: Callable[[Revealed], None] | None = None,
     past_end: bool = False,
     show_progress: bool = False,
 ) -> list[list[int]]:
@@ -118,7 +121,8 @@ def generate_ids(
             prompt, what is given does not fit, or a prompt is no list of ids that the model knows.
     """
     _check(prompt_ids, generation_config.max_new_tokens, backbone, row_ids, given)
-    decoder = _Decoder(model, generation_config, backbone, () if past_end else backbone.end_token_ids)
+    config, end_token_ids = settle_options(generation_config, backbone), () if past_end else backbone.end_token_ids
+    decoder = _Decoder(model, config, backbone, end_token_ids)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses: list[list[int]] = [[] for _ in prompt_ids]
     with evaluation_mode(model), Bar("decoding", total=len(responses), unit="prompt", show=show_progress) as progress:
@@ -128,50 +132,11 @@ def generate_ids(
             canvas = decoder.blank(places, rows, [prompt_ids[place] for place in places])
             if given is not None:
                 canvas.give([given[place] for place in places])
-            for place, ids in decoder.decode(canvas, on_reveal):
+            cache = PrefixCache(model, backbone) if decoder.config.prefix_cache else None
+            for place, ids in decoder._replace(cache=cache).decode(canvas, on_reveal):
                 responses[place] = ids
                 progress.update()
     return responses
-
-
-class Revealed(NamedTuple):
-    """The M tokens that a step revealed of the responses of a batch."""
-
-    step: int  # from 0
-    place: Tensor  # [M] place of the prompt in the call
-    position: Tensor  # [M] in the response
-    token: Tensor  # [M] its id
-
-
-class _Canvas(NamedTuple):
-    """B rows in the making: the prompt, then N response positions, then padding up to L."""
-
-    place: Tensor  # [B] place of the prompt in the call
-    row: Tensor  # [B] number of the prompt, by which is drawn
-    start: Tensor  # [B] where the response starts
-    ids: Tensor  # [B, L]
-    attention_mask: Tensor  # [B, L]
-    masked: Tensor  # bool [B, N], response positions yet to reveal
-
-    def keep(self, rows: Tensor) -> "_Canvas":
-        """The canvas of some rows (bool `[B]`), without padding that all of them share."""
-        kept = _Canvas(*(part[rows] for part in self))
-        width = int(kept.start.max()) + kept.masked.shape[1]
-        return kept._replace(ids=kept.ids[:, :width], attention_mask=kept.attention_mask[:, :width])
-
-    def give(self, beginnings: Sequence[Sequence[int | None]]) -> None:
-        """Reveal the first ids of each response but for those that are None, in place."""
-        given = [(b, n, ids[n]) for b, ids in enumerate(beginnings) for n in range(len(ids)) if ids[n] is not None]
-        self.reveal(*torch.tensor(given, dtype=torch.long, device=self.ids.device).view(-1, 3).T)
-
-    def reveal(self, batch_index: Tensor, position: Tensor, token: Tensor) -> None:
-        """Put M tokens to positions of the responses, in place: `[M]` each."""
-        self.ids[batch_index, self.start[batch_index] + position] = token
-        self.masked[batch_index, position] = False
-
-    def response(self) -> Tensor:
-        """The response positions: ids `[B, N]`."""
-        return self.ids.gather(1, self.start[:, None] + torch.arange(self.masked.shape[1], device=self.ids.device))
 
 
 class _Decoder(NamedTuple):
@@ -181,35 +146,38 @@ class _Decoder(NamedTuple):
     config: DiffusionGenerationConfig
     backbone: Backbone
     end_token_ids: tuple[int, ...]  # which end a response
+    cache: PrefixCache | None = None  # of one batch
 
-    def blank(self, places: list[int], rows: list[int], prompts: list[list[int]]) -> _Canvas:
+    def blank(self, places: list[int], rows: list[int], prompts: list[list[int]]) -> Canvas:
         """The prompts with all-[MASK] responses, on the model's device."""
-        response = [self.backbone.mask_token_id] * self.config.max_new_tokens
+        response = [self.backbone.mask_token_id] * (self.config.max_new_tokens + room_behind(self.backbone))
         start = [len(prompt) for prompt in prompts]
         padded = pad_rows([[*prompt, *response] for prompt in prompts], self.backbone.pad_token_id)
         masked = torch.ones(len(rows), len(response), dtype=torch.bool)
         parts = (*(torch.tensor(numbers) for numbers in (places, rows, start)), *padded, masked)
         device = next(self.model.parameters()).device
-        return _Canvas(*(part.to(device) for part in parts))
+        return Canvas(*(part.to(device) for part in parts))
 
-    def decode(self, canvas: _Canvas, on_reveal: Callable[[Revealed], None] | None) -> Iterator[tuple[int, list[int]]]:
+    def decode(self, canvas: Canvas, on_reveal: Callable[[Revealed], None] | None) -> Iterator[tuple[int, list[int]]]:
         """Decode a batch; yields (place of the prompt, response ids) as responses are settled."""
         ends = torch.tensor(self.end_token_ids, dtype=torch.long, device=canvas.ids.device)
+        if self.backbone.block_size is not None:
+            yield from BlockDecoding(self.model, self.config, self.backbone, canvas, ends).run(on_reveal)
+            return
         for step in plan(self.config.blocks, self.config.steps, self.config.schedule):
             revealed = self.reveal(canvas, step)
             if on_reveal is not None and revealed is not None:
                 on_reveal(revealed)
-            response = canvas.response()
-            first_end = _first(torch.isin(response, ends) & ~canvas.masked)
-            settled = first_end <= _first(canvas.masked)  # equal only if there is neither
-            for place, ids, end in zip(canvas.place[settled], response[settled], first_end[settled], strict=True):
-                yield int(place), ids[:end].tolist()
+            settled, responses = canvas.settled(ends)
+            yield from responses
             if settled.all():
                 return
             if settled.any():
                 canvas = canvas.keep(~settled)
+                if self.cache is not None:
+                    self.cache.keep(~settled)
 
-    def reveal(self, canvas: _Canvas, step: Step) -> Revealed | None:
+    def reveal(self, canvas: Canvas, step: Step) -> Revealed | None:
         """Take one step, in place. None if it reveals nothing."""
         chosen = canvas.masked.clone()
         chosen[:, : step.start] = chosen[:, step.stop :] = False
@@ -228,7 +196,7 @@ class _Decoder(NamedTuple):
         canvas.reveal(batch_index, position, tokens)
         return Revealed(step.index, canvas.place[batch_index], position, tokens)
 
-    def predict(self, canvas: _Canvas, chosen: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+    def predict(self, canvas: Canvas, chosen: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """Token and score at M response positions (bool `[B, N]`), in their order: `[M]`, `[M]`."""
         batch_index, position = chosen.nonzero(as_tuple=True)
         selected = torch.zeros_like(canvas.ids, dtype=torch.bool)
@@ -238,7 +206,10 @@ class _Decoder(NamedTuple):
             prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
             inputs.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
         where = (canvas.attention_mask, selected)
-        logits = [logits_at(self.model, ids, *where, logit_shift=backbone.logit_shift) for ids in inputs]
+        if self.cache is not None:
+            logits = [self.cache.logits_at(canvas, selected, step)]
+        else:
+            logits = [logits_at(self.model, ids, *where, logit_shift=backbone.logit_shift) for ids in inputs]
         banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
         size = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
         found, columns = [], (*logits, canvas.row[batch_index], position)
@@ -250,11 +221,6 @@ class _Decoder(NamedTuple):
             found.append(propose(guided, row, step.index, at, self.config))
         tokens, scores = zip(*found, strict=True)
         return torch.cat(tokens), torch.cat(scores)
-
-
-def _first(flags: Tensor) -> Tensor:
-    """The first true position in each row of bool `[B, N]`, N if there is none: `[B]`."""
-    return torch.where(flags.any(dim=1), flags.int().argmax(dim=1), flags.shape[1])
 
 
 def _check(

@@ -7,7 +7,8 @@ likelihood. LLaDA (arXiv 2502.09992, appendix B) estimates it from 128 draws of 
 independent ones in the paper, while its script `get_log_likelihood.py` spreads l evenly over 1..L within a batch, so
 its draws say more. Here the draws of a response are made together (`mdu_trainer.inference.mask_sets`): unbiased, too,
 exact where they cover all sets, and a few of them say as much as many independent ones. What they save against either
-kind: `examples/benchmarks/likelihood.py`. (One bias is taken on: no estimate is above 0.)
+kind: `examples/benchmarks/likelihood.py`. (One bias is taken on: no estimate is above 0.) Block-wise models are asked
+block by block: `mdu_trainer.inference.block_likelihood`.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ from ..files import UserError
 from ..masking import pad_rows
 from ..models import Backbone, evaluation_mode, measure_at
 from ..terminal import Bar
+from .block_likelihood import block_likelihoods, count_passes
 from .config import check_count
 from .mask_sets import Draws, draw_masks, num_sets, standard_error, token_parts
 
@@ -105,6 +107,8 @@ def response_likelihood(
     check_count("num_draws", num_draws)
     check_count("batch_size", batch_size)
     _check(prompt_ids, response_ids, backbone)
+    if backbone.block_size is not None:
+        return _by_block(model, prompt_ids, response_ids, backbone, num_draws, batch_size, seed, show_progress)
     parts: list[np.ndarray] = [np.empty(0)] * len(response_ids)
     errors = np.zeros(len(response_ids))
     total = sum(num_sets(len(ids), num_draws) for ids in response_ids)
@@ -120,6 +124,34 @@ def response_likelihood(
                 tokens = replicates.mean(axis=0)
                 parts[row.number] = tokens if tokens.sum() <= 0 else np.zeros_like(tokens)
             progress.update(len(batch))
+    return Likelihood(np.array([tokens.sum() for tokens in parts]), errors, parts)
+
+
+def _by_block(
+    model: nn.Module,
+    prompt_ids: Sequence[list[int]],
+    response_ids: Sequence[list[int]],
+    backbone: Backbone,
+    num_draws: int,
+    batch_size: int,
+    seed: int,
+    show_progress: bool,
+) -> Likelihood:
+    """The same of a block-wise model, as the sum over the blocks of a response."""
+    rows = list(zip(range(len(prompt_ids)), prompt_ids, response_ids, strict=True))
+    rows.sort(key=lambda row: len(row[1]) + len(row[2]))
+    total = sum(count_passes(prompt, response, backbone, num_draws) for _, prompt, response in rows)
+    parts: list[np.ndarray] = [np.empty(0)] * len(rows)
+    errors = np.zeros(len(rows))
+    bar = Bar("measuring likelihoods", total=total, unit="pass", show=show_progress)
+    with evaluation_mode(model), bar as progress:
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            chunk = rows[first : first + ROWS_AT_ONCE]
+            generators = [_row_generator(seed, prompt, response) for _, prompt, response in chunk]
+            how = (backbone, num_draws, generators, batch_size, progress)
+            for number, tokens, error in block_likelihoods(model, chunk, *how):
+                parts[number] = tokens if tokens.sum() <= 0 else np.zeros_like(tokens)
+                errors[number] = error
     return Likelihood(np.array([tokens.sum() for tokens in parts]), errors, parts)
 
 

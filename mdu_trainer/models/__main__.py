@@ -35,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"  {'adapter':<20} {adapter}, on {name}")
     for field in dataclasses.fields(backbone):
         print(f"  {field.name:<20} {getattr(backbone, field.name)}")
+    print(f"  {'attention':<20} {'full' if backbone.block_size is None else 'block or full'}")
     return 0
 
 

@@ -18,16 +18,31 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from ..files import UserError
+from .block_attention import block_size_of
 from .dream import DreamConfig
+from .fast_dllm import Fast_dLLM_QwenConfig
+from .head import Clean
 from .llada import LLaDAConfig
+from .llada2 import LLaDA2MoeConfig
 from .llada_moe import LLaDAMoEConfig
 from .probe import attends_both_ways
 from .refusals import refuse_adapter, refuse_unsupported
+from .sdar import SDARConfig
 
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 LINEAR = (nn.Linear, Conv1D)  # what PEFT knows of both; GPT-2 has the latter
+# The classes here, the name of each, and its layers. Experts are stacked tensors, not linear layers
+NATIVE: dict[type, tuple[str, list[str], str]] = {
+    LLaDAMoEConfig: ("llada_moe", ATTENTION, "Qwen3MoeDecoderLayer"),
+    LLaDAConfig: ("llada", ATTENTION + MLP, "LlamaDecoderLayer"),
+    DreamConfig: ("dream", ATTENTION + MLP, "Qwen2DecoderLayer"),
+    SDARConfig: ("sdar", ATTENTION + MLP, "Qwen3DecoderLayer"),
+    LLaDA2MoeConfig: ("llada2", ATTENTION + MLP, "Glm4MoeDecoderLayer"),
+    Fast_dLLM_QwenConfig: ("fast_dllm", ATTENTION + MLP, "Qwen2DecoderLayer"),
+}
+SHIFTED = ("dream", "fast_dllm")  # token i is predicted at position i - 1
 LOAD_TOGETHER = "One belongs to another checkpoint: load both from the same place, or correct the wrong one."
 MASKED_LM = frozenset(MODEL_FOR_MASKED_LM_MAPPING_NAMES.values())  # XLM's and FlauBERT's names do not say so
 
@@ -37,17 +52,20 @@ class Backbone:
     """The facts of a checkpoint, as its config and tokenizer say.
 
     Attributes:
-        name: "llada", "llada_moe", "dream", "masked_lm" (a *ForMaskedLM), "bidirectional" (a decoder that attends in
-            both directions, as its config says by `is_causal=False`) or "remote" (code shipped with the checkpoint).
+        name: "llada", "llada_moe", "dream", "sdar", "llada2", "fast_dllm", "masked_lm" (a *ForMaskedLM),
+            "bidirectional" (a decoder that attends in both directions, as its config says by `is_causal=False`) or
+            "remote" (code shipped with the checkpoint).
         mask_token_id: the token that stands for a token to predict.
         end_token_ids: tokens that end a response; the first is the one appended in training.
         pad_token_id: fills a batch; always hidden by the attention mask.
-        logit_shift: True if token i is predicted at position i - 1 (Dream), False if at position i.
+        logit_shift: True if token i is predicted at position i - 1 (Dream, Fast-dLLM), False if at position i.
         vocab_size: rows of the embedding; ids in a batch are smaller.
         context_length: the longest sequence the model was made for, None if neither config nor tokenizer says.
         lora_target_modules: for `peft.LoraConfig(target_modules=...)`: the linear layers of attention and MLP, never
             the LM head. None if there are none that PEFT knows.
         layer_class: name of the decoder or encoder layer's class, for FSDP wrapping; None if unknown.
+        block_size: tokens of a block, of a model that attends between blocks and in both directions within one; None
+            if every token sees every other.
     """
 
     name: str
@@ -59,6 +77,16 @@ class Backbone:
     context_length: int | None
     lora_target_modules: str | list[str] | None
     layer_class: str | None
+    block_size: int | None = None
+
+    def form(self, clean_ids: torch.Tensor) -> dict[str, Any]:
+        """What `measure_at` and `hidden_at` are told of a pass over noisy tokens: the form in which the model learns.
+
+        Args:
+            clean_ids: `[B, L]`, x_0, which a block-wise model is shown beside x_t; no other model reads it.
+        """
+        clean = None if self.block_size is None else Clean(clean_ids, self.block_size)
+        return {"logit_shift": self.logit_shift, "clean": clean}
 
 
 def resolve_backbone(
@@ -89,18 +117,19 @@ def resolve_backbone(
     name = backbone_name(config, model)
     vocab_size = _vocab_size(config, model)
     _check_vocabulary(tokenizer, vocab_size)
-    end_token_ids = _end_token_ids(config, tokenizer, native=name in ("llada", "llada_moe", "dream"))
+    end_token_ids = _end_token_ids(config, tokenizer, native=isinstance(config, tuple(NATIVE)))
     lora_target_modules, layer_class = _anatomy(name, config, model)
     return Backbone(
         name=name,
         mask_token_id=_mask_token_id(config, tokenizer, vocab_size),
         end_token_ids=end_token_ids,
         pad_token_id=_pad_token_id(name, config, tokenizer, end_token_ids, vocab_size),
-        logit_shift=name == "dream" or bool(getattr(config, "logit_shift", False)),
+        logit_shift=name in SHIFTED or bool(getattr(config, "logit_shift", False)),
         vocab_size=vocab_size,
         context_length=_context_length(name, config, tokenizer),
         lora_target_modules=lora_target_modules,
         layer_class=layer_class,
+        block_size=block_size_of(config),
     )
 
 
@@ -111,7 +140,8 @@ def backbone_name(config: PreTrainedConfig, model: nn.Module | None = None) -> s
         ValueError: it is causal, or of a kind that is refused by name.
     """
     architectures = [type(model).__name__] if model is not None else list(getattr(config, "architectures", None) or [])
-    refuse_unsupported(config.model_type, architectures)
+    if not isinstance(config, tuple(NATIVE)):
+        refuse_unsupported(config.model_type, architectures)
     name = _claimed_name(config, model, architectures)
     both_ways = None if model is None else attends_both_ways(model)
     described = f"{', '.join(architectures) or type(config).__name__} (model_type {config.model_type!r})"
@@ -141,7 +171,7 @@ def backbone_name(config: PreTrainedConfig, model: nn.Module | None = None) -> s
 
 def _claimed_name(config: PreTrainedConfig, model: nn.Module | None, architectures: list[str]) -> str | None:
     """The kind by class and config alone; None if these speak of a causal model."""
-    for config_class, name in ((LLaDAMoEConfig, "llada_moe"), (LLaDAConfig, "llada"), (DreamConfig, "dream")):
+    for config_class, (name, *_) in NATIVE.items():
         if isinstance(config, config_class):
             return name
     if "transformers_modules" in (owner.__module__.split(".")[0] for owner in (type(config), type(model))):
@@ -211,7 +241,8 @@ def _end_token_ids(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase,
     in_config = [] if in_config is None else [in_config] if isinstance(in_config, int) else list(in_config)
     eos, sep = cast("int | None", tokenizer.eos_token_id), cast("int | None", tokenizer.sep_token_id)
     # Native configs have no default for eos. Elsewhere the value may be transformers' own, not the model's
-    if native and eos is not None and in_config and eos not in in_config:
+    turn_ends = tokenizer.eos_token in END_OF_TURN  # chat models end a turn before the text ends
+    if native and eos is not None and in_config and eos not in in_config and not turn_ends:
         raise UserError(
             f"The config says eos_token_id={in_config[0]}, the tokenizer says {eos} ({tokenizer.eos_token!r}). "
             f"{LOAD_TOGETHER}"
@@ -271,10 +302,9 @@ def _anatomy(
     name: str, config: PreTrainedConfig, model: nn.Module | None
 ) -> tuple[str | list[str] | None, str | None]:
     """`lora_target_modules` and `layer_class` of a `Backbone`."""
-    if name in ("llada", "dream"):
-        return ATTENTION + MLP, "LlamaDecoderLayer" if name == "llada" else "Qwen2DecoderLayer"
-    if name == "llada_moe":  # its experts are stacked tensors, not linear layers
-        return ATTENTION, "Qwen3MoeDecoderLayer"
+    for native, targets, layer_class in NATIVE.values():
+        if name == native:
+            return targets, layer_class
     if name == "remote":
         no_split = getattr(model, "_no_split_modules", None)
         return "all-linear", next(iter(no_split), None) if no_split else None

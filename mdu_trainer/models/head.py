@@ -7,9 +7,10 @@ DeepSpeed, PEFT, autocast).
 Not every model lets its head be run so. Each is tried on a few tokens first, and a `Way` chosen that gives its logits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeGuard, cast
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..divergence import Measure, Prediction, Projection, TokenValues
+from .block_attention import noisy_clean_mask
 from .probe import LENGTH, logits_of, probe_tokens, probing
 
 logger = logging.get_logger(__name__)
@@ -36,22 +38,43 @@ class Way(Enum):
 _WAYS: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Way]] = WeakKeyDictionary()
 
 
+class Clean(NamedTuple):
+    """x_0, which a block-wise model is shown behind the noisy tokens: a block sees the clean ones before it."""
+
+    ids: Tensor  # [B, L], as the noisy ones but for what is masked in them
+    block_size: int
+    opens: bool = (
+        False  # with a logit shift, the last clean token before a block predicts its first, not the noisy one
+    )
+
+    def to(self, device: torch.device) -> "Clean":
+        """The same on a device."""
+        return self._replace(ids=self.ids.to(device))
+
+
 def logits_at(
-    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, selected: Tensor, *, logit_shift: bool = False
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    selected: Tensor,
+    *,
+    logit_shift: bool = False,
+    **inputs: Any,
 ) -> Tensor:
     """Return the logits that predict the selected tokens, computed for these alone where the model's head allows it.
 
     Args:
         model: any model whose forward takes `input_ids` and `attention_mask` and returns `logits`.
         input_ids: `[B, L]`.
-        attention_mask: `[B, L]`, 1 for tokens and 0 for padding.
+        attention_mask: `[B, L]`, 1 for tokens and 0 for padding; or whatever else the model takes.
         selected: bool `[B, L]`, the N positions to predict.
         logit_shift: the model predicts token i at position i - 1 (Dream) instead of i (LLaDA).
+        inputs: what else the model's forward is given: positions, a cache.
 
     Returns:
         `[N, V]`, in the order of `selected.nonzero()`.
     """
-    return _logits(_Wanted(model, input_ids, attention_mask, selected, logit_shift))
+    return _logits(_Wanted(model, input_ids, attention_mask, selected, logit_shift, inputs))
 
 
 def measure_at(
@@ -62,6 +85,7 @@ def measure_at(
     measure: Measure,
     *,
     logit_shift: bool = False,
+    clean: Clean | None = None,
 ) -> TokenValues:
     """Measure the predictions of the selected tokens, fused with the head where the logits are the head's alone.
 
@@ -69,8 +93,9 @@ def measure_at(
         model, input_ids, attention_mask, selected, logit_shift: as in `logits_at`.
         measure: what is asked of each prediction; targets or anchor are in the order of `selected.nonzero()`, as are
             the values returned.
+        clean: what a block-wise model sees of the blocks before; without it, these are the noisy ones.
     """
-    wanted = _Wanted(model, input_ids, attention_mask, selected, logit_shift)
+    wanted = _wanted(model, input_ids, attention_mask, selected, logit_shift, clean)
     values = _inside(wanted, lambda projection: torch.stack(measure(projection), dim=1))
     return measure(_logits(wanted)) if values is None else TokenValues(values[:, 0], values[:, 1].detach())
 
@@ -83,6 +108,7 @@ def hidden_at(
     selected: Tensor,
     *,
     logit_shift: bool = False,
+    clean: Clean | None = None,
     position_ids: Tensor | None = None,
 ) -> Prediction:
     """Return the predictions of the selected tokens as the head's input, or as logits where it cannot be fused.
@@ -91,9 +117,10 @@ def hidden_at(
 
     Args:
         model, input_ids, attention_mask, selected, logit_shift: as in `logits_at`.
+        clean: as in `measure_at`.
         position_ids: `[B, L]`, where the model counts positions by what attention sees, and is not to.
     """
-    wanted = _Wanted(model, input_ids, attention_mask, selected, logit_shift, position_ids)
+    wanted = _wanted(model, input_ids, attention_mask, selected, logit_shift, clean, position_ids)
     hidden = _inside(wanted, lambda projection: projection.hidden)
     return _logits(wanted) if hidden is None else Projection(hidden)
 
@@ -106,17 +133,50 @@ class _Wanted(NamedTuple):
     attention_mask: Tensor
     selected: Tensor
     logit_shift: bool
-    position_ids: Tensor | None = None
+    inputs: Mapping[str, Any] = MappingProxyType({})
+    opens: int | None = None  # block size, where what opens a block is predicted behind the selected half
 
     def run(self) -> Tensor:
         """The logits that the forward returns, or what the hooks have put in their place."""
-        places = {} if self.position_ids is None else {"position_ids": self.position_ids}
-        return logits_of(self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, **places))
+        return logits_of(self.model(input_ids=self.input_ids, attention_mask=self.attention_mask, **self.inputs))
 
     def keep(self, states: Tensor) -> Tensor:
-        """The wanted of `[B, L, ...]` states: `[N, ...]`. Perceiver's logits are longer than its input."""
+        """The wanted of `[B, L, ...]` states: `[N, ...]`. What is behind them (Perceiver's, clean tokens) is left."""
         batch_index, position = self.selected.to(states.device).nonzero(as_tuple=True)
-        return states[batch_index, (position - 1).clamp(min=0) if self.logit_shift else position]
+        place = (position - 1).clamp(min=0) if self.logit_shift else position
+        if self.opens is not None and self.logit_shift:
+            place = torch.where((position % self.opens == 0) & (position > 0), place + self.selected.shape[1], place)
+        return states[batch_index, place]
+
+
+def _wanted(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    selected: Tensor,
+    logit_shift: bool,
+    clean: Clean | None,
+    position_ids: Tensor | None = None,
+) -> _Wanted:
+    """The pass over the tokens or, with the clean ones, over [x_t ; x_0]; its mask is made here, for all layers.
+
+    x_t    the block itself, in both directions     the clean blocks before it
+    x_0    nothing                                  the clean blocks up to its own
+
+    Both halves stand at positions 0 ... L - 1, and the predictions are read in the first.
+    """
+    if clean is None:
+        inputs = {} if position_ids is None else {"position_ids": position_ids}
+        return _Wanted(model, input_ids, attention_mask, selected, logit_shift, inputs)
+    length = input_ids.shape[1]
+    places = torch.arange(length, device=input_ids.device).expand_as(input_ids)
+    mask = noisy_clean_mask(clean.block_size, attention_mask, places)
+    mask = mask | torch.eye(
+        2 * length, dtype=torch.bool, device=mask.device
+    )  # a hidden token sees itself, not nothing
+    ids = torch.cat([input_ids, clean.ids], dim=1)
+    opens = clean.block_size if clean.opens else None
+    return _Wanted(model, ids, mask, selected, logit_shift, {"position_ids": places.repeat(1, 2)}, opens)
 
 
 def _logits(wanted: _Wanted) -> Tensor:

@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from ..files import UserError
-from . import dream, llada, llada_moe
+from . import dream, fast_dllm, llada, llada2, llada_moe
 from .backbone import backbone_name, resolve_backbone
+from .block_attention import set_block_size
 from .checks import INTACT, check_complete, check_files, check_finite, some
 from .head import head_way
 from .probe import is_runnable
@@ -32,21 +33,40 @@ if TYPE_CHECKING:  # imported where it is used, for it takes a second
 
 T = TypeVar("T")
 
-NATIVE = ("llada", "Dream")
+FAMILIES = {  # of the classes here, by model_type
+    "llada": "llada",
+    "Dream": "dream",
+    "sdar": "sdar",
+    "llada2_moe": "llada2",
+    "llada21_moe": "llada2",
+    "Fast_dLLM_Qwen": "fast_dllm",
+}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-MASK_TOKENS = {"llada": llada.MASK_TOKEN, "llada_moe": llada_moe.MASK_TOKEN, "dream": dream.MASK_TOKEN}
-TOKENIZERS = {"llada": llada.LLaDATokenizer, "llada_moe": llada.LLaDATokenizer, "dream": dream.DreamTokenizer}
+MASK_TOKENS = {
+    "llada": llada.MASK_TOKEN,
+    "llada_moe": llada_moe.MASK_TOKEN,
+    "llada2": llada2.MASK_TOKEN,
+    "dream": dream.MASK_TOKEN,
+    "fast_dllm": fast_dllm.MASK_TOKEN,
+}
+TOKENIZERS = {
+    "llada": llada.LLaDATokenizer,
+    "llada_moe": llada.LLaDATokenizer,
+    "llada2": llada.LLaDATokenizer,
+    "dream": dream.DreamTokenizer,
+}
 
 
 def load_model(
-    name_or_path: str, *, trust_remote_code: bool = False, **from_pretrained_kwargs: Any
+    name_or_path: str, *, trust_remote_code: bool = False, block_size: int | None = None, **from_pretrained_kwargs: Any
 ) -> PreTrainedModel:
     """Load a masked diffusion language model of any supported kind.
 
-    LLaDA, LLaDA-MoE and Dream load as the native classes, a *ForMaskedLM as itself, a decoder whose config says
-    `is_causal=False` with its language-model head. Anything else needs the code shipped with the checkpoint.
+    LLaDA, LLaDA-MoE, LLaDA2, Dream, SDAR and Fast-dLLM load as the native classes, a *ForMaskedLM as itself, a decoder
+    whose config says `is_causal=False` with its language-model head. Anything else needs the code shipped with the
+    checkpoint.
 
     What was loaded is checked: no tensor is missing or left over, all weights are finite, and a token in the middle of
     a short text changes what is predicted before it.
@@ -54,6 +74,8 @@ def load_model(
     Args:
         name_or_path: a Hub id or a directory.
         trust_remote_code: run the checkpoint's own code, where no class here or in transformers knows the model.
+        block_size: of a block-wise model that was trained with another one than its config says, or with none that it
+            says. It stands in the config, and in what is saved, from then on.
         **from_pretrained_kwargs: `dtype`, `device_map`, `attn_implementation`, `quantization_config`, `revision`, ...;
             also `load_in_8bit` or `load_in_4bit`.
 
@@ -64,6 +86,8 @@ def load_model(
     from_pretrained_kwargs = _quantization(from_pretrained_kwargs)
     where = {"trust_remote_code": trust_remote_code, **_hub_arguments(from_pretrained_kwargs)}
     config = from_pretrained_kwargs.pop("config", None) or load_config(name_or_path, **where)
+    if block_size is not None:
+        set_block_size(config, block_size)
     model = _whole_model(name_or_path, config, trust_remote_code, **from_pretrained_kwargs)
     model.config.use_cache = False
     check_finite(model, str(name_or_path))
@@ -113,8 +137,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a masked diffusion language model.
 
-    LLaDA's and Dream's need no remote code. What they leave unset is set: the mask token, and a chat template that
-    renders the published turns and starts the assistant's only when asked to.
+    Those of the native models need no remote code. What they leave unset is set: the mask token, and a chat template
+    that renders the published turns and starts the assistant's only when asked to.
 
     Args:
         name_or_path: a Hub id or a directory.
@@ -131,7 +155,7 @@ def load_tokenizer(
     family = _native_family(raw)
     tokenizer_class = TOKENIZERS.get(family, AutoTokenizer)
     if tokenizer_class is AutoTokenizer:
-        from_pretrained_kwargs = from_pretrained_kwargs | {"trust_remote_code": trust_remote_code}
+        from_pretrained_kwargs = from_pretrained_kwargs | {"trust_remote_code": trust_remote_code and not family}
     tokenizer = _explained(
         f"The tokenizer of {name_or_path}",
         lambda: tokenizer_class.from_pretrained(name_or_path, **from_pretrained_kwargs),
@@ -241,9 +265,8 @@ def _explained(what: str, load: Callable[[], T]) -> T:
 
 def _native_family(raw_config: dict[str, Any]) -> str:
     """The name of a native family, "" of any other."""
-    if raw_config.get("model_type") == "llada":
-        return "llada_moe" if llada_moe.is_llada_moe(raw_config) else "llada"
-    return "dream" if raw_config.get("model_type") == "Dream" else ""
+    family = FAMILIES.get(raw_config.get("model_type", ""), "")
+    return "llada_moe" if family == "llada" and llada_moe.is_llada_moe(raw_config) else family
 
 
 def _complete(tokenizer: PreTrainedTokenizerBase, family: str, mask_token_id: int | None) -> None:
@@ -268,14 +291,14 @@ def load_config(name_or_path: str, *, trust_remote_code: bool = False, **hub_arg
     """
     raw = _raw_config(name_or_path, **hub_arguments)
     model_type = raw.get("model_type")
-    refuse_unsupported(model_type, raw.get("architectures"))
+    refuse_unsupported(model_type, raw.get("architectures"), str(name_or_path))
     if model_type not in CONFIG_MAPPING and not trust_remote_code:
         code = "its own, which trust_remote_code=True would run" if raw.get("auto_map") else "none either"
         raise UserError(
             f"{name_or_path}: no code here or in transformers knows model_type {model_type!r}. The checkpoint ships "
             f"{code}."
         )
-    remote = trust_remote_code and model_type not in NATIVE
+    remote = trust_remote_code and model_type not in FAMILIES
     config = _explained(
         f"The config.json of {name_or_path}",
         lambda: AutoConfig.from_pretrained(name_or_path, trust_remote_code=remote, **hub_arguments),
@@ -327,7 +350,7 @@ def _hub_arguments(from_pretrained_kwargs: dict[str, Any]) -> dict[str, Any]:
 def _auto_class(config: PreTrainedConfig, trust_remote_code: bool) -> tuple[type, bool]:
     """The auto class that loads a config's model, and whether it runs remote code."""
     auto_map = getattr(config, "auto_map", None) or {}
-    if trust_remote_code and config.model_type not in NATIVE:
+    if trust_remote_code and config.model_type not in FAMILIES:
         for auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM, AutoModel):
             if auto_class.__name__ in auto_map:
                 return auto_class, True

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..files import UserError
+from .block_attention import block_size_of
 
 LENGTH = 5  # tokens of a probe
 # A changed token moves predictions after and before itself. If the largest move before it is below this share of the
@@ -23,7 +24,8 @@ _BOTH_WAYS: WeakSet[nn.Module] = WeakSet()  # models that were found to attend i
 def attends_both_ways(model: nn.Module) -> bool | None:
     """Whether a later token changes what is predicted at an earlier position.
 
-    Two passes of five tokens, which differ in the middle one. The model's modes and the random state stay as they are.
+    Two passes of five tokens, which differ in the middle one, or in the last of the first block where that is earlier.
+    The model's modes and the random state stay as they are.
 
     Args:
         model: a model without wrappers, on any device and in any precision.
@@ -39,8 +41,9 @@ def attends_both_ways(model: nn.Module) -> bool | None:
     if not is_runnable(model):
         return None
     ids = probe_tokens(model)
+    middle = min(LENGTH // 2, (block_size_of(getattr(model, "config", None)) or LENGTH) - 1)  # within the first block
     changed = ids[:1].clone()
-    changed[0, LENGTH // 2] = ids[1, LENGTH // 2]
+    changed[0, middle] = ids[1, middle]
     try:
         with probing(model):
             first, second = (
@@ -58,7 +61,7 @@ def attends_both_ways(model: nn.Module) -> bool | None:
             "precision. Load an intact checkpoint, or another dtype."
         )
     moved = (first - second).nan_to_num().abs().amax(dim=-1)[0]
-    before, after = moved[: LENGTH // 2].max(), moved[LENGTH // 2 + 1 :].max()
+    before, after = moved[:middle].max(), moved[middle + 1 :].max()
     if not before and not after:
         return None
     both_ways = bool(before > LEAST_SHARE * after)

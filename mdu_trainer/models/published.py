@@ -75,7 +75,8 @@ class PublishedModelMixin:
 def register_model(config_class: type[PreTrainedConfig], model_class: type) -> None:
     """Let the auto classes build `model_class` from a `config_class`."""
     for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
-        auto_class.register(config_class, model_class)
+        # Not auto_class.register, which allows a model one config class: LLaDA2.1 may have a model_type of its own
+        auto_class._model_mapping.register(config_class, model_class)
 
 
 class PublishedTokenizerMixin:

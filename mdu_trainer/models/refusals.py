@@ -8,11 +8,26 @@ from ..files import UserError
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+SUPPORTED = {  # of the last of those below, the ones that are native here
+    "sdar",
+    "sdarforcausallm",
+    "llada2moe",
+    "llada21moe",
+    "llada2moemodellm",
+    "fastdllmqwen",
+    "fastdllmqwenforcausallm",
+}
+EDITS = (
+    "deletes and inserts tokens while it decodes. Here each token keeps its place, in training and in scores, so edit "
+    "operations are not supported"
+)
 # Beginnings of model types and architectures, without case and punctuation, and why they are refused
 REASONS = {
+    ("llada22",): EDITS,
     ("llada2", "sdar", "fastdllm"): (
-        "attends causally between blocks and in both directions within one. A plain bidirectional forward would "
-        "compute something it was never trained for, so block-wise models are not supported"
+        "attends causally between blocks and in both directions within one, and is none of the block-wise models that "
+        "are known here. A forward of another kind would compute something it was never trained for, so it is not "
+        "supported"
     ),
     ("diffusiongemma",): (
         "is a diffusion model without a mask token: there is no masked position to predict, so it is not supported"
@@ -20,12 +35,19 @@ REASONS = {
 }
 
 
-def refuse_unsupported(model_type: str | None, architectures: list[str] | None) -> None:
-    """Raise a ValueError that says why, if the model is of a kind that is known and not supported."""
+def refuse_unsupported(model_type: str | None, architectures: list[str] | None, source: str = "") -> None:
+    """Raise a ValueError that says why, if the model is of a kind that is known and not supported.
+
+    Args:
+        model_type, architectures: as its config says.
+        source: where it comes from. LLaDA2.2 has the model_type of those before it, and goes by its name.
+    """
+    if model_type is not None and model_type.startswith("llada2") and re.search(r"llada[-_]?2\.2", source.lower()):
+        raise UserError(f"{source} {EDITS}.")
     for name in (model_type or "", *(architectures or [])):
         plain = re.sub(r"[^a-z0-9]", "", name.lower())
         for beginnings, reason in REASONS.items():
-            if plain.startswith(beginnings):
+            if plain.startswith(beginnings) and plain not in SUPPORTED:
                 raise UserError(f"{name} {reason}.")
 
 

@@ -16,11 +16,15 @@ prediction are kept, never the logits:
     shift        KL(p(. | x, y_t) || p_base(. | x, y_t)), how far the model has moved from another
 
 All in nats, but the probability. Source: MDU (arXiv 2605.18253), whose divergence by kind of token `kl` is.
+
+A block-wise model predicts each block beside the whole blocks before it, as it learns and decodes: on a ground-truth
+path, what is not yet revealed of them hides nothing from it.
 """
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,17 +227,18 @@ def _measure(
     predicted = []
     for model in models:
         with evaluation_mode(model):
-            predicted.append(_predict(model, noisy.noisy_ids, attention_mask, rows, backbone))
+            predicted.append(_predict(model, noisy.noisy_ids, attention_mask, rows, backbone.form(ids)))
             if model is models[0]:
-                unprompted = _predict(model, noisy.anchor_ids, attention_mask, rows, backbone)
+                clean = torch.where(noisy.masked, ids, noisy.anchor_ids)
+                unprompted = _predict(model, noisy.anchor_ids, attention_mask, rows, backbone.form(clean))
     columns = list(_compare(predicted[0], unprompted, ids[rows], predicted[1:]))
     table = torch.cat(columns, dim=1).cpu().double().numpy()
     where = [np.flatnonzero(masked[: len(path.roles)]) for path, masked in inputs]
     return where, [list(part) for part in np.split(table, np.cumsum([len(w) for w in where])[:-1], axis=1)]
 
 
-def _predict(model: nn.Module, ids: Tensor, attention_mask: Tensor, rows: Tensor, backbone: Backbone) -> Prediction:
-    prediction = hidden_at(model, ids, attention_mask, rows, logit_shift=backbone.logit_shift)
+def _predict(model: nn.Module, ids: Tensor, attention_mask: Tensor, rows: Tensor, form: dict[str, Any]) -> Prediction:
+    prediction = hidden_at(model, ids, attention_mask, rows, **form)
     if isinstance(prediction, Tensor):
         return prediction
     head = extract_model_from_parallel(model).get_output_embeddings()

@@ -7,6 +7,8 @@ anchor_source    whose prediction             kept beside the model in training
 NAME             another checkpoint           that checkpoint
 """
 
+from typing import Any
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -26,7 +28,9 @@ from ..models import (
     position_ids,
     resolve_backbone,
 )
+from ..models.block_attention import set_attention_form
 from .average import MovingAverage, UpdateAverage
+from .loading import choose_attention
 from .other_checkpoint import config_of, tokenizer_of
 from .reference import Reference
 
@@ -83,24 +87,27 @@ def predict_anchor(trainer: Trainer, model: nn.Module, batch: dict[str, Tensor],
     where = anchor_inputs(trainer, batch, noised)
     if trainer.args.anchor_source == "current":
         with evaluation_mode(model):
-            return hidden_at(model, **where, logit_shift=trainer.backbone.logit_shift)
+            return hidden_at(model, **where)
     if trainer.anchor is None:
         raise UserError(
             "The anchors of this eval set were not computed before training. Pass it to the constructor, or set "
             "precompute_anchor=False."
         )
-    return trainer.anchor.projection(model, **where, logit_shift=trainer.backbone.logit_shift)
+    return trainer.anchor.projection(model, **where)
 
 
-def anchor_inputs(trainer: Trainer, batch: dict[str, Tensor], noised: Noised) -> dict[str, Tensor]:
+def anchor_inputs(trainer: Trainer, batch: dict[str, Tensor], noised: Noised) -> dict[str, Any]:
     """What the anchor is predicted from, as `hidden_at` takes it, `[B, L]` each.
+
+    What is hidden is hidden from block-wise models in the clean tokens, too.
 
     A hidden prompt is masked, too: where tokens are predicted one position earlier (Dream), the first one of the
     response is predicted at the last of the prompt.
     """
-    where = {"input_ids": noised.anchor_ids, "attention_mask": noised.attention_mask, "selected": noised.masked}
-    if trainer.args.anchor_input == "prompt":
-        where["input_ids"] = noised.input_ids
+    where: dict[str, Any] = {"attention_mask": noised.attention_mask, "selected": noised.masked}
+    own = trainer.args.anchor_input == "prompt"
+    where["input_ids"] = noised.input_ids if own else noised.anchor_ids
+    where |= trainer.backbone.form(noised.clean_ids if own else noised.clean_anchor_ids)
     if trainer.args.anchor_input == "hidden_prompt":
         where["attention_mask"] = noised.attention_mask * batch["completion_mask"]
         where["position_ids"] = position_ids(_asked(trainer, trainer.anchor), noised.anchor_ids)
@@ -121,6 +128,7 @@ def _of_checkpoint(trainer: Trainer, name: str) -> Reference:
     model: PreTrainedModel = (
         load_checkpoint(name, **how)[0].merge_and_unload() if is_adapter(name) else load_model(name, **how)
     )
+    choose_attention(model, args, adapted=False)
     reference = Reference.of_frozen(
         model,
         trainer.distributed,
@@ -143,10 +151,15 @@ def _check_checkpoint(trainer: Trainer, name: str) -> None:
     if moved:
         raise UserError(f"{where} has another tokenizer: {moved} tokens have other ids, or are not there. {NAME_IT}")
     try:
+        set_attention_form(config, trainer.args.attention)
         backbone = resolve_backbone(config, tokenizer)
     except UserError as error:
         raise UserError(f"{where} cannot be compared with. {error}") from None
-    for fact, words in (("mask_token_id", "mask token id"), ("logit_shift", "logit shift")):
+    for fact, words in (
+        ("mask_token_id", "mask token id"),
+        ("logit_shift", "logit shift"),
+        ("block_size", "block size"),
+    ):
         values = [getattr(one, fact) for one in (backbone, trainer.backbone)]
         if values[0] != values[1]:
             raise UserError(f"{where} has another {words}: {values[0]}, the model in training {values[1]}. {NAME_IT}")

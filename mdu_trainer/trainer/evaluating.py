@@ -47,10 +47,24 @@ class Score(NamedTuple):
 Scores = dict[str, Score]
 
 
-def schedules(args: DiffusionConfig, parts: dict[str, TokenizedRows], prefix: str = "") -> dict[str, MaskSchedule]:
-    """The masks of each part, which are those of its name: eval sets draw others than the rows in training."""
+def schedules(
+    args: DiffusionConfig, parts: dict[str, TokenizedRows], prefix: str = "", block_size: int | None = None
+) -> dict[str, MaskSchedule]:
+    """The masks of each part, which are those of its name: eval sets draw others than the rows in training.
+
+    Args:
+        args, parts: of the trainer.
+        prefix: of the names.
+        block_size: of the model, where t may be drawn for each block. An evaluation draws it for each row.
+    """
+    per_block = {name: block_size if args.noise_per == "block" else None for name in parts}
+    if getattr(args, "forget_masking", "random") != "random":  # t does not decide then
+        per_block["forget"] = None
     options = args.mask_options
-    return {name: MaskSchedule(args.seed, f"{prefix}{name}", len(rows), **options) for name, rows in parts.items()}
+    return {
+        name: MaskSchedule(args.seed, f"{prefix}{name}", len(rows), block_size=per_block[name], **options)
+        for name, rows in parts.items()
+    }
 
 
 class EvaluatingTrainer(RobustTrainer):

@@ -28,23 +28,14 @@ from ..data.rows import (
 from ..divergence import TokenNLL
 from ..files import UserError
 from ..masking import forward_process
-from ..models import (
-    Backbone,
-    base_of,
-    is_adapter,
-    load_checkpoint,
-    load_model,
-    load_tokenizer,
-    measure_at,
-    resolve_backbone,
-)
+from ..models import Backbone, measure_at, resolve_backbone
 from ..models.backbone import target_modules_of
-from ..models.checks import check_finite
 from ..models.refusals import refuse_adapter
 from ..objectives import diffusion_bound, mean_by_example
 from .checkpoints import make_writable
 from .distributed import DistributedBackend
 from .evaluating import EvaluatingTrainer, Score, Scores, schedules
+from .loading import choose_attention, choose_times, load_for_training, load_tokenizer_of
 from .reference import Reference
 from .run_record import RunRecord, start_digest
 
@@ -52,7 +43,8 @@ logger = logging.get_logger(__name__)
 
 Batch = dict[str, Tensor]
 C = TypeVar("C", bound=DiffusionConfig)
-READ_ONCE = ("max_length", "pad_with_end_tokens", "anchor_input")  # arguments that a search cannot vary
+# arguments that a search cannot vary
+READ_ONCE = ("max_length", "pad_with_end_tokens", "anchor_input", "attention", "noise_per")
 # adapters whose targets are no linear layers; PEFT knows which
 OTHER_TARGETS = (PeftType.ADAPTION_PROMPT, PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
 
@@ -114,11 +106,12 @@ class MDLMTrainer(EvaluatingTrainer):
         if model is None:
             self.model_init = model_init
             model = cast(PreTrainedModel, super().call_model_init())
-        processing_class = processing_class or _load_tokenizer_of(model, args)
+        processing_class = processing_class or load_tokenizer_of(model, args)
         if isinstance(model, str):  # a long load comes after what can be refused without it
             self._check_rows(train_dataset, eval_dataset)
-        model = _load(model, args, peft_config)
+        model = load_for_training(model, args, peft_config)
         self.backbone = resolve_backbone(model, processing_class)
+        choose_times(args, self.backbone)
         self._tokenizer, self._peft_config = processing_class, peft_config
         self._metrics: dict[str, Tensor] = defaultdict(lambda: torch.zeros(2, device=args.device))
         parts = self._tokenize_train(train_dataset)
@@ -126,8 +119,8 @@ class MDLMTrainer(EvaluatingTrainer):
         super().__init__(
             model=_with_adapter(model, peft_config, args, self.backbone),
             args=args,
-            data_collator=data_collator or DataCollatorForUnlearning(self.backbone.pad_token_id, filler),
-            train_dataset=_pairs(parts, args) if parts else None,
+            data_collator=data_collator or _collator(self.backbone, filler),
+            train_dataset=_pairs(parts, args, self.backbone) if parts else None,
             eval_dataset=self._tokenize_eval(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -149,6 +142,7 @@ class MDLMTrainer(EvaluatingTrainer):
     def call_model_init(self, trial: Any = None) -> PreTrainedModel | PeftModel:
         """A new model, with a new adapter if there is to be one."""
         model = cast(PreTrainedModel, super().call_model_init(trial))
+        choose_attention(model, self.args, adapted=self._peft_config is not None)
         return _with_adapter(model, self._peft_config, self.args, self.backbone)
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -168,7 +162,7 @@ class MDLMTrainer(EvaluatingTrainer):
         self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
         self._metrics.clear()
         if self.train_dataset is not None:
-            self.train_dataset = _pairs(self.train_dataset.parts, args)
+            self.train_dataset = _pairs(self.train_dataset.parts, args, self.backbone)
         self._renew_eval_sets()
 
     def _check_run(self) -> None:
@@ -204,7 +198,7 @@ class MDLMTrainer(EvaluatingTrainer):
         share = noised.weight / noised.num_response if self.args.time_weighting else 1 / noised.num_masked  # [B]
         where = (noised.input_ids, noised.attention_mask, noised.masked)  # [B, L]
         measure = TokenNLL(noised.targets, share[noised.batch_index])
-        nll, entropy = measure_at(model, *where, measure, logit_shift=self.backbone.logit_shift)
+        nll, entropy = measure_at(model, *where, measure, **self.backbone.form(noised.clean_ids))
 
         # 3. One loss an example [B], then the mean over the update
         if self.args.time_weighting:
@@ -322,45 +316,6 @@ def _check_source(model: Any, model_init: Callable | None, optimizers: tuple) ->
         raise UserError("optimizers are of one model, and model_init makes a new one for each run. Leave them out.")
 
 
-def _load(
-    model: str | PreTrainedModel | PeftModel, args: DiffusionConfig, peft_config: PeftConfig | None
-) -> PreTrainedModel | PeftModel:
-    if isinstance(model, str):
-        how = args.load_options
-        if is_adapter(model):
-            return load_checkpoint(model, is_trainable=True, **how)[0]
-        given = {"dtype", "torch_dtype", "quantization_config", "load_in_8bit", "load_in_4bit"} & how.keys()
-        if peft_config is None and not given:
-            how["dtype"] = torch.float32
-        model = load_model(model, **how)
-    elif args.model_init_kwargs:
-        raise UserError("model_init_kwargs are for a model given by name; this one is loaded already.")
-    else:
-        check_finite(model, "The model")
-    if peft_config is None and not isinstance(model, PeftModel):
-        _warn_of_rounding(model, args)
-    return model
-
-
-def _warn_of_rounding(model: PreTrainedModel, args: DiffusionConfig) -> None:
-    """Say so if all weights are trained in half precision, where most updates round to nothing."""
-    trained = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.bfloat16, torch.float16}
-    if trained and not args.deepspeed:  # which keeps float32 copies of its own
-        logger.warning(
-            f"All weights are trained in {str(trained.pop()).removeprefix('torch.')}. At a learning rate of 1e-5 ten "
-            "updates moved 3 % of a small model's weights, and 94 % in float32: most updates are smaller than what "
-            "rounding keeps. Load the model in float32 (bf16=True still computes in bfloat16), or train an adapter."
-        )
-
-
-def _load_tokenizer_of(model: str | PreTrainedModel | PeftModel, args: DiffusionConfig) -> PreTrainedTokenizerBase:
-    name = base_of(model) if isinstance(model, str) else model.config._name_or_path
-    if not name:
-        raise UserError("The model was not loaded from a name or path, so pass its tokenizer as processing_class.")
-    revision = args.load_options.get("revision") or "main"
-    return load_tokenizer(name, trust_remote_code=args.trust_remote_code, revision=revision)
-
-
 def _with_adapter(
     model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None, args: DiffusionConfig, backbone: Backbone
 ) -> PreTrainedModel | PeftModel:
@@ -378,12 +333,18 @@ def _with_adapter(
     return model
 
 
-def _pairs(parts: dict[str, TokenizedRows], args: DiffusionConfig) -> RowPairs:
+def _collator(backbone: Backbone, filler: int | None) -> DataCollatorForUnlearning:
+    """Pads rows; end tokens that count as response fill up the last block, too."""
+    return DataCollatorForUnlearning(backbone.pad_token_id, filler, backbone.block_size or 1 if filler else 1)
+
+
+def _pairs(parts: dict[str, TokenizedRows], args: DiffusionConfig, backbone: Backbone) -> RowPairs:
     rows, counts = args.train_batch_size * args.world_size, args.rows_a_counter
     by_length = {name: length_grouped(rows * counts.get(name, 1)) for name in parts}
     orders = {"random": shuffled, "sequential": in_order, "group_by_length": by_length}
     seed = args.seed if args.data_seed is None else args.data_seed
-    return RowPairs(parts, seed, orders[args.train_sampling_strategy], schedules(args, parts), counts)
+    masks = schedules(args, parts, block_size=backbone.block_size)
+    return RowPairs(parts, seed, orders[args.train_sampling_strategy], masks, counts)
 
 
 def _with_targets(peft_config: Any, backbone: Backbone) -> PeftConfig:

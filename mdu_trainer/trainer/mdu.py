@@ -149,8 +149,8 @@ class MDUTrainer(MDLMTrainer):
         # 3. One conditional pass for all sets, p_theta(. | x, y_t): of each masked token KL or -log p, [N]
         counts = [len(one.targets) for one in noised.values()]  # N of each set
         measure = Joint(counts, [self._asked_of(name, one, anchor, model) for name, one in noised.items()])
-        where = side_by_side(list(noised.values()), self.backbone.pad_token_id)  # ids, attention mask, M_t: [sum B, L]
-        measured = measure_at(model, *where, measure, logit_shift=self.backbone.logit_shift)  # [sum N]
+        *where, clean = side_by_side(list(noised.values()), self.backbone.pad_token_id)  # ids, mask, M_t: [sum B, L]
+        measured = measure_at(model, *where, measure, **self.backbone.form(clean))  # [sum N]
         values, entropies = (dict(zip(noised, column.split(counts), strict=True)) for column in measured)
 
         # 4. One loss an example, [B], and the mean over the examples of the update
@@ -184,7 +184,7 @@ class MDUTrainer(MDLMTrainer):
             return AnchorKL(self.args.tau, anchor, share[noised.batch_index], edit, self.args.kl_direction)
         if name == "retain" and self._retain_loss_type == "kl":
             where = (noised.input_ids, noised.attention_mask, noised.masked)
-            initial = self._theta_0.projection(model, *where, logit_shift=self.backbone.logit_shift)
+            initial = self._theta_0.projection(model, *where, **self.backbone.form(noised.clean_ids))
             return AnchorKL(1.0, initial, token_weight=mean[noised.batch_index])
         known = name == "retain" or (name == "forget" and self.forget_objective.linear)
         return TokenNLL(noised.targets, token_weight=by_bound[noised.batch_index] if known else None)
@@ -202,7 +202,7 @@ class MDUTrainer(MDLMTrainer):
 
     def _reference_bound(self, model: nn.Module, noised: Noised) -> Tensor:
         where = (noised.input_ids, noised.attention_mask, noised.masked, noised.targets)
-        nll = self._theta_0.nll(model, *where, logit_shift=self.backbone.logit_shift)
+        nll = self._theta_0.nll(model, *where, **self.backbone.form(noised.clean_ids))
         return diffusion_bound(nll, noised.batch_index, noised.weight)
 
     def _retain_loss(self, noised: Noised, value: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _anchor_batches(trainer: Trainer, dataset: RowPairs, batches: list[range]) -
         features = [dataset[counter] for counter in counters]
         inputs = trainer._prepare_inputs(trainer.data_collator(features))
         noised = forward_process(inputs["forget"], trainer.backbone.mask_token_id)
-        where = anchor_inputs(trainer, inputs["forget"], noised) | {"logit_shift": trainer.backbone.logit_shift}
+        where = anchor_inputs(trainer, inputs["forget"], noised)
         predict = partial(trainer.anchor.projection, trainer.model, **where)
         keys = [(one["forget"]["visit"], one["forget"]["row"]) for one in features]
         yield AnchorBatch(keys, noised.num_masked.tolist(), predict)

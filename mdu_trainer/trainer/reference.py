@@ -14,6 +14,7 @@ from transformers.utils import is_bitsandbytes_available
 from ..divergence import Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..models import evaluation_mode, hidden_at, measure_at
+from ..models.head import Clean
 from .distributed import DistributedBackend, is_partitioned
 
 
@@ -99,8 +100,9 @@ class Reference:
         attention_mask: Tensor,
         selected: Tensor,
         *,
+        logit_shift: bool = False,
+        clean: Clean | None = None,
         position_ids: Tensor | None = None,
-        **kwargs: bool,
     ) -> Prediction:
         """theta_0's predictions of the selected tokens, to be compared with others; see `hidden_at`.
 
@@ -108,9 +110,10 @@ class Reference:
             model: the live model as the trainer wraps it. Its forward is what runs if there is no copy.
         """
         places = None if position_ids is None else position_ids.to(self.device)
+        form = {"logit_shift": logit_shift, "clean": clean and clean.to(self.device)}
         with self._weights(model) as theta_0:
             inputs = (x.to(self.device) for x in (input_ids, attention_mask, selected))
-            prediction = hidden_at(theta_0, *inputs, position_ids=places, **kwargs)
+            prediction = hidden_at(theta_0, *inputs, position_ids=places, **form)
         if not isinstance(prediction, Projection):
             return prediction.to(input_ids.device)
         if self.frozen is not None and self.head is None:
@@ -125,12 +128,15 @@ class Reference:
         attention_mask: Tensor,
         selected: Tensor,
         targets: Tensor,
-        **kwargs: bool,
+        *,
+        logit_shift: bool = False,
+        clean: Clean | None = None,
     ) -> Tensor:
         """-log p of the selected tokens under theta_0, `[N]`. Arguments as for `projection`."""
+        form = {"logit_shift": logit_shift, "clean": clean and clean.to(self.device)}
         with self._weights(model) as theta_0:
             inputs = (x.to(self.device) for x in (input_ids, attention_mask, selected))
-            nll = measure_at(theta_0, *inputs, TokenNLL(targets.to(self.device)), **kwargs).value
+            nll = measure_at(theta_0, *inputs, TokenNLL(targets.to(self.device)), **form).value
         return nll.to(input_ids.device)
 
     def _copy(self, model: nn.Module, precision: str, device: str | None) -> nn.Module:

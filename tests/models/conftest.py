@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from published import WRITE
+from published_blocks import WRITE_BLOCKS
 
 from mdu_trainer import MDUConfig, MDUTrainer
 from mdu_trainer.data.rows import question_answer_rows
@@ -15,7 +16,7 @@ from mdu_trainer.testing import forget_retain_split
 def checkpoints(tmp_path_factory):
     """A folder a family, and the tensors in it."""
     root = tmp_path_factory.mktemp("published")
-    return {name: (root / name, write(root / name)) for name, write in WRITE.items()}
+    return {name: (root / name, write(root / name)) for name, write in (WRITE | WRITE_BLOCKS).items()}
 
 
 @pytest.fixture

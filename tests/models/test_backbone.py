@@ -133,9 +133,10 @@ def test_llada_moe_of_another_architecture(tmp_path):
 
 
 @pytest.mark.parametrize("model_type, architecture, reason", [
-    ("llada2_moe", "LLaDA2MoeModelLM", "block-wise"),
-    ("sdar", "SDARForCausalLM", "block-wise"),
-    ("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM", "block-wise"),
+    ("llada2_moe_veomni", "LLaDA2MoeModelLM", "block-wise"),
+    ("llada22_moe", "LLaDA22MoeModelLM", "deletes and inserts"),
+    ("sdar_moe", "SDARMoeForCausalLM", "block-wise"),
+    ("Fast_dLLM_Qwen3_5", "Fast_dLLM_Qwen3_5ForCausalLM", "block-wise"),
     ("diffusion_gemma", "DiffusionGemmaForBlockDiffusion", "without a mask token"),
 ])  # fmt: skip
 def test_kinds_refused_by_name(model_type, architecture, reason, tmp_path, capsys):

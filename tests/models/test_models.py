@@ -13,6 +13,7 @@ from published import (
     write_dream,
     write_llada,
 )
+from published_blocks import WRITE_BLOCKS
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import (
@@ -25,15 +26,26 @@ from transformers import (
 
 from mdu_trainer.models import (
     DreamModel,
+    Fast_dLLM_QwenForCausalLM,
+    LLaDA2MoeModelLM,
     LLaDAModelLM,
     LLaDAMoEModelLM,
+    SDARForCausalLM,
     load_model,
     load_tokenizer,
     logits_at,
     resolve_backbone,
 )
 
-CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel, "llada_moe": LLaDAMoEModelLM}
+EVERY = WRITE | WRITE_BLOCKS
+CLASSES = {
+    "llada": LLaDAModelLM,
+    "dream": DreamModel,
+    "llada_moe": LLaDAMoEModelLM,
+    "sdar": SDARForCausalLM,
+    "llada2": LLaDA2MoeModelLM,
+    "fast_dllm": Fast_dLLM_QwenForCausalLM,
+}
 
 
 # --- the published model, from its description, in plain torch ---
@@ -156,10 +168,10 @@ def test_dream_reads_a_token_one_position_earlier(checkpoints, batch):
 # --- in and out ---
 
 
-@pytest.mark.parametrize("family", WRITE)
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("shards", [1, 3])
 def test_round_trip_is_bit_equal(family, shards, tmp_path):
-    tensors = WRITE[family](tmp_path / "in", shards=shards, dtype=torch.bfloat16)
+    tensors = EVERY[family](tmp_path / "in", shards=shards, dtype=torch.bfloat16)
     model = load_model(tmp_path / "in")
     assert model.dtype == torch.bfloat16
     model.save_pretrained(tmp_path / "out", max_shard_size="100MB" if shards == 1 else "20KB")
@@ -178,7 +190,7 @@ def test_round_trip_is_bit_equal(family, shards, tmp_path):
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("family", WRITE)
+@pytest.mark.parametrize("family", EVERY)
 def test_saved_config_keeps_the_published_keys(family, checkpoints, tmp_path):
     folder, _ = checkpoints[family]
     load_model(folder).save_pretrained(tmp_path)
@@ -192,7 +204,7 @@ def test_saved_config_keeps_the_published_keys(family, checkpoints, tmp_path):
     assert again == first | {"use_cache": False}
 
 
-@pytest.mark.parametrize("family", WRITE)
+@pytest.mark.parametrize("family", EVERY)
 def test_auto_classes_need_no_remote_code(family, checkpoints):
     folder, tensors = checkpoints[family]
     for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
@@ -204,7 +216,7 @@ def test_auto_classes_need_no_remote_code(family, checkpoints):
     assert len(AutoTokenizer.from_pretrained(folder)("the").input_ids) == 1
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", *WRITE_BLOCKS])
 def test_lora_spares_the_head_and_merges_into_the_published_layout(family, checkpoints, batch, tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -234,7 +246,7 @@ def test_lora_spares_the_head_and_merges_into_the_published_layout(family, check
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("family", WRITE)
+@pytest.mark.parametrize("family", EVERY)
 def test_gradient_checkpointing_changes_no_gradient(family, checkpoints, batch):
     folder, _ = checkpoints[family]
     input_ids, attention_mask = batch
@@ -250,7 +262,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, checkpoints, batch):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
-@pytest.mark.parametrize("family", WRITE)
+@pytest.mark.parametrize("family", [name for name in EVERY if name != "fast_dllm"])  # which pads with another
 def test_the_end_token_trains_though_it_pads(family, checkpoints):
     folder, _ = checkpoints[family]
     model, tokenizer = load_model(folder), load_tokenizer(folder)
