@@ -77,8 +77,6 @@ def all_models(args: AttackArguments, model_args: ModelsConfig) -> list[str]:
 
 def check(args: AttackArguments, model_args: ModelsConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
-    if processes().num_processes > 1:
-        raise UserError("The attacks run in one process: start the script with python, not with accelerate launch.")
     check_output_folder(args.output_dir)
     check_once(args, "attacks")
     unknown = [name for name in args.attacks or [] if name not in ATTACKS]
@@ -149,7 +147,8 @@ def main(args: AttackArguments, model_args: ModelsConfig) -> None:
     settings, unlearned = attack_settings(args, model_args, sets, unseen), model_args.model_name_or_path
     has_adapter = any(map(is_adapter, all_models(args, model_args)))
     attacks, left_out = possible_attacks(args.attacks, settings, has_adapter)
-    print("\n".join(left_out))
+    if processes().is_main_process:
+        print("\n".join(left_out))
 
     def loader(path: str):
         return partial(load, path, model_args, args.trust_remote_code)
@@ -168,6 +167,8 @@ def main(args: AttackArguments, model_args: ModelsConfig) -> None:
         show_progress=True,
         left_out=None if args.attacks else lambda name, error: say(f"Left out: {name}. {error}"),
     )
+    if not processes().is_main_process:
+        return
     recovery.save(folder / "recovery.json")
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)

@@ -338,6 +338,21 @@ def is_merged(model: nn.Module) -> bool:
 
 
 @contextmanager
+def merged_adapters(model: nn.Module) -> Iterator[None]:
+    """Merge the adapters that a model may have into its weights; all is as it was afterwards, to the bit."""
+    merge = None if is_merged(model) else getattr(model, "merge_adapter", None)
+    if merge is None:
+        yield
+        return
+    with restored([layer.weight for layer in linear_layers(model)]):
+        merge()
+        try:
+            yield
+        finally:
+            model.unmerge_adapter()
+
+
+@contextmanager
 def restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Put back the values of these tensors afterwards, to the bit."""
     copies = [tensor.detach().clone() for tensor in tensors]

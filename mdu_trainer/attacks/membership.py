@@ -24,7 +24,7 @@ from ..evaluation.scoring import Question
 from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform
 from ..models import evaluation_mode
-from .base import AttackScores, Target, mean
+from .base import AttackScores, Target, mean, strongest
 from .results import TWO_SIDED
 
 SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked
@@ -51,7 +51,8 @@ def attack(target: Target, seed: int) -> AttackScores:
         )
         for questions in sets
     ]
-    sizes = [masked_log_p(target, questions, seed) for questions in sets]
+    draws = max(1, target.settings.num_draws // len(SIZES))
+    sizes = [masked_log_p(target, questions, seed, draws) for questions in sets]
     median = np.median(sizes[1], axis=0)
     scores = {
         "loss": [np.round(one.per_token, DECIMALS) for one in likelihoods],
@@ -60,19 +61,19 @@ def attack(target: Target, seed: int) -> AttackScores:
     }
     shares = {name: outscored(*pair) for name, pair in scores.items()}
     areas = {name: mean(values) for name, values in shares.items()}
-    strongest = shares[max(areas, key=areas.__getitem__)]
+    name = max(areas, key=areas.__getitem__)
     path = areas | {TWO_SIDED: max(map(two_sided, areas.values()))}
-    return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, path)
+    rows, reached_by = list(range(len(shares[name]))), strongest(areas)
+    return AttackScores(rows, [0.5] * len(rows), shares[name], path, reached_by)
 
 
 @torch.no_grad()
-def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np.ndarray:
+def masked_log_p(target: Target, questions: Sequence[Question], seed: int, draws: int) -> np.ndarray:
     """Return the mean log p of the masked tokens of each row at each of `SIZES`: `[rows, sizes]`, in nats.
 
     It is a mean over a few draws of the masks, each a forward pass. With 2 rows, 4 sizes and 4 draws the columns of
     `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ... (1, 3, 3).
     """
-    draws = max(1, target.settings.num_draws // len(SIZES))
     values = np.zeros((len(questions), len(SIZES), draws))
     passes = np.stack(np.unravel_index(np.arange(values.size), values.shape))  # [3, passes]
     step = target.settings.decoding.batch_size

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
 from ..files import UserError
-from .base import AttackScores, Target, is_merged, linear_layers, restored, worst_case
+from .base import AttackScores, Target, linear_layers, merged_adapters, restored, worst_case
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -48,17 +48,10 @@ def quantised(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     weights = [layer.weight for layer in linear_layers(model) if layer.weight.is_floating_point()]
     if not weights:
         raise UserError("The model has no linear layers with floating-point weights: load it unquantised.")
-    merge = None if is_merged(model) else getattr(model, "merge_adapter", None)
-    with restored(weights), torch.no_grad():
-        if merge is not None:
-            merge()
-        try:
-            for weight in weights:
-                weight.copy_(rounding(weight))
-            yield
-        finally:
-            if merge is not None:
-                model.unmerge_adapter()
+    with merged_adapters(model), restored(weights), torch.no_grad():
+        for weight in weights:
+            weight.copy_(rounding(weight))
+        yield
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
