@@ -47,11 +47,10 @@ class _Finished(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """An attack that was made, or refused the rows."""
+    """An attack, and what it found or why it refused the rows."""
 
     attack: str
-    scores: AttackScores | None
-    error: ValueError | None
+    found: AttackScores | ValueError
     seconds: float
 
 
@@ -180,15 +179,16 @@ def _attack_all(
             for group in _groups({attack: entry for attack, entry in attacks.items() if attack not in done}):
                 bar.set_description_str(f"attacking {name}: {', '.join(group)}")
                 for made in _make(group, target, sharing, seed):
-                    if made.error is not None:  # it cannot be made on these rows
+                    if isinstance(made.found, ValueError):  # it cannot be made on these rows
                         if left_out is None:
-                            raise made.error
+                            raise made.found
                         if main:
-                            left_out(made.attack, made.error)
+                            left_out(made.attack, made.found)
                         del attacks[made.attack]
                     else:
-                        done[made.attack] = made.scores
-                        progress.append([_line(name, weights, made)])
+                        done[made.attack] = made.found
+                        line = _Finished(name, weights, made.attack, made.found)._asdict()
+                        progress.append([line | {"scores": asdict(made.found), "seconds": made.seconds}])
                     bar.update()
             scores |= {(name, attack): found for attack, found in done.items()}
             base = base or weights_of(target.model)
@@ -224,16 +224,10 @@ def _attempt(name: str, attack: Attack, target: Target, seed: int) -> _Made:
     """Make an attack, or note why it refuses the rows."""
     start = time.perf_counter()
     try:
-        scores, error = _run(attack, target, seed), None
+        found = _run(attack, target, seed)
     except ValueError as refusal:
-        scores, error = None, refusal
-    return _Made(name, scores, error, time.perf_counter() - start)
-
-
-def _line(model: str, weights: str, made: _Made) -> dict[str, Any]:
-    """Return a finished attack as a line of the progress file."""
-    line = _Finished(model, weights, made.attack, made.scores)._asdict()
-    return line | {"scores": asdict(made.scores), "seconds": made.seconds}
+        found = refusal
+    return _Made(name, found, time.perf_counter() - start)
 
 
 def _run(attack: Attack, target: Target, seed: int) -> AttackScores:
