@@ -191,8 +191,9 @@ def _attack_all(
                         progress.append([line | {"scores": asdict(made.found), "seconds": made.seconds}])
                     bar.update()
             scores |= {(name, attack): found for attack, found in done.items()}
-            base = base or weights_of(target.model)
-            if name != BASE:
+            if name == BASE:
+                base = weights_of(target.model)
+            else:
                 with sharing.shared():
                     paths[name] = weight_path(target, base, seed)
             del target  # before the next model is loaded

@@ -1,6 +1,6 @@
 """What several processes do together: each does its share of the tasks, and all have the whole result."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ class Sharing:
         return over_processes(tasks) if self._together else one_by_one(tasks)
 
     @contextmanager
-    def shared(self):
+    def shared(self) -> Iterator[None]:
         """Do tasks over all processes, which must all come here."""
         self._together = True
         try:

@@ -18,7 +18,12 @@ POINTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the way from the unlearned model to t
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of a model's weights on the CPU, adapters merged, by their names without adapters."""
+    """Return copies of a model's weights on the CPU, adapters merged, by their names without adapters.
+
+    There are none of a model that holds some in whole numbers.
+    """
+    if not _is_floating(model):
+        return {}
     with merged_adapters(model):
         return {name: p.detach().to("cpu", copy=True) for name, p in _parameters(model).items()}
 
@@ -34,11 +39,11 @@ def weight_path(target: Target, base: dict[str, Tensor], seed: int) -> WeightPat
     Returns:
         None where the two models do not have the same weights, as after pruning, or hold some in whole numbers.
     """
+    own = _parameters(target.model)
+    same = own.keys() == base.keys() and all(own[name].shape == base[name].shape for name in own)
+    if not same or not _is_floating(target.model):
+        return None
     with merged_adapters(target.model):
-        own = _parameters(target.model)
-        same = own.keys() == base.keys() and all(own[name].shape == base[name].shape for name in own)
-        if not same or not all(p.is_floating_point() for p in own.values()):
-            return None
         moved = sum(float((p.detach().cpu().double() - base[name].double()).square().sum()) for name, p in own.items())
         whole = sum(float(value.double().square().sum()) for value in base.values())
         losses = target.share([partial(_loss_at, target, base, at, seed) for at in POINTS])
@@ -62,3 +67,8 @@ def _parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         for name, p in model.named_parameters()
         if "lora_" not in name
     }
+
+
+def _is_floating(model: nn.Module) -> bool:
+    """Whether no weight is quantised, which would be lost in merging and moving."""
+    return all(p.is_floating_point() for p in model.parameters())
