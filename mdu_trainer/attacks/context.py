@@ -4,8 +4,8 @@ Published work on masked diffusion models finds that forgotten content comes bac
 Each template below puts some sentences in front of the question, and others behind the answer, and lets the model fill
 in the answer at its true length, as `infill` does:
 
-- `forget rows`: answers of other forget rows, the closest that say nothing of what is scored.
-- `retain rows`: answers of the unrelated rows that are closest, of the same subject if there are any.
+- `forget rows`: answers of other forget rows of the same subject that say nothing of what is scored.
+- `retain rows`: such answers of the unrelated rows, where there are any.
 - `frame`: nothing around, and all of the answer but its stored tokens revealed.
 - `forget rows and frame`: the first and the third.
 
@@ -25,7 +25,7 @@ AROUND = 2  # sentences on each side
 def attack(target: Target, seed: int) -> AttackScores:
     """Return the best score over the templates. Decoding is greedy, so the seed changes nothing.
 
-    Templates without a row to embed in, and sentences for which the model's context has no room, are left out.
+    Templates without a sentence for any row, and sentences for which the model's context has no room, are left out.
     """
     subjects, rows = Subjects(target), range(len(target.rows))
     around = {

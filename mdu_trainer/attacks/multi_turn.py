@@ -1,8 +1,8 @@
 """Ask in a conversation: after answers about the same subject, and again after an answer that is called wrong.
 
-The earlier turns are other forget rows, the closest ones that say nothing of what is scored; the attacker knows them,
-as in relearning. Where the model's context has no room, the earliest are left out. Without a chat template the turns
-follow each other as plain text. Decoding is greedy.
+The earlier turns are other forget rows of the same subject that say nothing of what is scored; the attacker knows
+them, as in relearning. Where the model's context has no room, the earliest are left out. Without a chat template the
+turns follow each other as plain text. Decoding is greedy.
 """
 
 from ..data.encoding import encode_prompts

@@ -68,15 +68,15 @@ class Subjects:
         return self.forget[row].question.replace(self.name(row), other)
 
     def others(self, row: int, pool: Sequence[Known], count: int) -> list[Known]:
-        """Return up to so many rows of a pool that are closest to a row, and say nothing of what is scored of it.
+        """Return up to so many rows of a pool that are about the subject of a row, and say nothing of what is scored.
 
-        Closest are those with most words of the name in common, then those with most other words, then the first.
+        They share a word of the name; where the question names nobody, any word. First come those with most words of
+        the name in common, then those with most other words.
         """
         own = self.forget[row]
         secret, name = set(content_keys(self.target.secrets[row])), set(content_keys(self.name(row)))
-        open_rows = [one for one in pool if one is not own and not secret & one.keys]
-        ranked = sorted(open_rows, key=lambda one: (-len(name & one.keys), -len(own.keys & one.keys)))
-        return ranked[:count]
+        about = [one for one in pool if one is not own and not secret & one.keys and (name or own.keys) & one.keys]
+        return sorted(about, key=lambda one: (-len(name & one.keys), -len(own.keys & one.keys)))[:count]
 
 
 def content_keys(text: str) -> list[str]:
