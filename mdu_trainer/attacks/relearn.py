@@ -60,8 +60,8 @@ def related(target: Target, seed: int) -> AttackScores:
 def benign(target: Target, seed: int) -> AttackScores:
     """Fine-tune on unrelated rows, and score all forget rows, as `related` does at one learning rate.
 
-    Rows to keep that are worded as the forget rows are text of like syntax, which Hu et al. (arXiv 2406.13356) find to
-    bring back most of what is unrelated.
+    Rows to keep are mostly asked and answered in the wording of the forget rows. So this is unrelated text of like
+    syntax, not any text.
     """
     unrelated, rate = target.settings.unrelated, target.settings.relearn_learning_rate
     rounds = [Round(0, target.encode(unrelated["question"], unrelated), list(range(len(target.rows))))]
