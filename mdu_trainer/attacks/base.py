@@ -29,7 +29,7 @@ from ..evaluation.sources import check_columns
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..masking import forward_process
-from ..models import Backbone, measure_at, resolve_backbone
+from ..models import Backbone, evaluation_mode, measure_at, resolve_backbone
 from ..objectives import sum_by_example
 
 
@@ -362,3 +362,21 @@ def restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, copy in zip(tensors, copies, strict=True):
                 tensor.copy_(copy)
+
+
+@contextmanager
+def trained_alone(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients flow to these parameters of a model alone, without dropout; all is as it was afterwards."""
+    state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    with evaluation_mode(model):
+        try:
+            for p, _, _ in state:
+                p.requires_grad_(False)
+                p.grad = None
+            for p in parameters:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p, requires_grad, grad in state:
+                p.requires_grad_(requires_grad)
+                p.grad = grad

@@ -26,7 +26,7 @@ from ..evaluation.scoring import Question
 from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform, forward_process
 from ..models import evaluation_mode, logits_at
-from .base import AttackScores, Target, mean, strongest
+from .base import AttackScores, Target, mean, strongest, trained_alone
 from .results import TWO_SIDED
 
 LEAST_VARIANCE = 1e-6  # of the log-likelihoods of a prediction that is all but certain
@@ -101,6 +101,24 @@ def standardised_log_p(target: Target, questions: Sequence[Question], seed: int)
         np.add.at(total, at, standardised(logits, noised.targets).cpu().numpy())
         np.add.at(count, at, 1)
     return [total[row, :length] / count[row, :length] for row, length in enumerate(lengths)]
+
+
+def gradient_norms(target: Target, questions: Sequence[Question], seed: int) -> list[float]:
+    """Return the L2 norm of the gradient of each row's loss with respect to all weights, low for what was trained on.
+
+    The loss is a mean over `SIZES`. Negated, the norms are scores of membership for `MembershipInference`; the attack
+    leaves them out, for they cost a backward pass a row. Source: Pang et al. (arXiv 2308.06405), of image diffusion.
+    """
+    parameters = [p for p in target.model.parameters() if p.is_floating_point()]
+    norms = []
+    with trained_alone(target.model, parameters), torch.enable_grad():
+        for question in questions:
+            losses = [
+                target.masked_nll(batch).sum() for _, batch in _masked_batches(target, [question], seed, draws=1)
+            ]
+            gradient = torch.autograd.grad(sum(losses) / len(SIZES), parameters, allow_unused=True)
+            norms.append(sum(float(part.float().square().sum()) for part in gradient if part is not None) ** 0.5)
+    return norms
 
 
 def standardised(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

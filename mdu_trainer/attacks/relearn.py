@@ -6,7 +6,7 @@ masked-diffusion loss, averaged over the masked tokens of a row. Source: Lynch e
 (arXiv 2406.13356), Łucki et al. (arXiv 2409.18025).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -18,8 +18,7 @@ from ..data.rows import RowPairs, TokenizedRows, shuffled
 from ..evaluation.scoring import Question
 from ..files import UserError
 from ..masking import MaskSchedule, permutation
-from ..models import evaluation_mode
-from .base import AttackScores, Target, linear_layers, restored, worst_case
+from .base import AttackScores, Target, linear_layers, restored, trained_alone, worst_case
 from .quantise import quantised, roundings
 
 RATES = (10**-0.5, 1.0, 10**0.5)  # times `relearn_learning_rate`: a decade
@@ -111,7 +110,7 @@ def _dealt(target: Target, seed: int) -> list[Round]:
 def _all_weights(model: nn.Module) -> Iterator[list[nn.Parameter]]:
     """Yield the floating-point parameters, ready to be trained without dropout; all is as it was afterwards."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
-    with restored(parameters), _trained_alone(model, parameters):
+    with restored(parameters), trained_alone(model, parameters):
         yield parameters
 
 
@@ -124,7 +123,7 @@ def _lora_of(seed: int) -> Trainable:
     @contextmanager
     def adapted(model: nn.Module) -> Iterator[list[nn.Parameter]]:
         generator, parameters, handles = torch.Generator().manual_seed(seed), [], []
-        with _trained_alone(model, []):
+        with trained_alone(model, []):
             try:
                 for layer in linear_layers(model):
                     down, up = _lora_weights(layer, generator)
@@ -152,24 +151,6 @@ def _adding(down: nn.Parameter, up: nn.Parameter) -> Callable[..., torch.Tensor]
         return output + LORA_SCALE * (args[0].to(down.dtype) @ down.T @ up.T).to(output.dtype)
 
     return hook
-
-
-@contextmanager
-def _trained_alone(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let gradients flow to these parameters of a model alone, without dropout; all is as it was afterwards."""
-    state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    with evaluation_mode(model):
-        try:
-            for p, _, _ in state:
-                p.requires_grad_(False)
-                p.grad = None
-            for p in parameters:
-                p.requires_grad_(True)
-            yield
-        finally:
-            for p, requires_grad, grad in state:
-                p.requires_grad_(requires_grad)
-                p.grad = grad
 
 
 class _Fine(NamedTuple):

@@ -12,6 +12,7 @@ from test_recovery import SETTINGS, attack, fakes
 from mdu_trainer.attacks import ATTACKS, AttackSettings, sharing
 from mdu_trainer.attacks.results import Recovery
 from mdu_trainer.attacks.sharing import Sharing, over_processes
+from mdu_trainer.evaluation.runner import processes
 
 QUICK = AttackSettings(decoding=SETTINGS.decoding, relearn_steps=1)
 
@@ -31,6 +32,8 @@ def one_of_two(rank: int, port: int, folder: Path) -> None:
     os.environ |= {name: str(value) for name, value in numbers.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
     attacked(folder, save=rank == 1)  # not the one that keeps the progress
+    processes().wait_for_everyone()
+    processes().destroy_process_group()
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
@@ -42,7 +45,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     for process in both:
         process.start()
     for process in both:
-        process.join(240)
+        process.join()
     assert [process.exitcode for process in both] == [0, 0]
     one, two = (Recovery.load(tmp_path / folder / "recovery.json") for folder in ("one", "two"))
     assert list(two.attacks) == list(one.attacks) == ["none", "one", "second", "relearn-lora", "prefix"]

@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from stand_in import make_settings
 
-from mdu_trainer.attacks import Target
-from mdu_trainer.attacks.membership import SIZES, masked_log_p, standardised, standardised_log_p
+from mdu_trainer.attacks import Target, membership
+from mdu_trainer.attacks.membership import SIZES, gradient_norms, masked_log_p, standardised, standardised_log_p
 from mdu_trainer.attacks.results import WeightPath
 from mdu_trainer.attacks.weights import weight_path, weights_of
 
@@ -80,3 +80,31 @@ def test_standardised_likelihoods_against_an_independent_computation(make_model,
     rows = standardised_log_p(asked, asked.questions, 0)
     assert [len(values) for values in rows] == [len(ids) for ids in asked.answer_ids] and len(SIZES) == 4
     assert all(abs(value) < 50 for values in rows for value in values) and len(set(rows[0])) > 5
+
+
+def test_gradient_norms_against_finite_differences(make_model, target):
+    model = make_model(initializer_range=0.2).double()
+    asked = target(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = gradient_norms(asked, asked.questions, 0)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
+
+    def loss() -> float:
+        with torch.no_grad():
+            return sum(float(asked.masked_nll(batch).sum()) for _, batch in batches) / len(SIZES)
+
+    batches = list(membership._masked_batches(asked, asked.questions[:1], 0, draws=1))
+    gradient = torch.autograd.grad(
+        sum(asked.masked_nll(batch).sum() for _, batch in batches) / len(SIZES), list(model.parameters())
+    )
+    norm = math.sqrt(sum(float(part.square().sum()) for part in gradient))
+    with torch.no_grad():  # along the gradient, the loss rises by its norm
+        levels = []
+        for step in (1e-4, -1e-4):
+            for p, part in zip(model.parameters(), gradient, strict=True):
+                p.add_(step * part / norm)
+            levels.append(loss())
+            for p, part in zip(model.parameters(), gradient, strict=True):
+                p.sub_(step * part / norm)
+    assert first == pytest.approx((levels[0] - levels[1]) / 2e-4, rel=1e-3) and first != pytest.approx(second)
