@@ -192,7 +192,8 @@ class Recovery(Record):
                 "be told apart there."
             )
         if len(ways := self.way_cells()) > 1:
-            parts.append(f"Where several ways were tried, the one that brought back most:\n\n{markdown_table(ways)}")
+            table = markdown_table(ways, text_columns=len(ways[0]))
+            parts.append(f"Where several ways were tried, the one that brought back most:\n\n{table}")
         if areas := self.two_sided():
             parts.append(two_sided_words(areas))
         if self.weights:
