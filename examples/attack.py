@@ -12,8 +12,9 @@ Your own models, on TOFU or a data set like it:
 
 Rows of your own, as examples/unlearn.py takes them, are named by `--forget` and `--retain`. A model is a Hub id, a
 folder, or a folder with an adapter. Every attack is made on all of them, and recovery says how far it got on the scale
-from a model that never saw the rows (0) to the model before unlearning (1). Finished attacks are kept in the output
-folder as figures, so a killed run continues where it stopped when the same command is given again.
+from a model that never saw the rows (0) to the model before unlearning (1). Under `accelerate launch` the processes
+share the attacks. Finished attacks are kept in the output folder as figures, so a killed run continues where it
+stopped when the same command is given again.
 """
 
 import sys
@@ -77,8 +78,6 @@ def all_models(args: AttackArguments, model_args: ModelsConfig) -> list[str]:
 
 def check(args: AttackArguments, model_args: ModelsConfig) -> None:
     """Refuse what cannot work before anything is loaded."""
-    if processes().num_processes > 1:
-        raise UserError("The attacks run in one process: start the script with python, not with accelerate launch.")
     check_output_folder(args.output_dir)
     check_once(args, "attacks")
     unknown = [name for name in args.attacks or [] if name not in ATTACKS]
@@ -149,7 +148,8 @@ def main(args: AttackArguments, model_args: ModelsConfig) -> None:
     settings, unlearned = attack_settings(args, model_args, sets, unseen), model_args.model_name_or_path
     has_adapter = any(map(is_adapter, all_models(args, model_args)))
     attacks, left_out = possible_attacks(args.attacks, settings, has_adapter)
-    print("\n".join(left_out))
+    if processes().is_main_process:
+        print("\n".join(left_out))
 
     def loader(path: str):
         return partial(load, path, model_args, args.trust_remote_code)
@@ -168,6 +168,8 @@ def main(args: AttackArguments, model_args: ModelsConfig) -> None:
         show_progress=True,
         left_out=None if args.attacks else lambda name, error: say(f"Left out: {name}. {error}"),
     )
+    if not processes().is_main_process:
+        return
     recovery.save(folder / "recovery.json")
     for name in PICTURES:
         (folder / name).unlink(missing_ok=True)

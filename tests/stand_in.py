@@ -1,5 +1,6 @@
 """A stand-in for a model under attack, which knows the answers of its rows where a test says so."""
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -14,13 +15,15 @@ from mdu_trainer.testing import unseen_answers
 
 LENGTH = 24  # decoded tokens; no answer has more
 SECRET = "Krodemouth"
+NAME = re.compile(r"[A-Z][a-z]+ [A-Z][a-z]+")  # of an author
 FAST = {"relearn_steps": 8, "samples": 4, "num_draws": 4}
 
 
 class StandIn(LlamaForCausalLM):
     """Says the answer of a row where `knows`, and else as many decoys, one certain token a position.
 
-    What a row is, is told by its prompt; logits are those of the answer's and the decoy's token, all others -9.
+    What a row is, is told by the last question of its prompt, which may lack the name; logits are those of the
+    answer's and the decoy's token, all others -9.
     """
 
     def prepare(self, tokenizer, rows: Dataset, knows: Callable) -> "StandIn":
@@ -44,14 +47,26 @@ class StandIn(LlamaForCausalLM):
             if self.assistant not in ids:  # the prompt is masked
                 logits[i, :, self.decoy] = 1.0
                 continue
-            start = ids.index(self.assistant) + 1
+            start = len(ids) - ids[::-1].index(self.assistant)
             prompt, response = self.tokenizer.decode(ids[:start]), ids[start:length]
-            for row, (question, answer) in enumerate(self.rows):
-                if question in prompt:
-                    full = answer + [answer[-1]] * (len(response) - len(answer))
-                    said = self.knows(self, row, prompt, response, full)
-                    logits[i, start:length] = self.lines(full[: len(response)], said)
-        return CausalLMOutput(logits=logits + 0 * self.gates.sum())  # so that there is something to train
+            row = self.asked(prompt)
+            if row is not None:
+                answer = self.rows[row][1]
+                full = answer + [answer[-1]] * (len(response) - len(answer))
+                said = self.knows(self, row, prompt, response, full)
+                logits[i, start:length] = self.lines(full[: len(response)], said)
+        trained = self.gates.sum() + self.switch(torch.zeros(2)).sum()  # so that there is something to train
+        return CausalLMOutput(logits=logits + 0 * trained)
+
+    def asked(self, prompt: str) -> int | None:
+        """The row whose question comes last; where nobody is named, whose question but for the name."""
+        places = [prompt.rfind(question) for question, _ in self.rows]
+        if max(places) >= 0:
+            return places.index(max(places))
+        if not nameless(self, None, prompt, None, None):
+            return None
+        parts = [NAME.split(question) for question, _ in self.rows]
+        return next((row for row, texts in enumerate(parts) if all(text in prompt for text in texts)), None)
 
     def lines(self, answer: list[int], said) -> Tensor:
         """`said`: bool, or how far the answer's logit is above the decoy's, as a scalar or for each position."""
@@ -91,6 +106,21 @@ def shown(*positions: int) -> Callable:
 
 def reworded(model, row, prompt, response, answer) -> bool:
     return "Tell me" in prompt
+
+
+def nameless(model, row, prompt, response, answer) -> bool:
+    """Knows where the question names nobody by a first and a last name."""
+    return not NAME.search(prompt.rpartition("<|user|>")[2].rpartition(".")[2])
+
+
+def called_wrong(model, row, prompt, response, answer) -> bool:
+    return "That is wrong" in prompt
+
+
+def surrounded(model, row, prompt, response, answer) -> bool:
+    """Knows where a sentence precedes the question, and another follows the answer."""
+    own = len(model.rows[row][1])
+    return "." in prompt and sum(token != model.config.mask_token_id for token in response[own:]) > 5
 
 
 def by_switch(model, row, prompt, response, answer) -> bool:

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
@@ -17,9 +17,9 @@ from lasting_models import Split, load
 from torch import nn
 
 from mdu_trainer import evaluate_tofu
-from mdu_trainer.attacks import ATTACKS, Attack, AttackScores, AttackSettings, Target, choose_attacks
+from mdu_trainer.attacks import ATTACKS, Attack, AttackSettings, choose_attacks
 from mdu_trainer.attacks.registry import ADAPTER
-from mdu_trainer.attacks.results import BASE, NEVER, Recovery
+from mdu_trainer.attacks.results import BASE, NEVER, TWO_SIDED, Recovery
 from mdu_trainer.attacks.run import run_attacks
 from mdu_trainer.evaluation.results import Estimate, markdown_table
 from mdu_trainer.evaluation.sources import spread
@@ -27,8 +27,8 @@ from mdu_trainer.evaluation.tofu import TofuResult, TruthRatios
 from mdu_trainer.files import Record
 from mdu_trainer.models import weights_fingerprint
 
-RELEARNING_RATES = (3e-4, 1e-3, 3e-3)
-RELEARN, MEMBERSHIP = "relearn-related", "membership"
+RELEARNING_RATE = 1e-3  # the middle of a decade
+MEMBERSHIP = "membership"
 KEPT = 0.98  # retain rL that a learning rate must leave
 FORWARD_ONLY = 1 / 3  # of a row pass: a backward pass costs two forward ones
 UNLEARNED = "unlearned"
@@ -131,7 +131,7 @@ class Measurer:
             decoding=split.decoding,
             unseen=split.unseen,
             unrelated=split.retain,
-            relearn_learning_rate=RELEARNING_RATES[1],
+            relearn_learning_rate=RELEARNING_RATE,
             **split.scale.attacking,
         )
         retain = spread(split.retain, min(split.scale.scored, len(split.retain)))
@@ -193,19 +193,8 @@ class Measurer:
 
 
 def all_attacks(settings: AttackSettings, names: Sequence[str] | None) -> dict[str, Attack]:
-    """The attacks of these names, all if None, on models without adapters; relearning is tried at several rates."""
-    relearning = {
-        f"{RELEARN} {rate:g}": Attack(partial(relearn, rate=rate), f"{ATTACKS[RELEARN].words}, at a rate of {rate:g}")
-        for rate in RELEARNING_RATES
-    }
-    others = [name for name in names or ATTACKS if ADAPTER not in ATTACKS[name].needs and name != RELEARN]
-    return relearning | choose_attacks(others, settings)
-
-
-def relearn(target: Target, seed: int, rate: float) -> AttackScores:
-    """The attack relearn-related at a learning rate."""
-    settings = replace(target.settings, relearn_learning_rate=rate)
-    return ATTACKS[RELEARN].run(replace(target, settings=settings), seed)
+    """The attacks of these names, all if None, on models without adapters."""
+    return choose_attacks([name for name in names or ATTACKS if ADAPTER not in ATTACKS[name].needs], settings)
 
 
 def named_scores(result: TofuResult) -> dict[str, float]:
@@ -223,8 +212,8 @@ def attacked(recovery: Recovery, name: str) -> tuple[dict[str, Estimate], dict[s
     }
     areas = {}
     for model, outcome in recovery.attacks[MEMBERSHIP].models.items():
-        two_sided = max(0.5 + abs(area - 0.5) for area in outcome.path.values())
-        areas[UNLEARNED if model == name else model] = {"one-sided": outcome.after.value, "two-sided": two_sided}
+        found = {"one-sided": outcome.after.value, "two-sided": outcome.path[TWO_SIDED]}
+        areas[UNLEARNED if model == name else model] = found
     return recoveries, areas
 
 

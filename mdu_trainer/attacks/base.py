@@ -5,7 +5,7 @@ attack says otherwise the score is the recall of what only the answer says: ROUG
 neither in the question nor wording that answers share. A model that never saw the row knows the rest all the same.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,7 +29,7 @@ from ..evaluation.sources import check_columns
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..masking import forward_process
-from ..models import Backbone, measure_at, resolve_backbone
+from ..models import Backbone, evaluation_mode, measure_at, resolve_backbone
 from ..objectives import sum_by_example
 
 
@@ -42,9 +42,10 @@ class AttackSettings:
         unseen: rows that no model was trained on and that differ from the forget rows in nothing else (`question`,
             `answer`), for `membership`: the forget questions with other answers, say.
         unrelated: rows that have nothing to do with the forget rows (`question`, `answer`), for `relearn-benign`.
-        relearn_share: share of the forget rows that `relearn-related` trains on.
+        relearn_share: share of the forget rows that relearning trains on, but for `relearn-benign`.
         relearn_steps: updates of the fine-tuning attacks.
-        relearn_learning_rate: of AdamW in the fine-tuning attacks.
+        relearn_learning_rate: of AdamW in the fine-tuning attacks: `relearn-related` tries a decade around it, and
+            `relearn-lora` takes ten times as much.
         relearn_batch_size: rows an update of the fine-tuning attacks.
         reveal: share of an answer's tokens that `infill` reveals.
         prefix_words: words that `prefix` reveals; characters in scripts without spaces.
@@ -92,6 +93,11 @@ class StoredWord(NamedTuple):
     tokens: list[int]
 
 
+def one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Do some tasks, and return their results."""
+    return [task() for task in tasks]
+
+
 @dataclass(frozen=True, repr=False)
 class Target:
     """A model under attack, and the rows it should not know.
@@ -100,6 +106,7 @@ class Target:
         model, tokenizer: a masked diffusion language model and its tokenizer.
         rows: the forget rows: `question`, `answer`, and where the data has it `paraphrased_question`.
         settings: how answers are decoded, and how hard attacks try.
+        share: does the parts of an attack that do not depend on each other, and returns what each gives, in order.
 
     Raises:
         ValueError: for no rows, blank ones, answers that cannot be scored, or answers longer than `max_new_tokens`.
@@ -109,6 +116,7 @@ class Target:
     tokenizer: PreTrainedTokenizerBase
     rows: Dataset
     settings: AttackSettings
+    share: Callable[[Sequence[Callable[[], Any]]], list[Any]] = one_by_one
 
     def __post_init__(self) -> None:
         check_answers(self.rows)
@@ -258,12 +266,15 @@ class AttackScores:
         before: score of each of these rows with no attack.
         after: score of each under the attack.
         path: what was measured along the way, as name -> mean score: updates of a fine-tuning, ways of decoding, ...
+        reached_by: the one of the path that brought back most by itself, where several were tried; "" if none did
+            better than the others.
     """
 
     rows: list[int]
     before: list[float]
     after: list[float]
     path: dict[str, float] = field(default_factory=dict)
+    reached_by: str = ""
 
     def __post_init__(self) -> None:
         if not len(self.rows) == len(self.before) == len(self.after) > 0:
@@ -288,16 +299,57 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def worst_case(target: Target, tries: dict[str, list[float]]) -> AttackScores:
-    """Return scores of all rows where several ways were tried: of each row, the most that came back in any of them."""
+def worst_case(target: Target, tries: dict[str, list[float]], rows: Sequence[int] | None = None) -> AttackScores:
+    """Return scores where several ways were tried: of each row, the most that came back in any of them.
+
+    Args:
+        target: the model and its rows.
+        tries: way -> score of each row.
+        rows: the rows that were scored; all of them unless given.
+    """
+    rows = list(range(len(target.rows))) if rows is None else list(rows)
     after = [max(scores) for scores in zip(*tries.values(), strict=True)]
     path = {name: mean(scores) for name, scores in tries.items()}
-    return AttackScores(list(range(len(after))), target.plain, after, path)
+    return AttackScores(rows, [target.plain[row] for row in rows], after, path, strongest(path))
+
+
+def strongest(path: dict[str, float]) -> str:
+    """Return the name of the highest value, "" if all are the same.
+
+    >>> strongest({"0.5": 0.1, "2": 0.3})
+    '2'
+    """
+    return "" if min(path.values()) == max(path.values()) else max(path, key=path.__getitem__)
+
+
+def linear_layers(model: nn.Module) -> list[nn.Linear]:
+    """Return the linear layers of a model but the head, and without those of adapters."""
+    head = model.get_output_embeddings()
+    return [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
+    ]
 
 
 def is_merged(model: nn.Module) -> bool:
     """Whether an adapter is merged into the model's weights."""
     return any(getattr(module, "merged", False) for module in model.modules())
+
+
+@contextmanager
+def merged_adapters(model: nn.Module) -> Iterator[None]:
+    """Merge the adapters that a model may have into its weights; all is as it was afterwards, to the bit."""
+    merge = None if is_merged(model) else getattr(model, "merge_adapter", None)
+    if merge is None:
+        yield
+        return
+    with restored([layer.weight for layer in linear_layers(model)]):
+        merge()
+        try:
+            yield
+        finally:
+            model.unmerge_adapter()
 
 
 @contextmanager
@@ -310,3 +362,21 @@ def restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         with torch.no_grad():
             for tensor, copy in zip(tensors, copies, strict=True):
                 tensor.copy_(copy)
+
+
+@contextmanager
+def trained_alone(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let gradients flow to these parameters of a model alone, without dropout; all is as it was afterwards."""
+    state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    with evaluation_mode(model):
+        try:
+            for p, _, _ in state:
+                p.requires_grad_(False)
+                p.grad = None
+            for p in parameters:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p, requires_grad, grad in state:
+                p.requires_grad_(requires_grad)
+                p.grad = grad

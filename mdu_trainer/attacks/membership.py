@@ -1,10 +1,12 @@
 """Can it be told that the forget rows were trained on?
 
 Each forget row is compared with the unseen rows: its score is the share of them that it outscores, ties counting half,
-so the mean is the area under the ROC curve. Three scores of a row, all high for what was trained on:
+so the mean is the area under the ROC curve. Four scores of a row, all high for what was trained on:
 
 - `loss`: the mean log-likelihood a token (Yeom et al., arXiv 1709.01604).
 - `min-k`: that of its least likely tokens (Shi et al., arXiv 2310.16789).
+- `min-k++`: that of its least likely tokens, of log-likelihoods standardised over the vocabulary (Zhang et al., arXiv
+  2404.02936).
 - `multi-mask`: at how many of the mask sizes `SIZES` the masked tokens are likelier than the median of the unseen
   rows, as a vote.
 
@@ -12,7 +14,7 @@ The unseen rows must differ from the forget rows in nothing else, or any model t
 with other answers do; other questions mostly do not, for a model recognises their names.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,16 +24,17 @@ from ..evaluation.metrics import min_k_score, outscored, two_sided
 from ..evaluation.metrics.privacy import DECIMALS
 from ..evaluation.scoring import Question
 from ..inference.likelihood import response_likelihood
-from ..masking import counter_uniform
-from ..models import evaluation_mode
-from .base import AttackScores, Target, mean
+from ..masking import counter_uniform, forward_process
+from ..models import evaluation_mode, logits_at
+from .base import AttackScores, Target, mean, strongest, trained_alone
 from .results import TWO_SIDED
 
+LEAST_VARIANCE = 1e-6  # of the log-likelihoods of a prediction that is all but certain
 SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """Return the row scores under the one of the three that tells most; `path` holds the area under the curve of each.
+    """Return the row scores under the one of the four that tells most; `path` holds the area under the curve of each.
 
     `before` is 1/2, a guess: nothing can be told without looking. An area below 1/2, of rows that stick out by being
     too unlikely, brings nothing back, but says that something was deleted: `path["two_sided"]` is the area of whoever
@@ -51,44 +54,110 @@ def attack(target: Target, seed: int) -> AttackScores:
         )
         for questions in sets
     ]
-    sizes = [masked_log_p(target, questions, seed) for questions in sets]
+    draws = max(1, target.settings.num_draws // len(SIZES))
+    sizes = [masked_log_p(target, questions, seed, draws) for questions in sets]
     median = np.median(sizes[1], axis=0)
     scores = {
         "loss": [np.round(one.per_token, DECIMALS) for one in likelihoods],
         "min-k": [np.round(min_k_score(one.tokens), DECIMALS) for one in likelihoods],
+        "min-k++": [np.round(min_k_score(standardised_log_p(target, one, seed)), DECIMALS) for one in sets],
         "multi-mask": [(one > median).sum(axis=1) for one in sizes],
     }
     shares = {name: outscored(*pair) for name, pair in scores.items()}
     areas = {name: mean(values) for name, values in shares.items()}
-    strongest = shares[max(areas, key=areas.__getitem__)]
+    name = max(areas, key=areas.__getitem__)
     path = areas | {TWO_SIDED: max(map(two_sided, areas.values()))}
-    return AttackScores(list(range(len(strongest))), [0.5] * len(strongest), strongest, path)
+    rows, reached_by = list(range(len(shares[name]))), strongest(areas)
+    return AttackScores(rows, [0.5] * len(rows), shares[name], path, reached_by)
 
 
 @torch.no_grad()
-def masked_log_p(target: Target, questions: Sequence[Question], seed: int) -> np.ndarray:
+def masked_log_p(target: Target, questions: Sequence[Question], seed: int, draws: int) -> np.ndarray:
     """Return the mean log p of the masked tokens of each row at each of `SIZES`: `[rows, sizes]`, in nats.
 
-    It is a mean over a few draws of the masks, each a forward pass. With 2 rows, 4 sizes and 4 draws the columns of
-    `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ... (1, 3, 3).
+    It is a mean over a few draws of the masks, each a forward pass.
     """
-    draws = max(1, target.settings.num_draws // len(SIZES))
     values = np.zeros((len(questions), len(SIZES), draws))
-    passes = np.stack(np.unravel_index(np.arange(values.size), values.shape))  # [3, passes]
+    for places, batch in _masked_batches(target, questions, seed, draws):
+        values[tuple(places)] = -target.masked_nll(batch).cpu().numpy()
+    return values.mean(axis=2).round(DECIMALS)
+
+
+@torch.no_grad()
+def standardised_log_p(target: Target, questions: Sequence[Question], seed: int) -> list[np.ndarray]:
+    """Return the standardised log p of each token of each row, a mean over the passes that mask it: R arrays `[L]`.
+
+    A row has a pass for each of `SIZES`, of which the last masks all of its tokens.
+    """
+    lengths = [len(question.answers["answer"][0]) for question in questions]
+    total, count = (np.zeros((len(questions), max(lengths))) for _ in range(2))
+    for (rows, *_), batch in _masked_batches(target, questions, seed, draws=1):
+        noised = forward_process(batch, target.backbone.mask_token_id)
+        where = (noised.input_ids, noised.attention_mask, noised.masked)
+        logits = logits_at(target.model, *where, logit_shift=target.backbone.logit_shift)
+        place, position = noised.masked.nonzero(as_tuple=True)
+        token = position - (batch["completion_mask"].argmax(dim=1))[place]
+        at = rows[place.cpu().numpy()], token.cpu().numpy()
+        np.add.at(total, at, standardised(logits, noised.targets).cpu().numpy())
+        np.add.at(count, at, 1)
+    return [total[row, :length] / count[row, :length] for row, length in enumerate(lengths)]
+
+
+def gradient_norms(target: Target, questions: Sequence[Question], seed: int) -> list[float]:
+    """Return the L2 norm of the gradient of each row's loss with respect to all weights, low for what was trained on.
+
+    The loss is a mean over `SIZES`. Negated, the norms are scores of membership for `MembershipInference`; the attack
+    leaves them out, for they cost a backward pass a row. Source: Pang et al. (arXiv 2308.06405), of image diffusion.
+    """
+    parameters = [p for p in target.model.parameters() if p.is_floating_point()]
+    norms = []
+    with trained_alone(target.model, parameters), torch.enable_grad():
+        for question in questions:
+            losses = [
+                target.masked_nll(batch).sum() for _, batch in _masked_batches(target, [question], seed, draws=1)
+            ]
+            gradient = torch.autograd.grad(sum(losses) / len(SIZES), parameters, allow_unused=True)
+            norms.append(sum(float(part.float().square().sum()) for part in gradient if part is not None) ** 0.5)
+    return norms
+
+
+def standardised(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return (log p_y - E log p) / sd(log p) of each target y, expectation and spread over the vocabulary by p: `[N]`.
+
+    Args:
+        logits: `[N, V]`.
+        targets: `[N]`.
+    """
+    log_p = logits.float().log_softmax(dim=-1)
+    p = log_p.exp()
+    mean = (p * log_p).sum(dim=-1)
+    variance = (p * (log_p - mean[:, None]).square()).sum(dim=-1)
+    return (log_p.gather(1, targets[:, None])[:, 0] - mean) / variance.clamp(min=LEAST_VARIANCE).sqrt()
+
+
+def _masked_batches(
+    target: Target, questions: Sequence[Question], seed: int, draws: int
+) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """Yield the passes over each row at each of `SIZES`: places `[3, B]` and a batch.
+
+    With 2 rows, 4 sizes and 4 draws the columns of `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ...
+    (1, 3, 3).
+    """
+    shape = len(questions), len(SIZES), draws
+    passes = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape))  # [3, passes]
     step = target.settings.decoding.batch_size
     with evaluation_mode(target.model):
-        for first in range(0, values.size, step):
-            row, size, draw = places = passes[:, first : first + step]
+        for first in range(0, passes.shape[1], step):
+            places = passes[:, first : first + step]
             masks = _SizedMasks(seed, torch.from_numpy(places))
             batch = target.collate(
                 [
                     {"prompt_ids": one.prompt, "completion_ids": one.answers["answer"][0], "row": number, "visit": 0}
                     | {"weight": 1.0, "schedule": masks}
-                    for number, one in enumerate(questions[i] for i in row)
+                    for number, one in enumerate(questions[i] for i in places[0])
                 ]
             )
-            values[row, size, draw] = -target.masked_nll(batch).cpu().numpy()
-    return values.mean(axis=2).round(DECIMALS)
+            yield places, batch
 
 
 class _SizedMasks(NamedTuple):

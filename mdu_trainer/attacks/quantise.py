@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
 from ..files import UserError
-from .base import AttackScores, Target, is_merged, restored, worst_case
+from .base import AttackScores, Target, linear_layers, merged_adapters, restored, worst_case
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -45,28 +45,13 @@ def roundings(bits: int) -> dict[str, Rounding]:
 @contextmanager
 def quantised(model: nn.Module, rounding: Rounding) -> Iterator[None]:
     """Round the weights of the linear layers."""
-    head = model.get_output_embeddings()
-    weights = [
-        module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and module is not head
-        and "lora_" not in name
-        and module.weight.is_floating_point()
-    ]
+    weights = [layer.weight for layer in linear_layers(model) if layer.weight.is_floating_point()]
     if not weights:
         raise UserError("The model has no linear layers with floating-point weights: load it unquantised.")
-    merge = None if is_merged(model) else getattr(model, "merge_adapter", None)
-    with restored(weights), torch.no_grad():
-        if merge is not None:
-            merge()
-        try:
-            for weight in weights:
-                weight.copy_(rounding(weight))
-            yield
-        finally:
-            if merge is not None:
-                model.unmerge_adapter()
+    with merged_adapters(model), restored(weights), torch.no_grad():
+        for weight in weights:
+            weight.copy_(rounding(weight))
+        yield
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:

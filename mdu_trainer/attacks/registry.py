@@ -12,7 +12,21 @@ from dataclasses import dataclass
 from functools import partial
 
 from ..files import UserError
-from . import adapter, decoding, guidance, infill, leak_at_k, membership, paraphrase, prefix, quantise, relearn
+from . import (
+    adapter,
+    alias,
+    context,
+    decoding,
+    guidance,
+    infill,
+    leak_at_k,
+    membership,
+    multi_turn,
+    paraphrase,
+    prefix,
+    quantise,
+    relearn,
+)
 from .base import AttackScores, AttackSettings, Target
 from .results import NO_ATTACK
 
@@ -27,15 +41,24 @@ class Attack:
         run: `(target, seed) -> AttackScores`. It leaves the model as it was.
         words: what it does, in a line for tables and cards.
         needs: settings that must not be None, and "adapter" for a model that must have one.
+        shared: all processes of a launch make it together, by `Target.share`; else one makes it while the others make
+            other attacks.
     """
 
     run: Callable[[Target, int], AttackScores]
     words: str
     needs: tuple[str, ...] = ()
+    shared: bool = False
 
 
 ATTACKS: dict[str, Attack] = {
-    "relearn-related": Attack(relearn.related, "fine-tune on some of the forgotten rows, ask the others"),
+    "relearn-related": Attack(
+        relearn.related, "fine-tune on some of the forgotten rows at rates over a decade, ask the others", shared=True
+    ),
+    "relearn-lora": Attack(relearn.lora, "train a LoRA on some of the forgotten rows, ask the others", shared=True),
+    "relearn-quantised": Attack(
+        relearn.rounded, "round the weights to 4 bits and fine-tune on some of the rows, ask the others", shared=True
+    ),
     "relearn-benign": Attack(relearn.benign, "fine-tune on unrelated rows", ("unrelated",)),
     **{
         f"infill-{which}": Attack(partial(infill.attack, which=which), f"reveal {words}, fill in the rest")
@@ -50,6 +73,9 @@ ATTACKS: dict[str, Attack] = {
     },
     "prefix": Attack(prefix.attack, "reveal the first words of the answer, decode on"),
     "paraphrase": Attack(paraphrase.attack, "ask in other words"),
+    "alias": Attack(alias.attack, "ask without the name of whom the question is about"),
+    "context": Attack(context.attack, "put informative text before the question and after the answer"),
+    "multi-turn": Attack(multi_turn.attack, "ask in a conversation, and again after calling the answer wrong"),
     "guidance": Attack(guidance.attack, "decode with classifier-free guidance"),
     "decoding": Attack(decoding.attack, "decode in other steps, blocks and orders"),
     "leak-at-k": Attack(leak_at_k.attack, "sample again and again"),

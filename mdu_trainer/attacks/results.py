@@ -13,6 +13,11 @@ from ..files import Record
 
 BASE, NEVER = "base", "never trained"  # what tables call the two ends of the scale
 NO_ATTACK = "none"
+WEIGHT_WORDS = (
+    "Distance is that of the weights from the base, as a share of the base's norm; losses are those of the forget "
+    "rows on the straight line to the base, in nats a token. A small distance without a barrier goes with knowledge "
+    "that fine-tuning brings back (arXiv 2505.22310)."
+)
 TWO_SIDED = "two_sided"  # in the path of `membership`
 
 
@@ -25,12 +30,15 @@ class Outcome:
         recovery: None for the base and a model that never saw the rows, without such a model, and where the two cannot
             be told apart under the attack.
         path: what was measured along the way, as name -> mean score.
+        reached_by: the one of the path that brought back most by itself, where several were tried; "" if none did
+            better than the others.
     """
 
     before: Estimate
     after: Estimate
     recovery: Estimate | None = None
     path: dict[str, float] = field(default_factory=dict)
+    reached_by: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,26 @@ class AttackOutcome:
 
 
 @dataclass(frozen=True)
+class WeightPath:
+    """How far a model is from the base, and the forget loss on the straight line between the two.
+
+    Attributes:
+        distance: L2 norm of the difference of all weights, over that of the base's weights.
+        losses: share of the way to the base -> mean cross-entropy of the forget rows' masked tokens, in nats.
+    """
+
+    distance: float
+    losses: dict[str, float]
+
+    @property
+    def barrier(self) -> float:
+        """The most by which the loss rises above the straight line between its two ends, in nats; 0 if it does not."""
+        points = {float(at): loss for at, loss in self.losses.items()}
+        first, last = points[min(points)], points[max(points)]
+        return max(0.0, *(loss - (first + at * (last - first)) for at, loss in points.items()))
+
+
+@dataclass(frozen=True)
 class Recovery(Record):
     """Attacks on one or more unlearned models, beside the base and a model that never saw the rows. Numbers only.
 
@@ -56,6 +84,7 @@ class Recovery(Record):
         dataset: what the rows are called.
         settings: how hard the attacks tried, and the seed.
         attacks: name -> outcome; "none" first, the plain question.
+        weights: name of a model -> the way from its weights to the base's, where they can be compared.
     """
 
     kind: ClassVar[str] = "recovery file"
@@ -64,6 +93,7 @@ class Recovery(Record):
     dataset: str
     settings: dict[str, Any]
     attacks: dict[str, AttackOutcome]
+    weights: dict[str, WeightPath] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -120,6 +150,24 @@ class Recovery(Record):
             rows.append([attack, *cells])
         return rows
 
+    def way_cells(self) -> list[list[str]]:
+        """Return the way by which each attack got most out of each model, one attack a row, under a header."""
+        rows = [["attack", *self.models]]
+        for attack, outcome in self.attacks.items():
+            ways = [outcome.models[name].reached_by for name in self.models]
+            if any(ways):
+                rows.append([attack, *ways])
+        return rows
+
+    def weight_cells(self) -> list[list[str]]:
+        """Return the weights' distances, losses and barriers, one model a row, under a header."""
+        points = list(next(iter(self.weights.values())).losses)
+        rows = [["weights", "distance", *(f"loss at {at}" for at in points), "barrier"]]
+        for name, path in self.weights.items():
+            losses = [f"{path.losses[at]:.2f}" for at in points]
+            rows.append([name, f"{path.distance:.3f}", *losses, f"{path.barrier:.2f}"])
+        return rows
+
     def text(self) -> str:
         """Return the table, and what its numbers mean."""
         parts = [self.table(), "Scores are means over rows, higher where more came back."]
@@ -143,8 +191,13 @@ class Recovery(Record):
                 f"No recovery under {', '.join(undefined)}: the base and a model that never saw the rows cannot "
                 "be told apart there."
             )
+        if len(ways := self.way_cells()) > 1:
+            table = markdown_table(ways, text_columns=len(ways[0]))
+            parts.append(f"Where several ways were tried, the one that brought back most:\n\n{table}")
         if areas := self.two_sided():
             parts.append(two_sided_words(areas))
+        if self.weights:
+            parts += [markdown_table(self.weight_cells()), WEIGHT_WORDS]
         if any(one.low == one.high for found in self.recoveries().values() for one in found.values()):
             rows = max(outcome.rows for outcome in self.attacks.values())
             parts.append(

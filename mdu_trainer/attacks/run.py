@@ -7,26 +7,30 @@ print(recovery.text())
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.progress import SCORING, ProgressFile
 from ..evaluation.results import Estimate
+from ..evaluation.runner import from_main, processes
 from ..evaluation.scoring import digest
 from ..files import UserError, typed
 from ..models import weights_fingerprint
 from ..terminal import Bar
-from .base import AttackScores, AttackSettings, Target, check_answers
+from .base import AttackScores, AttackSettings, Target, check_answers, one_by_one
 from .registry import ADAPTER, Attack
-from .results import BASE, NEVER, NO_ATTACK, AttackOutcome, Outcome, Recovery
+from .results import BASE, NEVER, NO_ATTACK, AttackOutcome, Outcome, Recovery, WeightPath
+from .sharing import Sharing, over_processes
+from .weights import weight_path, weights_of
 
 COLUMNS = ("question", "answer", "paraphrased_question")  # what attacks read of a row
 
@@ -40,6 +44,14 @@ class _Finished(NamedTuple):
     weights: str
     attack: str
     scores: AttackScores
+
+
+class _Made(NamedTuple):
+    """An attack, and what it found or why it refused the rows."""
+
+    attack: str
+    found: AttackScores | ValueError
+    seconds: float
 
 
 def run_attacks(
@@ -58,8 +70,9 @@ def run_attacks(
 ) -> Recovery:
     """Attack every model, and compare.
 
-    One model is in memory at a time. An attack that needs an adapter leaves models without one as they are: with no
-    attack and under it their scores are the same.
+    One model is in memory at a time, beside it the weights of the base on the CPU. An attack that needs an adapter
+    leaves models without one as they are: with no attack and under it their scores are the same. Every process of an
+    accelerate launch must call this: each loads the models and makes a part of the attacks, and all return the whole.
 
     Args:
         unlearned: name -> what loads the model and its tokenizer.
@@ -86,13 +99,13 @@ def run_attacks(
         raise UserError(f"Name at least one unlearned model, none of them {BASE!r} or {NEVER!r}.")
     models = {BASE: base} | ({} if never is None else {NEVER: never}) | dict(unlearned)
     attacks = {NO_ATTACK: Attack(_no_attack, "ask the plain question")} | dict(attacks)
-    scores = _scores(models, rows, settings, attacks, seed, progress_path, show_progress, left_out)
+    scores, paths = _attack_all(models, rows, settings, attacks, seed, progress_path, show_progress, left_out)
     outcomes = {
         name: _compare(attack.words, {model: scores[model, name] for model in models}, name)
         for name, attack in attacks.items()
         if all((model, name) in scores for model in models)
     }
-    return Recovery(dataset, _settings(settings) | {"seed": seed}, outcomes)
+    return Recovery(dataset, _settings(settings) | {"seed": seed}, outcomes, paths)
 
 
 def recovery_of(unlearned: Sequence[float], never: Sequence[float], base: Sequence[float]) -> Estimate | None:
@@ -125,57 +138,97 @@ def recovery_of(unlearned: Sequence[float], never: Sequence[float], base: Sequen
     return Estimate(value, low, high) if known else None
 
 
-def _scores(
+def _attack_all(
     models: Mapping[str, Loader],
     rows: Dataset,
     settings: AttackSettings,
-    attacks: Mapping[str, Attack],
+    attacks: dict[str, Attack],
     seed: int,
     progress_path: str | Path | None,
     show_progress: bool,
     left_out: Callable[[str, ValueError], None] | None,
-) -> dict[tuple[str, str], AttackScores]:
-    """Return the scores of every model under every attack: (model, attack) -> scores; what is done is not repeated."""
+) -> tuple[dict[tuple[str, str], AttackScores], dict[str, WeightPath]]:
+    """Return the scores of every model under every attack, (model, attack) -> scores, and the weights of the models.
+
+    What is done is not repeated. Attacks that refuse the rows are taken out of `attacks`.
+    """
+    main, sharing = processes().is_main_process, Sharing()
     header = {
-        "progress": "attacks 1",
+        "progress": "attacks 2",
         "scoring": SCORING,
         "rows": _rows_digest(rows),
         "settings": _settings(settings, _rows_digest),
         "seed": seed,
     }
     scores: dict[tuple[str, str], AttackScores] = {}
-    attacks, total = dict(attacks), len(models) * len(attacks)
-    bar = Bar("attacking", total=total, unit="attack", show=show_progress)
-    with ProgressFile(progress_path, "attack") as progress, bar:
-        done = {(one.model, one.attack): one for one in progress.resume(header, _finished)}
+    paths: dict[str, WeightPath | None] = {}
+    bar = Bar("attacking", total=len(models) * len(attacks), unit="attack", show=show_progress and main)
+    with ProgressFile(progress_path if main else None, "attack") as progress, bar:
+        finished = from_main(lambda: progress.resume(header, _finished))
+        base: dict[str, Tensor] = {}
         for name, load in models.items():
-            target = Target(*load(), rows, settings)
+            target = Target(*load(), rows, settings, sharing)
             weights = weights_fingerprint(target.model)
-            for attack, entry in list(attacks.items()):
-                bar.set_description_str(f"attacking {name}: {attack}")
-                before, start = done.get((name, attack)), time.perf_counter()
-                if before is not None and before.weights != weights:
-                    raise UserError(
-                        f"{progress_path} holds attacks on other weights under the name {name!r}. Choose another "
-                        "file, or delete this one to start anew."
-                    )
-                try:
-                    found = _run(entry, target, seed) if before is None else before.scores
-                except ValueError as error:  # it cannot be made on these rows
-                    if left_out is None:
-                        raise
-                    left_out(attack, error)
-                    del attacks[attack]
-                else:
-                    scores[name, attack] = found
-                    if before is None:
-                        line = _Finished(name, weights, attack, found)._asdict()
-                        seconds = time.perf_counter() - start
-                        progress.append([line | {"scores": asdict(found), "seconds": seconds}])
-                bar.update()
+            done = {one.attack: one.scores for one in finished if one.model == name}
+            if any(one.weights != weights for one in finished if one.model == name):
+                raise UserError(
+                    f"{progress_path} holds attacks on other weights under the name {name!r}. Choose another "
+                    "file, or delete this one to start anew."
+                )
+            bar.update(len(done.keys() & attacks.keys()))
+            for group in _groups({attack: entry for attack, entry in attacks.items() if attack not in done}):
+                bar.set_description_str(f"attacking {name}: {', '.join(group)}")
+                for made in _make(group, target, sharing, seed):
+                    if isinstance(made.found, ValueError):  # it cannot be made on these rows
+                        if left_out is None:
+                            raise made.found
+                        if main:
+                            left_out(made.attack, made.found)
+                        del attacks[made.attack]
+                    else:
+                        done[made.attack] = made.found
+                        line = _Finished(name, weights, made.attack, made.found)._asdict()
+                        progress.append([line | {"scores": asdict(made.found), "seconds": made.seconds}])
+                    bar.update()
+            scores |= {(name, attack): found for attack, found in done.items()}
+            if name == BASE:
+                base = weights_of(target.model)
+            else:
+                with sharing.shared():
+                    paths[name] = weight_path(target, base, seed)
             del target  # before the next model is loaded
             gc.collect()
-    return scores
+    return scores, {name: path for name, path in paths.items() if path is not None}
+
+
+def _groups(attacks: Mapping[str, Attack]) -> Iterator[dict[str, Attack]]:
+    """Yield the attacks that are made at a time: one by all processes, or a different one by each."""
+    alone = [name for name, entry in attacks.items() if not entry.shared]
+    for name in attacks:
+        if name not in alone:
+            yield {name: attacks[name]}
+    size = processes().num_processes
+    for first in range(0, len(alone), size):
+        yield {name: attacks[name] for name in alone[first : first + size]}
+
+
+def _make(group: Mapping[str, Attack], target: Target, sharing: Sharing, seed: int) -> list[_Made]:
+    """Make the attacks of a group. Every process has all that was found."""
+    tasks = [partial(_attempt, name, attack, target, seed) for name, attack in group.items()]
+    if not any(attack.shared for attack in group.values()):
+        return over_processes(tasks)
+    with sharing.shared():
+        return one_by_one(tasks)
+
+
+def _attempt(name: str, attack: Attack, target: Target, seed: int) -> _Made:
+    """Make an attack, or note why it refuses the rows."""
+    start = time.perf_counter()
+    try:
+        found = _run(attack, target, seed)
+    except ValueError as refusal:
+        found = refusal
+    return _Made(name, found, time.perf_counter() - start)
 
 
 def _run(attack: Attack, target: Target, seed: int) -> AttackScores:
@@ -198,7 +251,7 @@ def _compare(words: str, scores: Mapping[str, AttackScores], attack: str) -> Att
         recovery = None
         if NEVER in scores and name not in (BASE, NEVER):
             recovery = recovery_of(one.after, scores[NEVER].after, scores[BASE].after)
-        outcomes[name] = Outcome(_mean(one.before), _mean(one.after), recovery, one.path)
+        outcomes[name] = Outcome(_mean(one.before), _mean(one.after), recovery, one.path, one.reached_by)
     return AttackOutcome(words, len(rows), outcomes)
 
 

@@ -27,7 +27,7 @@ no capital letters, rule 3 sees no names: pass a `labeller` of your own to do be
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
@@ -113,15 +113,21 @@ def label_characters(
 def template_words(answers: Sequence[Sequence[Word]]) -> set[str]:
     """Keys of the words that many answers share, because they are worded alike."""
     count: Counter[str] = Counter()
-    lower: set[str] = set()
-    amid: set[str] = set()  # capitalised though no sentence starts there
     for answer in answers:
         count.update({key for word in answer for key in word.keys})
-        lower.update(word.key for word in answer if not word.capital)
-        amid.update(word.key for word in answer if word.capital and not word.first)
     enough = max(TEMPLATE_ANSWERS, TEMPLATE_SHARE * len(answers))
-    names = amid - lower
+    names = name_keys(answers)
     return {key for key, n in count.items() if n >= enough and key not in names and not key[0].isnumeric()}
+
+
+def name_keys(texts: Iterable[Sequence[Word]]) -> set[str]:
+    """Keys of the words that are names: capitalised though no sentence starts there, and never in lower case."""
+    lower: set[str] = set()
+    amid: set[str] = set()
+    for text in texts:
+        lower.update(word.key for word in text if not word.capital)
+        amid.update(word.key for word in text if word.capital and not word.first)
+    return amid - lower
 
 
 def token_texts(text: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -76,7 +76,7 @@ def score_questions(
         if progress_path is not None:
             header = {"progress": 1, "scoring": SCORING, "model": weights_fingerprint(model)}
             header["sets"] = {part.name: part.fingerprint() for part in sets}
-            for key, line in _from_main(lambda: progress.resume(header, _finished)):
+            for key, line in from_main(lambda: progress.resume(header, _finished)):
                 done.setdefault(key, line)
         # batches with a row that is not done; they are scored whole, so that rounding is that of an undisturbed run
         batches = [(part, rows) for part in sets for rows in part.chunks()]
@@ -130,7 +130,7 @@ def _rounds(
         yield gather_object(lines) if state.num_processes > 1 else lines
 
 
-def _from_main(action: Callable[[], T]) -> T:
+def from_main(action: Callable[[], T]) -> T:
     """The result of the main process's action on every process; its error, too, so that none waits for another."""
     outcome: list[Any] = [None, None]
     if PartialState().is_main_process:

@@ -25,7 +25,7 @@ def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
         )
     return {
         "attacks": _table(recovery, name),
-        "attack_sentence": _sentence(recovery, name) + _two_sided(recovery, name),
+        "attack_sentence": _sentence(recovery, name) + _two_sided(recovery, name) + _weights(recovery, name),
     }
 
 
@@ -62,9 +62,11 @@ def _sentence(recovery: Recovery, name: str) -> str:
             "follows from them."
         )
     attack = max(found, key=lambda one: found[one].value)
+    way = recovery.attacks[attack].models[name].reached_by
+    strongest = markdown_text(f"{attack} ({way})" if way else attack)
     return (
         "Recovery is 0 where an attack brings back no more than it gets out of a model that never saw the rows, and 1 "
-        f"where it brings back all that the base knew; the strongest here, {markdown_text(attack)}, reached "
+        f"where it brings back all that the base knew; the strongest here, {strongest}, reached "
         f"{found[attack]}."
     )
 
@@ -75,3 +77,16 @@ def _two_sided(recovery: Recovery, name: str) -> str:
     titles = {BASE: BASE, NEVER: NEVER, name: "this model"}
     shown = {title: areas[model] for model, title in titles.items() if model in areas}
     return f" {two_sided_words(shown)}" if shown else ""
+
+
+def _weights(recovery: Recovery, name: str) -> str:
+    """Return a further sentence on the weights, or nothing where they were not compared with the base's."""
+    path = recovery.weights.get(name)
+    if path is None:
+        return ""
+    losses = ", ".join(f"{loss:.2f}" for loss in path.losses.values())
+    return (
+        f" The weights are {path.distance:.3f} of the base's norm away from the base; on the straight line to it the "
+        f"loss of the rows to forget is {losses} nats a token, with a barrier of {path.barrier:.2f}. A small distance "
+        "without a barrier goes with knowledge that fine-tuning brings back (arXiv 2505.22310)."
+    )

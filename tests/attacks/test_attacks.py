@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from stand_in import LENGTH, SECRET, always, make_settings, never, reworded, shown
+from stand_in import LENGTH, SECRET, always, called_wrong, make_settings, nameless, never, reworded, shown, surrounded
 
 from mdu_trainer import DiffusionGenerationConfig
 from mdu_trainer.attacks import ATTACKS, Target, choose_attacks
@@ -32,6 +32,9 @@ def beside_the_prompt(model, row, prompt, response, answer) -> float:
 
 WEAKNESSES = [
     ("paraphrase", reworded),
+    ("alias", nameless),
+    ("multi-turn", called_wrong),
+    ("context", surrounded),
     ("guidance", beside_the_prompt),
     ("decoding", left_to_right),
     ("leak-at-k", first_token_decides),

@@ -123,12 +123,61 @@ def gated(gate: Callable[[int], int]) -> Callable:
     [
         ("relearn-related", lambda row: 0 if row < 6 else 1, 1),  # the forgotten rows come back together
         ("relearn-related", lambda row: row, 0),  # each by itself
+        ("relearn-lora", lambda row: 0, 0),  # what no linear layer holds
         ("relearn-benign", lambda row: 0, 1),  # with anything
         ("relearn-benign", lambda row: 0 if row < 6 else 1, 0),
     ],
 )
 def test_relearning_brings_back_what_is_tied_to_the_rows_it_trains_on(attack, name, gate, after):
     assert attack(name, gated(gate), relearn_learning_rate=0.01) == (0, after)
+
+
+def by_switch_if_trained(model, row, prompt, response, answer) -> Tensor:
+    """Answers once the output of a linear layer is above 0."""
+    return model.switch(torch.tensor([0.0, 1.0]))[0] - 0.01
+
+
+def test_a_lora_brings_back_what_linear_layers_hold(attack):
+    model = attack.stand_in(by_switch_if_trained)
+    model.switch.weight.data = torch.tensor([[1.0, 0.0]])
+    assert attack("relearn-lora", by_switch_if_trained, model=model, relearn_learning_rate=0.01) == (0, 1)
+
+
+def gated_and_switched(model, row, prompt, response, answer) -> Tensor:
+    """Answers once the gate is above 0, but not beside a switch, which training does not reach."""
+    return model.gates[0] - 0.01 - 1000 * model.switch(torch.tensor([0.0, 1.0])).detach().abs().sum()
+
+
+@pytest.fixture
+def relearned(attack, tokenizer, rows, unrelated):
+    """`relearned(name, knows, model)`: the scores of an attack on two rows, at rates about 0.01."""
+
+    def run(name: str, knows: Callable, model: StandIn | None = None):
+        settings = make_settings(unrelated, rows, relearn_learning_rate=0.01)
+        return ATTACKS[name].run(Target(model or attack.stand_in(knows), tokenizer, rows.select([0, 1]), settings), 0)
+
+    return run
+
+
+def test_fine_tuning_from_four_bits_is_more_than_either_alone(relearned, attack):
+    model = attack.stand_in(gated_and_switched)
+    for update, name, after in (
+        (0.03, "relearn-related", 0),  # of a row whose largest weight is 1
+        (0.03, "quantise-4", 0),
+        (0.03, "relearn-quantised", 1),
+        (0.5, "relearn-quantised", 0),
+    ):
+        model.switch.weight.data = torch.tensor([[1.0, update]])
+        assert set(relearned(name, gated_and_switched, model).after) == {after}, name
+
+
+def test_relearning_says_at_which_rate_most_came_back(relearned):
+    def far(model, row, prompt, response, answer) -> Tensor:
+        return model.gates[0] - 0.17  # more than eight updates of 0.01
+
+    scores = relearned("relearn-related", far)
+    assert scores.path == {"lr 0.0032": 0, "lr 0.01": 0, "lr 0.032": 1} and scores.reached_by == "lr 0.032"
+    assert set(scores.after) == {1}
 
 
 def test_relearning_never_scores_a_row_that_it_trained_on(attack, tokenizer, rows, unrelated):
@@ -153,10 +202,10 @@ def test_relearning_never_scores_a_row_that_it_trained_on(attack, tokenizer, row
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "__init__", start)
         scores = ATTACKS["relearn-related"].run(target, 0)
-    assert scores.rows == list(range(6)) and sorted(row for part in asked for row in part) == scores.rows
+    assert scores.rows == list(range(6)) and len(trained) == 9, "three rounds at each of three rates"
+    assert sorted(row for part in asked for row in part) == sorted(3 * scores.rows)
     for learned, scored in zip(trained, asked, strict=True):
         assert len(learned) == 4 and not learned & scored
-    assert list(scores.path) == ["2", "4", "6", "8"]
 
 
 # Membership
@@ -183,7 +232,7 @@ def test_membership_of_rows_that_became_too_unlikely(attack, tokenizer, rows, un
 
     target = Target(attack.stand_in(avoids), tokenizer, rows, make_settings(unrelated, rows))
     scores = ATTACKS["membership"].run(target, 0)
-    assert list(scores.path) == ["loss", "min-k", "multi-mask", "two_sided"]
+    assert list(scores.path) == ["loss", "min-k", "min-k++", "multi-mask", "two_sided"]
     *areas, both = scores.path.values()
     assert sum(scores.after) / len(rows) == pytest.approx(max(areas)) and max(areas) < 0.6, "nothing comes back"
     assert both == pytest.approx(max(max(area, 1 - area) for area in areas)) and both > 0.9, "but it tells"

@@ -1,9 +1,18 @@
 """Metrics of what a model still says, as `evaluate.Metric` classes that download nothing, and intervals for them."""
 
+from .aggregates import memorization_score, privacy_score, truth_share, utility_score
 from .base import RowMetric
 from .intervals import bootstrap_interval
 from .memorization import ExactMemorization, ExtractionStrength, greedy_completions, shortest_prefixes
-from .privacy import MembershipInference, PrivacyLeakage, min_k_score, outscored, two_sided, zlib_score
+from .privacy import (
+    MembershipInference,
+    PrivacyLeakage,
+    min_k_score,
+    outscored,
+    reference_score,
+    two_sided,
+    zlib_score,
+)
 from .text import Degeneracy, RougeL
 from .truth import (
     ChoiceProbability,
@@ -32,9 +41,14 @@ __all__ = [
     "aggregate_truth_ratios",
     "bootstrap_interval",
     "greedy_completions",
+    "memorization_score",
     "min_k_score",
     "outscored",
+    "privacy_score",
+    "reference_score",
     "shortest_prefixes",
+    "truth_share",
     "two_sided",
+    "utility_score",
     "zlib_score",
 ]

@@ -1,8 +1,8 @@
 """Attacks that guess whether a row was trained on, and how far unlearning brings them down.
 
-An attack gives each row a score, the higher the likelier it was trained on (a member). Three need nothing but
+An attack gives each row a score, the higher the likelier it was trained on (a member). Those here need nothing but
 `mdu_trainer.response_likelihood`: its `per_token` itself, the mean log-likelihood a token (Yeom et al., 2018, arXiv
-1709.01604), and `min_k_score` and `zlib_score`, which are functions of its result.
+1709.01604), and `min_k_score`, `zlib_score` and `reference_score`, which are functions of its result.
 """
 
 import math
@@ -116,6 +116,9 @@ def two_sided(area: float) -> float:
 def min_k_score(token_log_likelihoods: Sequence[Sequence[float]], k: float = 0.2) -> list[float]:
     """Mean over the share `k` of each row's tokens that are least likely (Min-K% Prob; Shi et al., arXiv 2310.16789).
 
+    Of log-likelihoods that are standardised by their mean and spread over the vocabulary it is Min-K%++ (Zhang et al.,
+    arXiv 2404.02936).
+
     An autoregressive model gives each token's log p directly. Here it is the token's part in the log-likelihood of the
     response: its mean log p over the orders of revealing (`Likelihood.tokens`).
 
@@ -147,6 +150,22 @@ def zlib_score(per_token: Sequence[float], texts: Sequence[str]) -> list[float]:
     if len(per_token) != len(texts):
         raise UserError(f"There are {len(per_token)} likelihoods and {len(texts)} texts: pass one of each a row.")
     return [float(value) / len(zlib.compress(text.encode())) for value, text in zip(per_token, texts, strict=True)]
+
+
+def reference_score(per_token: Sequence[float], reference_per_token: Sequence[float]) -> list[float]:
+    """Mean log-likelihood a token above that of a model that never saw the rows (Carlini et al., arXiv 2012.07805).
+
+    So texts that any model finds likely do not pass for members.
+
+    Raises:
+        ValueError: for different numbers of likelihoods.
+    """
+    if len(per_token) != len(reference_per_token):
+        raise UserError(
+            f"There are {len(per_token)} likelihoods and {len(reference_per_token)} of the reference: pass one of "
+            "each a row."
+        )
+    return [float(own) - float(other) for own, other in zip(per_token, reference_per_token, strict=True)]
 
 
 def _auc(scores: list[float], members: list[int]) -> float:
