@@ -52,7 +52,7 @@ def _load_tofu(options: BenchmarkOptions) -> dict[str, Dataset]:
 
 
 def _load_own(options: BenchmarkOptions) -> dict[str, Dataset]:
-    rows = load_own_rows(options.forget, options.retain, options.keep_dataset_cache)
+    rows = load_own_rows(options.forget, options.retain, options.keep_dataset_cache, options.columns)
     sets = {name: spread(part, options.max_eval_rows) for name, part in rows.items()}
     _retain_log(options, sets)
     return sets
@@ -111,6 +111,7 @@ register_benchmark(
         _load_tofu,
         _evaluate_tofu,
         source="locuslab/TOFU",
+        reads_splits=True,
         words={
             "model_utility": "harmonic mean of the figures of the sets to keep",
             "forget_quality": "p-value of the hypothesis that the truth ratios are those of a model that never saw "
@@ -120,4 +121,4 @@ register_benchmark(
 )
 register_benchmark("rwku", Benchmark(_load_rwku, _evaluate_rwku, source="jinzhuoran/RWKU"))
 register_benchmark("fictional", Benchmark(_load_fictional, _evaluate_tofu))
-register_benchmark("own", Benchmark(_load_own, _evaluate_tofu))
+register_benchmark("own", Benchmark(_load_own, _evaluate_tofu, maps_columns=True))

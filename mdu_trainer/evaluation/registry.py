@@ -49,6 +49,9 @@ class BenchmarkOptions:
         default=None, metadata={"help": "Rows of your own to forget: a file, or DATASET[:CONFIG]."}
     )
     retain: str | None = field(default=None, metadata={"help": "Your own rows to keep, in the same form."})
+    columns: str | None = field(
+        default=None, metadata={"help": "Columns that are called otherwise, as in prompt=input,completion=output."}
+    )
     subjects: list[str] | None = field(default=None, metadata={"help": "RWKU: whom to forget; everybody if unset."})
     configs: list[str] | None = field(default=None, metadata={"help": "RWKU: names of configs; all if unset."})
     metrics: list[str] | None = field(
@@ -78,12 +81,16 @@ class Benchmark:
         evaluate: `(model, tokenizer, sets, BenchmarkOptions) -> Run`. Every process of a launch calls it.
         source: where its data is on the Hub; None if it needs no `dataset_name`.
         words: score -> what it is, for scores that are no metric's: those of the model as a whole, say.
+        reads_splits: whether `forget_split` and `retain_split` name its rows.
+        maps_columns: whether `columns` may give its columns other names.
     """
 
     load: Callable[[BenchmarkOptions], dict[str, Dataset]]
     evaluate: Callable[[Any, Any, Mapping[str, Dataset], BenchmarkOptions], Any]
     source: str | None = None
     words: Mapping[str, str] = field(default_factory=dict)
+    reads_splits: bool = False
+    maps_columns: bool = False
 
 
 METRICS: dict[str, Metric] = {}

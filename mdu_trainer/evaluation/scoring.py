@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..data.reading import private
 from ..data.rows import question_answer_rows, tokenize_rows
+from ..data.texts import without_ends
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..inference.likelihood import response_likelihood
@@ -218,6 +219,7 @@ def encode_questions(
     backbone: Backbone,
     *,
     conversational: bool | None = None,
+    plain: bool = False,
 ) -> list[Question]:
     """Tokenise questions and the answers to be weighed.
 
@@ -228,11 +230,12 @@ def encode_questions(
         answers: role -> the answers in it of each row.
         tokenizer, backbone: of the model.
         conversational: False for plain texts whatever the tokenizer has.
+        plain: prompts and answers are running text (`mdu_trainer.data.texts`): no turns, and no end tokens.
 
     Raises:
         ValueError: for no rows, an answer without tokens, or prompts longer than the model's context.
     """
-    chats = bool(tokenizer.chat_template) if conversational is None else conversational
+    chats = not plain and (bool(tokenizer.chat_template) if conversational is None else conversational)
     flat = [(row, None, "") for row in range(len(prompts))]  # a response of its end token alone: the prompt's ids
     flat += [(row, role, text) for role in answers for row, texts in enumerate(answers[role]) for text in texts]
     columns = {"question": [prompts[row] for row, _, _ in flat], "answer": [text for _, _, text in flat]}
@@ -244,10 +247,12 @@ def encode_questions(
         Question(prompt, tuple(texts), {})
         for prompt, texts in zip(encoded.prompt_ids, references, strict=False)  # the first len(prompts) are these
     ]
-    for (row, role, _), ids in zip(flat, encoded.completion_ids, strict=True):
+    ends = backbone.end_token_ids
+    responses = without_ends(encoded.completion_ids, ends) if plain else encoded.completion_ids
+    for (row, role, _), ids in zip(flat, responses, strict=True):
         if role is None:
             continue
-        if all(token in backbone.end_token_ids for token in ids):
+        if all(token in ends for token in ids):
             raise UserError(f"Row {row} of the {name} set: an answer ({role}) has no tokens, so nothing to score.")
         questions[row].answers.setdefault(role, []).append(ids)
     return questions

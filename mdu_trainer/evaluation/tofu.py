@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.reading import private
+from ..data.texts import is_plain
 from ..files import Record, UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
@@ -238,7 +239,7 @@ def tofu_questions(
             answers["paraphrased"] = [[text] for text in rows["paraphrased_answer"]]
         if "perturbed_answer" in rows.column_names:
             answers["perturbed"] = list(rows["perturbed_answer"])
-        questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone)
+        questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone, plain=is_plain(rows))
         wanted = [metric for metric in metrics if metric not in WITH_WRONG_ANSWERS or "perturbed" in answers]
         if name in KNOWN_FACTS and "perturbed" in answers:
             wanted = ["choice_probability" if metric == "probability" else metric for metric in wanted]

@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..config import MDUConfig
 from ..data.roles import Labeller
 from ..data.rows import RowPairs, TokenizedRows
-from ..data.secrets import SecretMarker, warn_of_secrets, warn_of_spans
+from ..data.secrets import SecretMarker, refuse_texts, warn_of_secrets, warn_of_spans
+from ..data.texts import of_text
 from ..divergence import AnchorKL, Joint, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
@@ -270,7 +271,8 @@ class MDUTrainer(MDLMTrainer):
             warn_of_spans(name, dataset, unread="forget" in parts)
             return super()._tokenize(dataset, name, parts, **options)
         if self._marker is None:  # the first set is the one to forget
-            sets = [rows for rows in (dataset, self._retain_dataset) if rows is not None]
+            refuse_texts(dataset, name)
+            sets = [rows for rows in (dataset, self._retain_dataset) if rows is not None and not of_text(rows)]
             self._marker = SecretMarker.of(self._tokenizer, sets, self._labeller)
         rows = super()._tokenize(dataset, name, parts, mark=self._marker)
         warn_of_secrets(name, rows, self.backbone.end_token_ids)
