@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, DatasetInfo
 from pandas import DataFrame
 from pyarrow.lib import ArrowException
 from transformers.utils import logging
@@ -136,6 +136,11 @@ def read_row(example: Any, where: str, preferred: bool = False, allow_blank: boo
         if name != "prompt" and not allow_blank and not any(text.strip() for text in texts):
             raise UserError(f"{where}: {name} is blank, so there is nothing to learn. Remove the row.")
     return row
+
+
+def names_of(dataset: Dataset) -> DatasetInfo:
+    """The names by which a card knows a data set, for another one of other columns that is made of its rows."""
+    return DatasetInfo(dataset_name=dataset.info.dataset_name, config_name=dataset.info.config_name)
 
 
 def is_text(columns: Collection[str]) -> bool:

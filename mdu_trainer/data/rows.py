@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -25,7 +25,7 @@ from ..masking import KEPT, MaskSchedule, pad_rows, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
 from .forget_masks import ForgetMasks
-from .reading import Row, check_table, read_row, read_rows, read_text
+from .reading import Row, check_table, names_of, read_row, read_rows, read_text
 from .secrets import SPANS, SecretMarker
 from .texts import of_text, text_chunks
 
@@ -82,14 +82,13 @@ def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str 
     if not conversational:
         return dataset.select_columns(list(columns)).rename_columns(columns)
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant"}
-    known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
     made = {
         new: [[{"role": roles[new], "content": value}] if new in roles else value for value in dataset[old]]
         for old, new in columns.items()
     }
     return Dataset.from_dict(
         made,
-        info=DatasetInfo(**{name: getattr(dataset.info, name) for name in known}),
+        info=names_of(dataset),
         split=dataset.split,
     )
 

@@ -16,14 +16,14 @@ answer (`passages`). They are asked as running text, never as turns of a chat.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..files import UserError
 from ..models import Backbone
 from .encoding import check_ids, refuse_special, special_ids
-from .reading import TEXT, is_text, private, read_rows, read_text
+from .reading import TEXT, is_text, names_of, private, read_rows, read_text
 from .words import WRITTEN_WORD
 
 logger = logging.get_logger(__name__)
@@ -152,9 +152,7 @@ def passages(rows: Dataset, words: int = PASSAGE_WORDS, share: float = PREFIX_SH
             made["question"].append(text[spans[first][0] : spans[split - 1][1]])
             made["answer"].append(text[spans[split - 1][1] : end].rstrip())
     made[PLAIN] = [True] * len(made["question"])
-    known = ("dataset_name", "config_name")  # by which a card names the set; the columns are others now
-    info = DatasetInfo(**{one: getattr(rows.info, one) for one in known})
-    return Dataset.from_dict(made, info=info, split=rows.split)
+    return Dataset.from_dict(made, info=names_of(rows), split=rows.split)
 
 
 def without_ends(responses: Sequence[list[int]], end_token_ids: Sequence[int]) -> list[list[int]]:

@@ -1,4 +1,5 @@
-"""The benchmarks that are registered from the start: TOFU, RWKU, rows of one's own, the embedded fictional authors.
+"""The benchmarks that are registered from the start: TOFU, RWKU, those of `published_sets`, rows of one's own, the
+embedded fictional authors.
 
 options = BenchmarkOptions(dataset_name="locuslab/TOFU")
 sets = BENCHMARKS["tofu"].load(options)
@@ -17,6 +18,8 @@ from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..testing import fictional_authors, forget_retain_split
 from .own_rows import load_own_rows
+from .published import WORDS, evaluate_published, load_published
+from .published_sets import PUBLISHED
 from .registry import Benchmark, BenchmarkOptions, register_benchmark
 from .results import Run
 from .runner import processes
@@ -89,6 +92,21 @@ def _evaluate_rwku(
     return evaluate_rwku(model, tokenizer, sets, **_shared(options))
 
 
+def _register_published(name: str) -> None:
+    def load(options: BenchmarkOptions) -> dict[str, Dataset]:
+        return load_published(name, options)
+
+    def evaluate(
+        model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
+    ) -> Run:
+        how = {"max_new_tokens": options.max_new_tokens, "retain_log": options.retain_log}
+        return evaluate_published(name, model, tokenizer, sets, **_shared(options), **how)
+
+    reads_splits = any("{forget}" in part.place for part in PUBLISHED[name].parts.values())
+    words = WORDS if name == "muse" else {}
+    register_benchmark(name, Benchmark(load, evaluate, PUBLISHED[name].hub, words, reads_splits, maps_columns=True))
+
+
 def _retain_log(options: BenchmarkOptions, sets: Mapping[str, Dataset]) -> TruthRatios | None:
     """The truth ratios of a model that never saw the rows, once it is clear that they are of these rows."""
     return TruthRatios.load(options.retain_log, sets["forget"]) if options.retain_log else None
@@ -121,4 +139,6 @@ register_benchmark(
 )
 register_benchmark("rwku", Benchmark(_load_rwku, _evaluate_rwku, source="jinzhuoran/RWKU"))
 register_benchmark("fictional", Benchmark(_load_fictional, _evaluate_tofu))
+for _name in PUBLISHED:
+    _register_published(_name)
 register_benchmark("own", Benchmark(_load_own, _evaluate_tofu, maps_columns=True))

@@ -11,16 +11,16 @@ from collections.abc import Mapping, Sequence
 
 from datasets import Dataset
 
-from ..data.reading import TEXT
+from ..data.reading import TEXT, names_of
 from ..files import UserError
 from .sources import table
 
-ROWS = "rows"
+ROWS, GROUP = "rows", "group"
 NAMES = {  # as a user may call a column -> as it is called where rows are scored
     "prompt": "question",
     "completion": "answer",
     "chosen": "refusal",
-    **{name: name for name in ("question", "answer", "refusal", "paraphrased_question", "choices", TEXT, ROWS)},
+    **{name: name for name in ("question", "answer", "refusal", "paraphrased_question", "choices", TEXT, GROUP, ROWS)},
 }
 
 
@@ -84,4 +84,4 @@ def map_to_pass(found: Sequence[str], wanted: Sequence[str]) -> str:
 def _inner_rows(rows: Dataset, column: str, where: str) -> Dataset:
     check_named(rows, {ROWS: column}, where)
     inner = [row for part in rows[column] for row in (part if isinstance(part, list) else [None])]
-    return table(inner, f"column {column} of {where}", rows.info, str(rows.split))
+    return table(inner, f"column {column} of {where}", names_of(rows), str(rows.split))

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset
 
-from ..data.reading import TEXT, check_table, read_row, read_rows, read_text
+from ..data.reading import TEXT, check_table, names_of, read_row, read_rows, read_text
 from ..data.secrets import SPANS
 from ..data.texts import of_text, passages
 from ..files import UserError
@@ -154,9 +154,7 @@ def _of_turns(rows: Dataset, source: str, name: str) -> Dataset:
             texts.setdefault(column, []).append(_text_of(value, role, f"{where}: its {part}"))
     for column in {FURTHER[0], SPANS} & set(rows.column_names):
         texts[column] = list(rows[column])
-    known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
-    info = DatasetInfo(**{one: getattr(rows.info, one) for one in known})
-    return Dataset.from_dict(texts, info=info, split=rows.split)
+    return Dataset.from_dict(texts, info=names_of(rows), split=rows.split)
 
 
 def _text_of(value: str | list[Mapping[str, Any]], role: str, where: str) -> str:

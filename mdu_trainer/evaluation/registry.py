@@ -42,7 +42,7 @@ class Metric:
 class BenchmarkOptions:
     """The options of all benchmarks. Each reads those that it has a use for."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of TOFU or RWKU."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of the benchmark."})
     forget_split: str = field(default="forget10", metadata={"help": "TOFU: config name of the rows to forget."})
     retain_split: str = field(default="retain90", metadata={"help": "TOFU: config name of the rows to keep."})
     forget: str | None = field(
@@ -52,8 +52,12 @@ class BenchmarkOptions:
     columns: str | None = field(
         default=None, metadata={"help": "Columns that are called otherwise, as in prompt=input,completion=output."}
     )
-    subjects: list[str] | None = field(default=None, metadata={"help": "RWKU: whom to forget; everybody if unset."})
-    configs: list[str] | None = field(default=None, metadata={"help": "RWKU: names of configs; all if unset."})
+    subjects: list[str] | None = field(
+        default=None, metadata={"help": "RWKU: whom to forget; everybody if unset. PISTOL: which edges."}
+    )
+    configs: list[str] | None = field(
+        default=None, metadata={"help": "Names of a benchmark's sets, or SET=CONFIG/SPLIT; all if unset."}
+    )
     metrics: list[str] | None = field(
         default=None, metadata={"help": "TOFU: what is measured; the benchmark's own metrics if unset."}
     )

@@ -107,10 +107,14 @@ class QuestionSet:
 
 
 class AnswerLikelihood(NamedTuple):
-    """The log-likelihoods in nats `[K]` and the numbers of tokens `[K]` of the K answers in one role."""
+    """The log-likelihoods in nats `[K]` and the numbers of tokens `[K]` of the K answers in one role.
+
+    `tokens` are the parts of each answer's tokens in its log-likelihood.
+    """
 
     log_likelihood: np.ndarray
     num_tokens: np.ndarray
+    tokens: Sequence[np.ndarray] = ()
 
     @property
     def per_token(self) -> np.ndarray:
@@ -198,8 +202,11 @@ class QuestionBatch:
         places: list[dict[str, list[int]]] = [{} for _ in self.questions]
         for place, (i, role, _) in enumerate(flat):
             places[i].setdefault(role, []).append(place)
-        total, count = estimate.log_likelihood, estimate.num_tokens
-        return [{role: AnswerLikelihood(total[at], count[at]) for role, at in roles.items()} for roles in places]
+        total, count, tokens = estimate.log_likelihood, estimate.num_tokens, estimate.tokens
+        return [
+            {role: AnswerLikelihood(total[at], count[at], [tokens[i] for i in at]) for role, at in roles.items()}
+            for roles in places
+        ]
 
     def per_token(self, role: str) -> list[list[float]]:
         """Mean log-likelihoods a token of the answers in a role, for each question."""
