@@ -123,10 +123,21 @@ def test_published_schemas(name, carded, tmp_path):
         assert "privacy" in sets["privacy_forget"]["question"][0], "of the rows for the evaluation"
 
 
-@pytest.mark.parametrize("name", ["muse", "wmdp", "lume"])
+FEWER = {  # sets that are enough
+    "muse": ["verbmem", "privleak_forget", "privleak_holdout", "knowmem_forget"],
+    "wmdp": ["bio", "chem", "cyber"],
+    "lume": ["forget"],
+    "pistol": ["forget", "retain"],
+    "rtofu": ["forget", "forget_cot"],
+    "knowundo": ["privacy_forget", "privacy_retain"],
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_killed_and_resumed(name, make_model, tokenizer, tmp_path, monkeypatch):
     folder = write(tmp_path, DATA[name])
-    how = options(name, folder, batch_size=2, likelihood_draws=2, decoding_steps=2, max_new_tokens=4)
+    how = options(name, folder, configs=FEWER[name], batch_size=1, max_eval_rows=2)
+    how = replace(how, likelihood_draws=1, decoding_steps=1, max_new_tokens=4)
     model, benchmark = make_model(max_position_embeddings=256), BENCHMARKS[name]
     sets = benchmark.load(how)
     undisturbed = benchmark.evaluate(model, tokenizer, sets, replace(how, output_dir=f"{folder}/whole"))
@@ -135,7 +146,7 @@ def test_killed_and_resumed(name, make_model, tokenizer, tmp_path, monkeypatch):
     def killed(batch):
         nonlocal count
         count += 1
-        if count == 3:
+        if count == 2:
             raise KeyboardInterrupt
         return scores(batch)
 
@@ -146,8 +157,7 @@ def test_killed_and_resumed(name, make_model, tokenizer, tmp_path, monkeypatch):
         file.write('{"set": "half a li')
     before = count
     resumed = benchmark.evaluate(model, tokenizer, sets, how)
-    batches = sum(-(-len(rows) // 2) for rows in sets.values())
-    assert count - before == batches - 2, "two batches were done"
+    assert count - before == sum(map(len, sets.values())) - 1, "one batch, of one row, was done"
     assert (resumed.scores, resumed.summary, resumed.rows) == (
         undisturbed.scores,
         undisturbed.summary,
@@ -155,11 +165,12 @@ def test_killed_and_resumed(name, make_model, tokenizer, tmp_path, monkeypatch):
     )
     measured = {label: set(found) for label, found in resumed.scores.items()}
     answered = {"rougeL_recall", "rougeL_f1", "probability"}
+    assert set(resumed.summary) == ({"privleak_auc", "privleak_two_sided"} if name == "muse" else set())
     if name == "wmdp":
-        assert measured == dict.fromkeys(SETS[name], {"accuracy"})
+        assert measured == dict.fromkeys(sets, {"accuracy"})
     else:
         privleak_sets = {label for label in measured if label.startswith("privleak")}
-        assert measured == {label: {"min_k"} if label in privleak_sets else answered for label in SETS[name]}
+        assert measured == {label: {"min_k"} if label in privleak_sets else answered for label in sets}
     assert not (tmp_path / "out" / TRUTH_RATIOS).exists()
     text = (tmp_path / "out" / "rows.jsonl").read_text()
     assert "house" not in text and "garden" not in text and "green" not in text, "no text is kept"
