@@ -64,7 +64,7 @@ class RolesArguments(OwnRowsArguments):
 def load_rows(args: RolesArguments) -> tuple[Dataset, Dataset | None]:
     """The rows to forget, and rows to keep if there are any."""
     if args.forget is not None:
-        rows = load_own_rows(args.forget, args.retain, args.keep_dataset_cache)
+        rows = load_own_rows(args.forget, args.retain, args.keep_dataset_cache, args.columns)
         forget, retain = rows["forget"], rows.get("retain")
     elif args.dataset_name is None:
         forget, retain = forget_retain_split(fictional_authors())

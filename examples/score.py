@@ -49,6 +49,8 @@ def check(args: ScoreArguments, model_args: ModelConfig) -> None:
     """Refuse options that are wrong before anything is loaded."""
     check_model(model_args)
     args.benchmark = args.benchmark or ("fictional" if args.forget is None else "own")
+    if args.columns is not None and not BENCHMARKS[args.benchmark].maps_columns:
+        raise UserError(f"--benchmark {args.benchmark} reads its columns by their own names: leave --columns out.")
     if args.forget is not None and args.benchmark != "own":
         raise UserError(f"--benchmark {args.benchmark} has other questions than --forget names: leave one out.")
     check_output_folder(args.output_dir)
@@ -79,7 +81,8 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
     scored = replace(benchmark.evaluate(model, tokenizer, sets, args), method=Path(path).name, rouge=args.rouge)
     if not processes().is_main_process:
         return
-    data = args.benchmark if benchmark.source is None else f"{args.dataset_name} {args.forget_split}"
+    data = args.benchmark if benchmark.source is None else args.dataset_name
+    data += f" {args.forget_split}" if benchmark.reads_splits else ""
     results = Results(path, data, settings(args), [scored])
     results.save(Path(args.output_dir) / "results.json")
     print(f"\n{results.details()}")

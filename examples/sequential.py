@@ -4,7 +4,7 @@ The embedded default (three of twelve fictional authors ask to be forgotten; two
 
     python examples/sequential.py
 
-Your own requests, as configs of a data set with columns `question` and `answer`:
+Your own requests, as configs (or CONFIG/SPLIT) of a data set with columns `question` and `answer`, or `text` alone:
 
     accelerate launch examples/sequential.py --model_name_or_path PATH --dtype bfloat16 --dataset_name DATA \\
         --requests request1 request2 --retain_split keep --output_dir outputs/requests
@@ -32,6 +32,8 @@ from mdu_trainer.commands.options import parse_options, settings
 from mdu_trainer.commands.row_sets import EMBEDDED, DataArguments
 from mdu_trainer.commands.scoring import Scorer, ScoringArguments, check_scoring
 from mdu_trainer.commands.training import train_seconds, unlearn
+from mdu_trainer.data.texts import of_text
+from mdu_trainer.evaluation.own_rows import as_questions
 from mdu_trainer.evaluation.results import Results, Run
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
@@ -76,7 +78,9 @@ def load_requests(args: SequentialArguments) -> tuple[list[Dataset], Dataset]:
     if args.dataset_name is not None:
         cache = {"keep_dataset_cache": args.keep_dataset_cache}
         loaded = [load_split(args.dataset_name, name, **cache) for name in (*args.requests, args.retain_split)]
-        rows = [part.select_columns(["question", "answer"]) for part in loaded]
+        rows = [part.select_columns(["text"] if of_text(part) else ["question", "answer"]) for part in loaded]
+        if len(set(map(of_text, rows))) > 1:
+            raise UserError("Some of the requests and rows to keep are texts, and some questions: pass one kind.")
         return rows[:-1], rows[-1]
     authors = fictional_authors()
     count = max(authors["author"]) + 1
@@ -141,7 +145,8 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
             path = finetune(folder / "base", args, config, model_args, concatenate_datasets([*requests, kept]), kept)
         loaded = load(path, model_args, config.trust_remote_code)
     results = Results(model_args.model_name_or_path or "from scratch", args.dataset_name or EMBEDDED, chosen)
-    sets = dict(zip([*names, "retain"], [spread(rows, args.max_eval_rows) for rows in (*requests, kept)], strict=True))
+    asked = [spread(as_questions(rows), args.max_eval_rows) for rows in (*requests, kept)]
+    sets = dict(zip([*names, "retain"], asked, strict=True))
     score = Scorer(sets, args)
     results.runs.append(score_requests(score, *loaded, names, "base", folder))
     del loaded

@@ -3,7 +3,8 @@
     python examples/unlearn.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 --use_peft \\
         --forget forget.jsonl --retain retain.jsonl --output_dir outputs/mine
 
-Rows: JSONL, CSV, Parquet, or DATASET[:CONFIG] on the Hub; with `question`/`answer`, `prompt`/`completion`, `messages`.
+Rows: JSONL, CSV, Parquet, or DATASET[:CONFIG[/SPLIT]] on the Hub; with `question`/`answer`, `prompt`/`completion`,
+`messages`, or `text` alone (articles, books). `--columns prompt=input,completion=output` if they are called otherwise.
 """
 
 import sys
@@ -17,11 +18,13 @@ from mdu_trainer.commands import run
 from mdu_trainer.commands.folders import RESUME, RunArguments, check_run, model_folder
 from mdu_trainer.commands.loading import check_model, load
 from mdu_trainer.commands.options import parse_options, settings
-from mdu_trainer.commands.row_sets import DataArguments, answer_rows, load_own_rows, say_what_is_not_kept
+from mdu_trainer.commands.row_sets import COLUMNS, DataArguments, answer_rows, load_own_rows, say_what_is_not_kept
 from mdu_trainer.commands.scoring import Scorer, ScoringArguments, check_scoring
 from mdu_trainer.commands.summary import unlearn_summary
 from mdu_trainer.commands.training import whole_checkpoint
+from mdu_trainer.evaluation.own_rows import as_questions
 from mdu_trainer.evaluation.sources import spread
+from mdu_trainer.trainer.pairs import check_texts
 
 
 @dataclass
@@ -30,13 +33,15 @@ class UnlearnArguments(RunArguments, ScoringArguments, DataArguments):
 
     forget: str | None = field(default=None, metadata={"help": "Rows to forget: a file, or DATASET[:CONFIG]."})
     retain: str | None = field(default=None, metadata={"help": "Rows to keep, in the same form."})
+    columns: str | None = field(default=None, metadata={"help": COLUMNS})
 
 
 def main(args: UnlearnArguments, config: MDUConfig, model_args: ModelConfig) -> None:
     check_model(model_args)
     check_run(args, config.output_dir)
     check_scoring(args)
-    rows = load_own_rows(args.forget, args.retain, args.keep_dataset_cache)
+    rows = load_own_rows(args.forget, args.retain, args.keep_dataset_cache, args.columns, to_train=True)
+    check_texts(rows["forget"], config)
     if "retain" not in rows:
         say_what_is_not_kept()
         config.retain_weight = 0.0
@@ -44,7 +49,7 @@ def main(args: UnlearnArguments, config: MDUConfig, model_args: ModelConfig) -> 
     folder, chosen, path = Path(config.output_dir), settings(args, config, model_args), model_args.model_name_or_path
     with model_folder(folder, [path, args.forget, args.retain], args, chosen):
         model, tokenizer = load(path, model_args, config.trust_remote_code, is_trainable=True)
-    score = Scorer({name: spread(part, args.max_eval_rows) for name, part in rows.items()}, args)
+    score = Scorer({name: spread(as_questions(part), args.max_eval_rows) for name, part in rows.items()}, args)
     before = score(model, tokenizer, "base", folder / "base-rows.jsonl").run
     chats, dpo = bool(tokenizer.chat_template), config.loss_type == "dpo"
     sets = {name: answer_rows(part, chats, refusals=dpo and name == "forget") for name, part in rows.items()}

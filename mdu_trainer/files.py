@@ -73,7 +73,7 @@ def _names_secret(key: Any) -> bool:
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """Return the rows of a file of JSON lines, or of one JSON array.
+    """Return the rows of a file of JSON lines, or of one JSON array; of one object over several lines, this row.
 
     A byte order mark is skipped. Lines end at a line feed only: U+2028 and U+0085 may stand inside a text.
 
@@ -94,10 +94,21 @@ def read_jsonl(path: str | Path) -> list[Any]:
         try:
             rows += json.loads(part) if is_array else [json.loads(part)] if part.strip() else []
         except json.JSONDecodeError as error:
+            if number == 1 and (whole := _object(text)) is not None:
+                return [whole]
             raise UserError(f"{path}, line {number + error.lineno - 1}, is not JSON.") from None
     if not rows:
         raise UserError(f"{path} is empty: it has no rows.")
     return rows
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    """The object that a text is as a whole, or None."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def write_whole(path: str | Path, text: str, *, private: bool = False) -> None:

@@ -337,6 +337,8 @@ def tiny_mdlm(
         "pad_token_id": tokenizer.pad_token_id,
         "mask_token_id": tokenizer.mask_token_id,
     }
+    kind: Any
+    config: Any
     if block_size is None:
         kind, config = LlamaForCausalLM, LlamaConfig(**(fields | config_kwargs))
     else:

@@ -27,7 +27,7 @@ from warm import PROCESSES
 
 import mdu_trainer
 from mdu_trainer.commands import mdu
-from mdu_trainer.data.reading import read_row
+from mdu_trainer.data.reading import read_row, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("examples", "mdu_trainer", "model_cards", "tests")
@@ -41,6 +41,10 @@ NOT_RUN = {  # how a command begins, and why it is not run here
     "hf jobs ": "starts a machine somewhere else",
     "export ": "sets the environment of a shell",
     ".venv/bin/python -m pytest ": "runs tests, as this does",
+    "mdu score --benchmark ": "reads from the network; tests/evaluation/test_published.py scores small rows",
+    "mdu unlearn --forget muse-bench": "reads from the network",
+    "mdu unlearn --forget FOLDER": "needs a copy of LUME; tests/examples/test_unlearn.py names splits and columns",
+    "mdu sequential --dataset_name muse-bench": "reads from the network; tests/examples/test_sequential.py has texts",
     "python -m mdu_trainer.evaluation ": "tests/evaluation/test_harness.py runs it; imports take 15 s",
     "accelerate launch examples/rwku.py --config ": "forgets ten people; tests/evaluation/test_rwku.py reads the file",
     "python examples/benchmarks/lasting.py": "tests/examples/test_lasting.py runs it at its smallest scale",
@@ -290,6 +294,9 @@ def test_rows():
     for text in TEXTS.values():
         for line in "".join(fences(text, "json")).splitlines():
             row = json.loads(line)
+            if "text" in row:
+                assert read_text(row, "A row")
+                continue
             if "question" in row:
                 row = {"prompt": row["question"], "completion": row["answer"]}
             assert read_row(row, "A row")

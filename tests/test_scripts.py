@@ -15,13 +15,12 @@ from transformers import ByT5Tokenizer, TrainerControl, TrainerState
 from mdu_trainer import DiffusionGenerationConfig, MDLMConfig, MDLMTrainer, question_answer_rows
 from mdu_trainer.attacks import ATTACKS, AttackSettings, Target, leak_check
 from mdu_trainer.attacks.base import recall
-from mdu_trainer.attacks.prefix import WORD
 from mdu_trainer.callbacks import UnlearningEvalCallback
 from mdu_trainer.commands import leak_check as leak_command
 from mdu_trainer.data.roles import label_roles
 from mdu_trainer.data.spans import token_spans
 from mdu_trainer.data.word_keys import words as role_words
-from mdu_trainer.data.words import has_words, split_words
+from mdu_trainer.data.words import WRITTEN_WORD, has_words, split_words
 from mdu_trainer.evaluation.metrics import Degeneracy, RougeL, zlib_score
 from mdu_trainer.evaluation.metrics.text import RougeTokenizer
 from mdu_trainer.evaluation.rwku_questions import ngram_entropy, word_match
@@ -180,8 +179,11 @@ def test_characters_alone_say_little(bpe):
 @pytest.mark.parametrize("name", ["Thai", "Lao", "Khmer", "Burmese", "Tibetan", "Chinese", "Japanese"])
 def test_a_prefix_is_not_the_whole_answer(name):
     answer = ROWS[name][1]
-    assert len(WORD.findall(answer)) > 3 and "".join(WORD.findall(answer)).split() == "".join(answer.split()).split()
-    assert WORD.findall("Jean-Luc O'Brien, 3.5 (aged)") == ["Jean-Luc", "O'Brien,", "3.5", "(aged)"]
+    assert (
+        len(WRITTEN_WORD.findall(answer)) > 3
+        and "".join(WRITTEN_WORD.findall(answer)).split() == "".join(answer.split()).split()
+    )
+    assert WRITTEN_WORD.findall("Jean-Luc O'Brien, 3.5 (aged)") == ["Jean-Luc", "O'Brien,", "3.5", "(aged)"]
 
 
 # Hashes

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.roles import Role, label_roles
 from ..data.rows import DataCollatorForUnlearning
 from ..data.spans import token_spans
+from ..data.texts import is_plain
 from ..data.word_keys import words
 from ..data.words import has_words
 from ..divergence import TokenNLL
@@ -210,8 +211,10 @@ class Target:
 
     def encode(self, prompts: Sequence[str], rows: Dataset | None = None) -> list[Question]:
         """Tokenise other wordings of the rows' questions, with the rows' answers; or other rows."""
-        answers = [[text] for text in (self.rows if rows is None else rows)["answer"]]
-        return encode_questions("attacked", prompts, answers, {"answer": answers}, self.tokenizer, self.backbone)
+        rows = self.rows if rows is None else rows
+        answers, plain = [[text] for text in rows["answer"]], is_plain(rows)
+        asked = (prompts, answers, {"answer": answers})
+        return encode_questions("attacked", *asked, self.tokenizer, self.backbone, plain=plain)
 
     def decode(self, prompt_ids: list[list[int]], **changes: Any) -> list[str]:
         """Return decoded answers, one a prompt; changes are of the settings' decoding."""

@@ -1,16 +1,8 @@
 """Say the first words of the answer, and let the model go on."""
 
-import regex
-
 from ..data.spans import token_spans
-from ..data.words import SINGLE, SYMBOL, UNSPACED
+from ..data.words import WRITTEN_WORD
 from .base import AttackScores, NothingToAttack, Target, recall, said
-
-_POINTS = r"\u0f0b\u0f0c\u1361"  # what stands for a space in Tibetan and Ethiopic
-# what stands between spaces, and of scripts without spaces a character, each with its punctuation
-WORD = regex.compile(
-    rf"\p{{P}}*{SINGLE}[\p{{P}}\u200b]*|[\S--[{UNSPACED}{SYMBOL}{_POINTS}]]+[{_POINTS}]*|[{_POINTS}]+", regex.V1
-)
 
 
 def attack(target: Target, seed: int) -> AttackScores:
@@ -26,7 +18,7 @@ def attack(target: Target, seed: int) -> AttackScores:
     """
     prompts, rests = {}, {}
     for row, answer in enumerate(target.rows["answer"]):
-        end = list(WORD.finditer(answer))[: target.settings.prefix_words][-1].end()
+        end = list(WRITTEN_WORD.finditer(answer))[: target.settings.prefix_words][-1].end()
         ids = target.answer_ids[row][: len(target.answer_roles[row])]
         count = sum(start < end for start, _ in token_spans(answer, ids, target.tokenizer))
         rest = [word for word in target.stored[row] if word.tokens[-1] >= count]

@@ -8,12 +8,13 @@ from peft import PeftModel
 from trl import ModelConfig, get_peft_config
 
 from ..config import MDLMConfig, MDUConfig
-from ..data.rows import question_answer_rows
+from ..data.texts import of_text
 from ..files import UserError
 from ..testing import SMALLEST_VOCABULARY, dataset_texts, tiny_mdlm, train_tokenizer
 from ..trainer.mdlm import MDLMTrainer
 from .checks import check_above_zero, check_least
 from .loading import load
+from .row_sets import answer_rows
 from .training import is_trained
 
 HEADS = 4  # of a model from scratch
@@ -78,19 +79,19 @@ def finetune(
     Returns:
         The folder, also if a finished model lies there already.
     """
-    name = model_args.model_name_or_path
+    name, learned = model_args.model_name_or_path, ["text"] if of_text(vocabulary) else ["question", "answer"]
     if is_trained(folder):
         return str(folder)
     if name is None:
-        tokenizer = train_tokenizer(dataset_texts(vocabulary.select_columns(["question", "answer"])), args.vocab_size)
+        tokenizer = train_tokenizer(dataset_texts(vocabulary.select_columns(learned)), args.vocab_size)
         size = (args.hidden_size, args.num_layers, HEADS)
         model = tiny_mdlm(tokenizer, *size, seed=config.seed, block_size=args.block_size)
     else:
         model, tokenizer = load(name, model_args, config.trust_remote_code, is_trainable=True)
     trainer = MDLMTrainer(
         model,
-        finetune_config(folder, args, config, from_scratch=name is None),
-        train_dataset=question_answer_rows(rows, conversational=bool(tokenizer.chat_template)),
+        finetune_config(folder, args, config, from_scratch=name is None, texts=of_text(rows)),
+        train_dataset=answer_rows(rows, conversational=bool(tokenizer.chat_template)),
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
     )
@@ -103,7 +104,9 @@ def finetune(
     return str(folder)
 
 
-def finetune_config(folder: Path, args: FinetuningArguments, config: MDUConfig, from_scratch: bool) -> MDLMConfig:
+def finetune_config(
+    folder: Path, args: FinetuningArguments, config: MDUConfig, from_scratch: bool, texts: bool = False
+) -> MDLMConfig:
     """Return the fine-tuning's configuration: the unlearning's where it is not set here."""
     return MDLMConfig(
         output_dir=str(folder),
@@ -114,7 +117,7 @@ def finetune_config(folder: Path, args: FinetuningArguments, config: MDUConfig, 
         warmup_steps=0.03,
         adam_beta2=0.98,
         save_strategy="no",
-        pad_with_end_tokens=True,
+        pad_with_end_tokens=not texts,  # whose chunks end anywhere
         time_weighting=not from_scratch,  # a small model from scratch learns faster without the variance of 1/t
         prompt_mask_ratio=0.2,
         **{name: getattr(config, name) for name in SHARED},

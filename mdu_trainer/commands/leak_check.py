@@ -39,6 +39,7 @@ from transformers.utils import logging
 
 from mdu_trainer.attacks.leak_check import Leak, measure_leak, not_measured
 from mdu_trainer.commands import ArgumentParser, run
+from mdu_trainer.evaluation.columns import parse_columns
 from mdu_trainer.evaluation.own_rows import QUESTIONS, load_questions
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.files import write_whole
@@ -60,9 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         with redirect_stdout(sys.stderr):  # whatever libraries print
             if options.output is not None:
                 _check_output(options.output)
-            rows = load_questions(options.forget)
+            columns = parse_columns(options.columns)
+            rows = load_questions(options.forget, columns=columns)
             not_measured(rows)
-            retain = None if options.retain is None else load_questions(options.retain, "retain")
+            retain = None if options.retain is None else load_questions(options.retain, "retain", columns=columns)
             path, revision = options.model_name_or_path, options.model_revision
             load_config(base_of(path), revision=revision)
             model, tokenizer = load_checkpoint(path, dtype=options.dtype, revision=revision)
@@ -116,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
         "--forget", required=True, help="questions and answers: a JSONL, CSV or Parquet file, or DATASET[:CONFIG]"
     )
     parser.add_argument("--retain", help="rows to keep, in the same form: their wording is not counted as a leak")
+    parser.add_argument("--columns", help="columns that are called otherwise, as in prompt=input,completion=output")
     mode = parser.add_mutually_exclusive_group(required=True)
     mode.add_argument("--max_leak", type=float, metavar="X", help="the highest leak that passes, from 0 to 1")
     mode.add_argument("--audit", action="store_true", help="say which rows the model holds, most strongly first")

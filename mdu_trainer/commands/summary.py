@@ -61,7 +61,7 @@ def attack_command(
         args, model_args: of the command, which names the rows, and says how a model is loaded.
         model, base, retain_model: the unlearned one, the one before, and one that never saw the rows.
     """
-    names = ("forget", "retain") if getattr(args, "forget", None) else ()
+    names = ("forget", "retain", "columns") if getattr(args, "forget", None) else ()
     if not names and getattr(args, "dataset_name", None):
         names = ("dataset_name", "forget_split", "retain_split")
     options = {"model": str(model), "base": base, "retain_model": retain_model}

@@ -44,6 +44,9 @@ class DiffusionConfig(TrainingArguments):
 
         max_length (`int`, *optional*, defaults to `1024`):
             Longest row in tokens. Responses are truncated, prompts never. `None` is the model's context length.
+        text_stride (`int`, *optional*):
+            Rows of `text` alone: tokens from the start of a chunk of `max_length` tokens to that of the next. As many
+            as a chunk has if not set, so that chunks do not overlap; the last one ends with the text in any case.
         train_sampling_strategy (`str`, *optional*, defaults to `"random"`):
             `"random"`, `"sequential"`, or `"group_by_length"` (batches of rows of like length).
         data_seed (`int`, *optional*):
@@ -98,6 +101,9 @@ class DiffusionConfig(TrainingArguments):
         default=None,
         metadata={"help": "Models of blocks: draw t for each row or block.", "choices": [None, "row", "block"]},
     )
+    text_stride: int | None = field(
+        default=None, metadata={"help": "Rows of text: tokens from a chunk's start to the next one's; a chunk's own."}
+    )
     t_min: float = field(default=0.0, metadata={"help": "t is uniform on [max(t_min, time_epsilon), t_max]."})
     t_max: float = field(default=1.0, metadata={"help": "Largest t; t_min = t_max = 1 masks the whole response."})
     time_epsilon: float = field(default=1e-3, metadata={"help": "Smallest t."})
@@ -143,6 +149,8 @@ class DiffusionConfig(TrainingArguments):
             raise UserError(f"t_min = {self.t_min} is larger than t_max = {self.t_max}; swap them.")
         if self.max_length is not None and not is_whole(self.max_length, 2):
             raise UserError(f"max_length = {self.max_length} leaves no room for a prompt and a response.")
+        if self.text_stride is not None and not is_whole(self.text_stride, 1):
+            raise UserError(f"text_stride must be a whole number of tokens from 1, got {self.text_stride}.")
         if self.train_sampling_strategy not in SAMPLING_STRATEGIES:
             raise UserError(
                 f"train_sampling_strategy '{self.train_sampling_strategy}' is not supported; use one of "

@@ -58,6 +58,9 @@ class MDUConfig(DiffusionConfig):
             names in the prompt, these and the stored words in the answer; and the true tokens of stored words are
             struck out. So the anchor is what the model would say had it never met the person. Stored words are found
             by a rule (`mdu_trainer.data.roles`), the trainer's `labeller`, or the column `secret_spans`.
+        prefix_share (`float`, *optional*, defaults to `0.25`):
+            MDU at tau > 0, rows to forget of `text` alone: share of a chunk that is its prompt. At tau = 0, and in
+            other losses, a chunk has no prompt, and all of it takes part in the diffusion.
         strike_quantile (`float`, *optional*, defaults to `0.5`):
             Counterfactual anchor: a true token that is struck out gets the logit that this share of the vocabulary
             lies below. `None` strikes nothing out.
@@ -145,6 +148,9 @@ class MDUConfig(DiffusionConfig):
             "help": "MDU: what the anchor is predicted from.",
             "choices": ["masked_prompt", "hidden_prompt", "prompt", "counterfactual"],
         },
+    )
+    prefix_share: float = field(
+        default=0.25, metadata={"help": "MDU at tau > 0, rows of text: share of a chunk that is its prompt."}
     )
     strike_quantile: float | None = field(
         default=0.5, metadata={"help": "Counterfactual anchor: where in the vocabulary a struck token lies."}
@@ -235,7 +241,9 @@ class MDUConfig(DiffusionConfig):
             if getattr(self, name) not in choices:
                 raise UserError(f"{name} '{getattr(self, name)}' is unknown; choose one of {', '.join(choices)}.")
         check_numbers(self, {"tau": NOT_NEGATIVE, "retain_weight": NOT_NEGATIVE, "beta": POSITIVE})
-        check_numbers(self, {"gamma": "finite", "alpha": "finite"})
+        check_numbers(self, {"gamma": "finite", "alpha": "finite", "prefix_share": POSITIVE})
+        if self.prefix_share >= 1:
+            raise UserError(f"prefix_share is a share between 0 and 1, got {self.prefix_share}.")
         unknown = set(self.loss_options or ()) - set(OBJECTIVES[self.loss_type].options)
         if unknown:
             raise UserError(

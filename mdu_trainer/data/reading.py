@@ -3,12 +3,12 @@
 Rows hold what is to be forgotten, so no message quotes one: it names the data set, the row's number and what to do.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict, DatasetInfo
 from pandas import DataFrame
 from pyarrow.lib import ArrowException
 from transformers.utils import logging
@@ -26,6 +26,8 @@ UNREAD = (  # TRL's columns that mean something to other trainers
     *("input_ids", "attention_mask", "labels", "label", "kl", "weight", "sample_weight", "margin", "score"),
     *("ref_chosen_logps", "ref_rejected_logps", "reference_logps"),
 )
+TEXT = "text"  # column of a plain text, where a row has nothing else to learn
+RESPONSES = ("messages", "prompt", "completion", "rejected")
 SHAREGPT = (
     "turns have 'from' and 'value' (ShareGPT). Rename them to 'role' and 'content', and the roles 'human' and 'gpt' "
     "to 'user' and 'assistant'"
@@ -136,6 +138,31 @@ def read_row(example: Any, where: str, preferred: bool = False, allow_blank: boo
     return row
 
 
+def names_of(dataset: Dataset) -> DatasetInfo:
+    """The names by which a card knows a data set, for another one of other columns that is made of its rows."""
+    return DatasetInfo(dataset_name=dataset.info.dataset_name, config_name=dataset.info.config_name)
+
+
+def is_text(columns: Collection[str]) -> bool:
+    """Whether rows with these columns are plain texts: they have `text`, and no prompt or response under any name."""
+    return TEXT in columns and not set(columns) & {*RESPONSES, "question", "answer"}
+
+
+def read_text(example: Any, where: str) -> str:
+    """The text of a row of plain text.
+
+    Raises:
+        UserError: for a row that is none, a value that is no text, or a blank one.
+    """
+    text = example.get(TEXT) if isinstance(example, Mapping) else None
+    if not isinstance(text, str):
+        raise UserError(f"{where}: {TEXT} must be a text, and is a {type(text).__name__}.")
+    if not text.strip():
+        raise UserError(f"{where}: {TEXT} is blank, so there is nothing to learn. Remove the row.")
+    _whole_characters(text, where)
+    return text
+
+
 def _columns(dataset: Any, name: str) -> set[str]:
     """The columns of a data set; of a list, those of any row."""
     if hasattr(dataset, "column_names"):
@@ -152,17 +179,27 @@ def _columns(dataset: Any, name: str) -> set[str]:
 
 
 def _check_columns(columns: set[str], name: str, preferred: bool) -> None:
-    if preferred and "chosen" not in columns:
+    if is_text(columns):
+        if preferred:
+            raise UserError(
+                f"loss_type 'dpo' prefers another response to a prompt, and the {name} set has texts, without prompts "
+                "and responses. Take another loss_type."
+            )
+    elif preferred and "chosen" not in columns:
         raise UserError(
             f"loss_type 'dpo' needs a preferred response (a refusal, say) in a column 'chosen'; the {name} set has "
             f"{sorted(columns)}."
         )
     if "conversations" in columns and not columns & {"messages", "prompt"}:
         raise UserError(f"The {name} set has 'conversations': rename the column to 'messages'. If its {SHAREGPT}.")
-    if "messages" not in columns and not ("prompt" in columns and columns & {"completion", "rejected"}):
+    if (
+        not is_text(columns)
+        and "messages" not in columns
+        and not ("prompt" in columns and columns & {"completion", "rejected"})
+    ):
         raise UserError(
-            f"The {name} set needs 'prompt' and 'completion' columns, or 'messages'; it has {sorted(columns)}. A "
-            'question/answer set: dataset.rename_columns({"question": "prompt", "answer": "completion"}).'
+            f"The {name} set needs 'prompt' and 'completion' columns, 'messages' or 'text'; it has {sorted(columns)}. "
+            'A question/answer set: dataset.rename_columns({"question": "prompt", "answer": "completion"}).'
         )
     twice = "messages" in columns and columns & {"prompt", "completion", "rejected"}
     if twice or {"completion", "rejected"} <= columns:

@@ -6,15 +6,16 @@ question/answer data set maps in one line:
 
     dataset = dataset.rename_columns({"question": "prompt", "answer": "completion"})
 
+Rows with `text` alone are articles, books or corpora, learned in chunks (`mdu_trainer.data.texts`).
 The columns `tools` and `chat_template_kwargs` go to the chat template, as in TRL.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -24,8 +25,9 @@ from ..masking import KEPT, MaskSchedule, pad_rows, permutation
 from ..models import Backbone
 from .encoding import RowEncoder
 from .forget_masks import ForgetMasks
-from .reading import Row, check_table, read_row, read_rows
+from .reading import Row, check_table, names_of, read_row, read_rows, read_text
 from .secrets import SPANS, SecretMarker
+from .texts import of_text, text_chunks
 
 logger = logging.get_logger(__name__)
 
@@ -39,12 +41,14 @@ class TokenizedRows:
         completion_ids: end of turn included unless truncated.
         preferred: preferred response ids (DPO), or empty.
         secrets: what a counterfactual anchor hides of each row (`mdu_trainer.data.secrets`), or empty.
+        prompt_share: share of each chunk that is its prompt, where the rows are chunks of texts; else None.
     """
 
     prompt_ids: list[list[int]]
     completion_ids: list[list[int]]
     preferred: list[list[int]] = field(default_factory=list)
     secrets: list[list[int]] = field(default_factory=list)
+    prompt_share: float | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -78,14 +82,13 @@ def question_answer_rows(dataset: Dataset, conversational: bool, preferred: str 
     if not conversational:
         return dataset.select_columns(list(columns)).rename_columns(columns)
     roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant"}
-    known = ("dataset_name", "config_name")  # by which a card names the set; the columns' types are others now
     made = {
         new: [[{"role": roles[new], "content": value}] if new in roles else value for value in dataset[old]]
         for old, new in columns.items()
     }
     return Dataset.from_dict(
         made,
-        info=DatasetInfo(**{name: getattr(dataset.info, name) for name in known}),
+        info=names_of(dataset),
         split=dataset.split,
     )
 
@@ -101,11 +104,13 @@ def tokenize_rows(
     allow_blank: bool = False,
     numbers: Sequence[int] | None = None,
     mark: SecretMarker | None = None,
+    text_stride: int | None = None,
+    prompt_share: float = 0.0,
 ) -> TokenizedRows:
     """Tokenise the rows of one data set. Nothing is written to disk.
 
     Responses end with the backbone's end token. `max_length` truncates responses, never prompts; a row whose prompt
-    leaves no response token is dropped, and one warning counts them.
+    leaves no response token is dropped, and one warning counts them. Texts become chunks of `max_length` tokens.
 
     Args:
         dataset: rows in one of the formats above.
@@ -116,6 +121,7 @@ def tokenize_rows(
         allow_blank: keep rows whose response is blank: of its end token alone.
         numbers: what messages call each row, where several rows here are of one row of the user's.
         mark: marks what a counterfactual anchor hides.
+        text_stride, prompt_share: of chunks of texts, as `mdu_trainer.data.texts.text_chunks` takes them.
 
     Raises:
         TypeError: for a streaming data set.
@@ -123,13 +129,15 @@ def tokenize_rows(
             for a row that cannot be read as it was meant (see `mdu_trainer.data.encoding`).
     """
     check_table(dataset, name, preferred)
-    encode = RowEncoder(tokenizer, backbone, name, preferred, allow_blank)
     limit = min(filter(None, (max_length, backbone.context_length)), default=None)
+    if of_text(dataset):
+        how = {"name": name, "max_length": limit, "stride": text_stride, "prompt_share": prompt_share}
+        return TokenizedRows(*text_chunks(dataset, tokenizer, backbone, **how), prompt_share=prompt_share)
+    encode = RowEncoder(tokenizer, backbone, name, preferred, allow_blank)
     rows = TokenizedRows([], [])
     dropped = truncated = too_long = 0
     for i, example in enumerate(read_rows(dataset, name)):
-        number = i if numbers is None else numbers[i]
-        prompt, response, chosen = encode(example, number)
+        prompt, response, chosen = encode(example, number := i if numbers is None else numbers[i])
         too_long += backbone.context_length is not None and len(prompt) >= backbone.context_length
         room = None if limit is None else limit - len(prompt)
         if room is not None and room <= 0:
@@ -186,7 +194,8 @@ def check_rows(dataset: Dataset | Sequence[Row], name: str, preferred: bool = Fa
     """
     check_table(dataset, name, preferred)
     for i, example in enumerate(read_rows(dataset, name)):
-        read_row(example, f"Row {i} of the {name} set", preferred)
+        where = f"Row {i} of the {name} set"
+        read_text(example, where) if of_text(dataset) else read_row(example, where, preferred)
 
 
 def count_overlap(rows: TokenizedRows, others: TokenizedRows) -> int:
@@ -294,42 +303,6 @@ def in_order(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
 def shuffled(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
     """A new shuffle on every visit: int64 `[len(rows)]`."""
     return permutation(seed, visit, len(rows))
-
-
-def length_grouped(batch_size: int) -> Order:
-    """Batches of rows of like length, in shuffled order; rows of equal length are shuffled."""
-
-    def order(rows: TokenizedRows, seed: int, visit: int) -> Tensor:
-        shuffle = permutation(seed, visit, len(rows))
-        by_length = shuffle[torch.tensor(rows.lengths)[shuffle].argsort(stable=True)]
-        full = len(rows) // batch_size * batch_size
-        batches = by_length[:full].view(-1, batch_size)
-        return torch.cat([batches[permutation(seed + 1, visit, len(batches))].flatten(), by_length[full:]])
-
-    return order
-
-
-class EpochSampler(torch.utils.data.Sampler[int]):
-    """The counters of one epoch: `epoch * size ... (epoch + 1) * size - 1`, and filler up to a multiple.
-
-    Args:
-        size: rows an epoch.
-        epoch: returns the current epoch; read when an epoch starts, so a resumed run reads the one it resumed in.
-        multiple: the rows that all processes take together. They need as many batches each, and accelerate would
-            repeat rows to get there, which would weigh twice.
-    """
-
-    def __init__(self, size: int, epoch: Callable[[], int], multiple: int = 1):
-        self.size = size
-        self.epoch = epoch
-        self.filler = -size % multiple
-
-    def __len__(self) -> int:
-        return self.size + self.filler
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.epoch() * self.size
-        return iter([*range(start, start + self.size), *[~start] * self.filler])
 
 
 @dataclass

@@ -24,6 +24,7 @@ from ..masking import IN_CONTEXT, KEPT, STORED
 from .reading import Row, Text, read_row, read_rows
 from .roles import Labeller, label_characters, template_words
 from .spans import Span, token_spans
+from .texts import of_text
 from .word_keys import words
 
 logger = logging.get_logger(__name__)
@@ -91,6 +92,15 @@ class SecretMarker:
 def text_of(text: Text) -> str:
     """What a prompt or completion says, without the turns' roles."""
     return text if isinstance(text, str) else "\n".join(turn["content"] for turn in text)
+
+
+def refuse_texts(rows: Any, name: str) -> None:
+    """Refuse plain texts, of which nobody knows who they are about."""
+    if of_text(rows):
+        raise UserError(
+            f"anchor_input='counterfactual' hides who a question is about, and the {name} set has texts, without "
+            "questions. Take anchor_input='masked_prompt', or write the rows as questions and answers."
+        )
 
 
 def warn_of_spans(name: str, rows: Any, unread: bool) -> None:

@@ -23,6 +23,12 @@ SINGLE = rf"(?:(?=[{UNSPACED}{SYMBOL}])\X|[#*]\ufe0f?\u20e3)"  # a grapheme clus
 WORD_CHARACTER = rf"[[\p{{L}}\p{{M}}\p{{N}}\p{{DI}}]--[{UNSPACED}\u200b]]"
 RUN = rf"[[\p{{L}}\p{{N}}]--{UNSPACED}]{WORD_CHARACTER}*"
 
+_POINTS = r"\u0f0b\u0f0c\u1361"  # what stands for a space in Tibetan and Ethiopic
+# what stands between spaces, and of scripts without spaces a character, each with its punctuation
+WRITTEN_WORD = regex.compile(
+    rf"\p{{P}}*{SINGLE}[\p{{P}}\u200b]*|[\S--[{UNSPACED}{SYMBOL}{_POINTS}]]+[{_POINTS}]*|[{_POINTS}]+", regex.V1
+)
+
 _WORD = regex.compile(f"{RUN}|{SINGLE}", regex.V1)
 _ASCII_WORD = regex.compile("[a-z0-9]+")
 _SYMBOL = regex.compile(f"{SYMBOL}|[#*]", regex.V1)

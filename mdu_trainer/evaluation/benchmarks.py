@@ -1,4 +1,5 @@
-"""The benchmarks that are registered from the start: TOFU, RWKU, rows of one's own, the embedded fictional authors.
+"""The benchmarks that are registered from the start: TOFU, RWKU, those of `published_sets`, rows of one's own, the
+embedded fictional authors.
 
 options = BenchmarkOptions(dataset_name="locuslab/TOFU")
 sets = BENCHMARKS["tofu"].load(options)
@@ -18,6 +19,8 @@ from ..inference.generation import DiffusionGenerationConfig
 from ..testing import fictional_authors, forget_retain_split
 from .own_rows import load_own_rows
 from .protocol import check_protocol
+from .published import WORDS, evaluate_published, load_published
+from .published_sets import PUBLISHED
 from .registry import Benchmark, BenchmarkOptions, register_benchmark
 from .results import Run
 from .runner import processes
@@ -53,7 +56,7 @@ def _load_tofu(options: BenchmarkOptions) -> dict[str, Dataset]:
 
 
 def _load_own(options: BenchmarkOptions) -> dict[str, Dataset]:
-    rows = load_own_rows(options.forget, options.retain, options.keep_dataset_cache)
+    rows = load_own_rows(options.forget, options.retain, options.keep_dataset_cache, options.columns)
     sets = {name: spread(part, options.max_eval_rows) for name, part in rows.items()}
     _retain_log(options, sets)
     return sets
@@ -93,6 +96,21 @@ def _evaluate_rwku(
     return evaluate_rwku(model, tokenizer, sets, choices=options.choices, **lengths, **_shared(options))
 
 
+def _register_published(name: str) -> None:
+    def load(options: BenchmarkOptions) -> dict[str, Dataset]:
+        return load_published(name, options)
+
+    def evaluate(
+        model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
+    ) -> Run:
+        how = {"max_new_tokens": options.max_new_tokens, "retain_log": options.retain_log}
+        return evaluate_published(name, model, tokenizer, sets, **_shared(options), **how)
+
+    reads_splits = any("{forget}" in part.place for part in PUBLISHED[name].parts.values())
+    words = WORDS if name == "muse" else {}
+    register_benchmark(name, Benchmark(load, evaluate, PUBLISHED[name].hub, words, reads_splits, maps_columns=True))
+
+
 def _retain_log(options: BenchmarkOptions, sets: Mapping[str, Dataset]) -> TruthRatios | None:
     """The truth ratios of a model that never saw the rows, once it is clear that they are of these rows."""
     if options.choices is not None:
@@ -118,6 +136,7 @@ register_benchmark(
         _load_tofu,
         _evaluate_tofu,
         source="locuslab/TOFU",
+        reads_splits=True,
         words={
             "model_utility": "harmonic mean of the figures of the sets to keep",
             "forget_quality": "p-value of the hypothesis that the truth ratios are those of a model that never saw "
@@ -139,4 +158,6 @@ register_benchmark(
     ),
 )
 register_benchmark("fictional", Benchmark(_load_fictional, _evaluate_tofu))
-register_benchmark("own", Benchmark(_load_own, _evaluate_tofu))
+for _name in PUBLISHED:
+    _register_published(_name)
+register_benchmark("own", Benchmark(_load_own, _evaluate_tofu, maps_columns=True))

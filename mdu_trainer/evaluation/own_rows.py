@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset
 
-from ..data.reading import check_table, read_row, read_rows
+from ..data.reading import TEXT, check_table, names_of, read_row, read_rows, read_text
 from ..data.secrets import SPANS
+from ..data.texts import of_text, passages
 from ..files import UserError
+from .columns import map_to_pass, parse_columns, rename
 from .pairs import is_pair, questions_of_pairs
 from .rwku import load_forget_rows
 from .sources import SUFFIXES, check_columns, config_names, load_split, read_file, table
@@ -19,12 +21,21 @@ FURTHER = ("paraphrased_question", "refusal")  # kept where every row has them
 TURNS = {"prompt": ("question", "user"), "completion": ("answer", "assistant"), "chosen": ("refusal", "assistant")}
 
 
-def load_own_rows(forget: str | None, retain: str | None, keep_dataset_cache: bool = False) -> dict[str, Dataset]:
+def load_own_rows(
+    forget: str | None,
+    retain: str | None,
+    keep_dataset_cache: bool = False,
+    columns: str | None = None,
+    *,
+    to_train: bool = False,
+) -> dict[str, Dataset]:
     """Load the rows that a command line names as one's own, as questions and answers.
 
     Args:
         forget, retain: files or data sets, as `load_questions` takes them; rows to keep may be left out.
         keep_dataset_cache: as in `load_questions`.
+        columns: names of columns, as `mdu_trainer.evaluation.columns.parse_columns` reads them.
+        to_train: leave texts whole, for a training; `as_questions` makes passages of them.
 
     Returns:
         "forget", and "retain" if there are any.
@@ -35,41 +46,71 @@ def load_own_rows(forget: str | None, retain: str | None, keep_dataset_cache: bo
     if forget is None:
         raise UserError("Which rows are to be forgotten? Pass --forget FILE, or the name of a data set.")
     sources = {"forget": forget} | ({} if retain is None else {"retain": retain})
-    return {
-        name: load_questions(source, name, keep_dataset_cache=keep_dataset_cache) for name, source in sources.items()
-    }
+    load = load_rows if to_train else load_questions
+    how: dict[str, Any] = {"columns": parse_columns(columns), "keep_dataset_cache": keep_dataset_cache}
+    return {name: load(source, name, **how) for name, source in sources.items()}
 
 
-def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: bool = False) -> Dataset:
-    """Load rows as questions and answers, in memory.
+def load_questions(
+    source: str,
+    name: str = "forget",
+    *,
+    columns: Mapping[str, str] | None = None,
+    keep_dataset_cache: bool = False,
+) -> Dataset:
+    """Load rows as questions and answers, in memory; of texts, passages. Arguments and errors as in `load_rows`."""
+    return as_questions(load_rows(source, name, columns=columns, keep_dataset_cache=keep_dataset_cache))
+
+
+def as_questions(rows: Dataset) -> Dataset:
+    """Rows as `load_rows` gives them, as what can be asked: of texts, passages (`mdu_trainer.data.texts`)."""
+    return passages(rows) if of_text(rows) else rows
+
+
+def load_rows(
+    source: str,
+    name: str = "forget",
+    *,
+    columns: Mapping[str, str] | None = None,
+    keep_dataset_cache: bool = False,
+) -> Dataset:
+    """Load rows as questions and answers, or as texts, in memory.
 
     A row has `question` and `answer`; or `prompt` and `completion`, both texts or both messages; or `messages`, a turn
     of the user and the response to it. `paraphrased_question` is kept, `chosen`, the response that DPO prefers, as
-    `refusal`, and `secret_spans` (see `mdu_trainer.data.secrets`). RWKU's pairs are read, too (see `pairs`).
+    `refusal`, and `secret_spans` (see `mdu_trainer.data.secrets`). RWKU's pairs are read, too (see `pairs`). A row
+    without any of these but with `text` is one of plain text.
 
     Args:
-        source: a JSON, JSON Lines, CSV or Parquet file, or a folder or a data set on the Hub, as NAME or NAME:CONFIG;
-            or a folder that has nothing but a folder a subject, as `rwku.load_forget_rows` takes it.
+        source: a JSON, JSON Lines, CSV, Parquet or text file, or a folder or a data set on the Hub, as NAME,
+            NAME:CONFIG or NAME:CONFIG/SPLIT; or a folder that has nothing but a folder a subject, as
+            `rwku.load_forget_rows` takes it.
         name: what messages call the rows.
+        columns: name here -> name in the data, of columns that are called otherwise.
         keep_dataset_cache: as in `mdu_trainer.evaluation.sources.load_split`.
 
     Returns:
-        `question`, `answer`, and of the others what every row has.
+        `question`, `answer`, and of the others what every row has; or `text`.
 
     Raises:
         OSError: there is no such file or data set.
         UserError: no rows, missing columns, values that are no text, conversations. No message quotes a row.
     """
     rows = _load_source(source, keep_dataset_cache)
-    columns = set(rows.column_names)
-    if is_pair(dict.fromkeys(columns)) and not columns & RESPONSES:
-        rows = table(questions_of_pairs(rows, source), source, _known(rows), rows.split)
-        columns = set(rows.column_names)
-    if not columns & set(QUESTIONS) and columns & RESPONSES:
-        rows = _as_questions(rows, source, name)
+    rows = rename(rows, columns, source) if columns else rows
+    known = set(rows.column_names)
+    if is_pair(dict.fromkeys(known)) and not known & RESPONSES:
+        rows = table(questions_of_pairs(rows, source), source, names_of(rows), rows.split)
+    if of_text(rows):
+        for number, row in enumerate(read_rows(rows, name)):
+            read_text(row, f"Row {number} of {source}")
+        return rows.select_columns([TEXT])
+    known = set(rows.column_names)
+    if not known & set(QUESTIONS) and known & RESPONSES:
+        rows = _of_turns(rows, source, name)
     else:
         _check_texts(rows, source)
-        rows = rows.rename_columns({"chosen": "refusal"}) if "chosen" in columns - {"refusal"} else rows
+        rows = rows.rename_columns({"chosen": "refusal"}) if "chosen" in known - {"refusal"} else rows
     check_columns(rows, name, dict.fromkeys(QUESTIONS, str))
     whole = [c for c in FURTHER if c in rows.column_names and all(isinstance(text, str) for text in rows[c])]
     whole += [SPANS] if SPANS in rows.column_names else []
@@ -78,7 +119,7 @@ def load_questions(source: str, name: str = "forget", *, keep_dataset_cache: boo
 
 def _load_source(source: str, keep_dataset_cache: bool) -> Dataset:
     path = Path(source)
-    if path.suffix in SUFFIXES or path.is_file():
+    if path.suffix in (*SUFFIXES, ".txt") or path.is_file():
         return read_file(path)
     if path.is_dir() and not any(file.is_file() for file in path.iterdir()):
         return load_forget_rows(path)
@@ -102,13 +143,15 @@ def _check_texts(rows: Dataset, source: str) -> None:
     for number, pair in enumerate(zip(*values.values(), strict=True)):
         missing = [column for column, value in zip(QUESTIONS, pair, strict=True) if value is None]
         if missing:
-            raise UserError(f"Row {number} of {source} has no {' and no '.join(missing)}.")
+            absent = [column for column in missing if column not in rows.column_names]
+            mend = f" {map_to_pass(rows.column_names, absent)}" if absent else ""
+            raise UserError(f"Row {number} of {source} has no {' and no '.join(missing)}.{mend}")
         wrong = [column for column, value in zip(QUESTIONS, pair, strict=True) if not isinstance(value, str)]
         if wrong:
             raise UserError(f"Row {number} of {source}: {wrong[0]} must be a text.")
 
 
-def _as_questions(rows: Dataset, source: str, name: str) -> Dataset:
+def _of_turns(rows: Dataset, source: str, name: str) -> Dataset:
     """Rows of prompts and completions, or of messages, as questions and answers."""
     preferred = "chosen" in rows.column_names
     check_table(rows, name, preferred)
@@ -120,12 +163,7 @@ def _as_questions(rows: Dataset, source: str, name: str) -> Dataset:
             texts.setdefault(column, []).append(_text_of(value, role, f"{where}: its {part}"))
     for column in {FURTHER[0], SPANS} & set(rows.column_names):
         texts[column] = list(rows[column])
-    return Dataset.from_dict(texts, info=_known(rows), split=rows.split)
-
-
-def _known(rows: Dataset) -> DatasetInfo:
-    """By which a card names a set, of rows whose columns will have other types."""
-    return DatasetInfo(**{one: getattr(rows.info, one) for one in ("dataset_name", "config_name")})
+    return Dataset.from_dict(texts, info=names_of(rows), split=rows.split)
 
 
 def _text_of(value: str | list[Mapping[str, Any]], role: str, where: str) -> str:

@@ -43,15 +43,22 @@ class Metric:
 class BenchmarkOptions:
     """The options of all benchmarks. Each reads those that it has a use for."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of TOFU or RWKU."})
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub name or folder of the benchmark."})
     forget_split: str = field(default="forget10", metadata={"help": "TOFU: config name of the rows to forget."})
     retain_split: str = field(default="retain90", metadata={"help": "TOFU: config name of the rows to keep."})
     forget: str | None = field(
         default=None, metadata={"help": "Rows of your own to forget: a file, or DATASET[:CONFIG]."}
     )
     retain: str | None = field(default=None, metadata={"help": "Your own rows to keep, in the same form."})
-    subjects: list[str] | None = field(default=None, metadata={"help": "RWKU: whom to forget; everybody if unset."})
-    configs: list[str] | None = field(default=None, metadata={"help": "RWKU: names of configs; all if unset."})
+    columns: str | None = field(
+        default=None, metadata={"help": "Columns that are called otherwise, as in prompt=input,completion=output."}
+    )
+    subjects: list[str] | None = field(
+        default=None, metadata={"help": "RWKU: whom to forget; everybody if unset. PISTOL: which edges."}
+    )
+    configs: list[str] | None = field(
+        default=None, metadata={"help": "Names of a benchmark's sets, or SET=CONFIG/SPLIT; all if unset."}
+    )
     metrics: list[str] | None = field(
         default=None, metadata={"help": "TOFU: what is measured; the benchmark's own metrics if unset."}
     )
@@ -89,12 +96,16 @@ class Benchmark:
         evaluate: `(model, tokenizer, sets, BenchmarkOptions) -> Run`. Every process of a launch calls it.
         source: where its data is on the Hub; None if it needs no `dataset_name`.
         words: score -> what it is, for scores that are no metric's: those of the model as a whole, say.
+        reads_splits: whether `forget_split` and `retain_split` name its rows.
+        maps_columns: whether `columns` may give its columns other names.
     """
 
     load: Callable[[BenchmarkOptions], dict[str, Dataset]]
     evaluate: Callable[[Any, Any, Mapping[str, Dataset], BenchmarkOptions], Any]
     source: str | None = None
     words: Mapping[str, str] = field(default_factory=dict)
+    reads_splits: bool = False
+    maps_columns: bool = False
 
 
 METRICS: dict[str, Metric] = {}

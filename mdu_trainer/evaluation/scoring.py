@@ -21,6 +21,7 @@ from transformers.utils import logging
 
 from ..data.reading import private
 from ..data.rows import question_answer_rows, tokenize_rows
+from ..data.texts import without_ends
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
 from ..inference.likelihood import response_likelihood
@@ -111,10 +112,14 @@ class QuestionSet:
 
 
 class AnswerLikelihood(NamedTuple):
-    """The log-likelihoods in nats `[K]` and the numbers of tokens `[K]` of the K answers in one role."""
+    """The log-likelihoods in nats `[K]` and the numbers of tokens `[K]` of the K answers in one role.
+
+    `tokens` are the parts of each answer's tokens in its log-likelihood.
+    """
 
     log_likelihood: np.ndarray
     num_tokens: np.ndarray
+    tokens: Sequence[np.ndarray] = ()
 
     @property
     def per_token(self) -> np.ndarray:
@@ -214,8 +219,11 @@ class QuestionBatch:
         places: list[dict[str, list[int]]] = [{} for _ in self.questions]
         for place, (i, role, _) in enumerate(flat):
             places[i].setdefault(role, []).append(place)
-        total, count = estimate.log_likelihood, estimate.num_tokens
-        return [{role: AnswerLikelihood(total[at], count[at]) for role, at in roles.items()} for roles in places]
+        total, count, tokens = estimate.log_likelihood, estimate.num_tokens, estimate.tokens
+        return [
+            {role: AnswerLikelihood(total[at], count[at], [tokens[i] for i in at]) for role, at in roles.items()}
+            for roles in places
+        ]
 
     def per_token(self, role: str) -> list[list[float]]:
         """Mean log-likelihoods a token of the answers in a role, for each question."""
@@ -235,6 +243,7 @@ def encode_questions(
     backbone: Backbone,
     *,
     conversational: bool | None = None,
+    plain: bool = False,
     protocol: Protocol = "ours",
 ) -> list[Question]:
     """Tokenise questions and the answers to be weighed.
@@ -246,12 +255,13 @@ def encode_questions(
         answers: role -> the answers in it of each row.
         tokenizer, backbone: of the model.
         conversational: False for plain texts whatever the tokenizer has.
+        plain: prompts and answers are running text (`mdu_trainer.data.texts`): no turns, and no end tokens.
         protocol: by "release", answers are weighed without their end token.
 
     Raises:
         ValueError: for no rows, an answer without tokens, or prompts longer than the model's context.
     """
-    chats = bool(tokenizer.chat_template) if conversational is None else conversational
+    chats = not plain and (bool(tokenizer.chat_template) if conversational is None else conversational)
     flat = [(row, None, "") for row in range(len(prompts))]  # a response of its end token alone: the prompt's ids
     flat += [(row, role, text) for role in answers for row, texts in enumerate(answers[role]) for text in texts]
     columns = {"question": [prompts[row] for row, _, _ in flat], "answer": [text for _, _, text in flat]}
@@ -263,12 +273,14 @@ def encode_questions(
         Question(prompt, tuple(texts), {})
         for prompt, texts in zip(encoded.prompt_ids, references, strict=False)  # the first len(prompts) are these
     ]
-    for (row, role, _), ids in zip(flat, encoded.completion_ids, strict=True):
+    ends = backbone.end_token_ids
+    responses = without_ends(encoded.completion_ids, ends) if plain else encoded.completion_ids
+    for (row, role, _), ids in zip(flat, responses, strict=True):
         if role is None:
             continue
-        if all(token in backbone.end_token_ids for token in ids):
+        if all(token in ends for token in ids):
             raise UserError(f"Row {row} of the {name} set: an answer ({role}) has no tokens, so nothing to score.")
-        while protocol == "release" and ids[-1] in backbone.end_token_ids:
+        while protocol == "release" and ids[-1] in ends:
             ids = ids[:-1]
         questions[row].answers.setdefault(role, []).append(ids)
     return questions

@@ -4,6 +4,7 @@
 is written here unless `keep_dataset_cache` asks for it.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from datasets import (
     load_dataset_builder,
 )
 
-from ..data.reading import private, whole_cache
+from ..data.reading import TEXT, private, whole_cache
+from ..data.texts import of_text
 from ..files import UserError, read_jsonl
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -52,7 +54,9 @@ def load_split(
     Args:
         source: a Hub name, a folder with a card that lists its configs, or one with a file for each (JSON, JSON Lines,
             CSV or Parquet).
-        config: name of the config, and of its file in a folder without a card.
+        config: name of the config, and of its file in a folder without a card; or CONFIG/SPLIT for one of several
+            splits. Without a card these are the files SPLIT.json (or the like) in a folder CONFIG, those of the config
+            "default" in the folder itself or in `data`.
         file_names: config -> stem of its file, where a folder's files are named otherwise.
         keep_dataset_cache: let `datasets` keep a copy of the rows in its cache folder, in plain text, as it does by
             itself: large sets load faster the next time, and without the Hub.
@@ -60,21 +64,29 @@ def load_split(
     Raises:
         ValueError: for a config that is not there, one of several splits, no rows, or rows that are no table.
     """
-    names = config_names(source)
+    folder, where = Path(source), f"config {config!r} of {source}"
+    bare, names = folder.is_dir() and not (folder / "README.md").is_file(), config_names(source)
+    config, _, split = config.partition("/") if config not in names else (config, "", "")
     stem = (file_names or {}).get(config, config)
     name = config if config in names else stem
-    if name not in names:
+    if bare and (split or name not in names) and (files := _split_files(folder, config)):
+        chosen = _choose(files, split, where)
+        content = [row for file in files[chosen] for row in (_file_rows(file) if file.stat().st_size else [])]
+        rows = table(content, where, DatasetInfo(dataset_name="json", config_name=config), chosen)
+    elif name not in names:
         raise UserError(f"{source} has no config {config!r}; it has {', '.join(names) or 'none'}.")
-    folder, where = Path(source), f"config {config!r} of {source}"
-    if folder.is_dir() and not (folder / "README.md").is_file():
+    elif bare and split:
+        raise UserError(f"{source} has a file for the config {config!r}, and so no split {split!r}: leave it out.")
+    elif bare:
         file = next(path for path in (folder / f"{name}{suffix}" for suffix in SUFFIXES) if path.is_file())
         content = _file_rows(file) if file.stat().st_size else []
         rows = table(content, where, DatasetInfo(dataset_name="json", config_name="default"), "train")
     elif keep_dataset_cache:
         with whole_cache(where):
-            rows = _only_split(load_dataset(str(source), name), where)
+            splits = load_dataset(str(source), name)
+            rows = splits[_choose(splits, split, where)]
     else:
-        rows = _uncached(str(source), name, where)
+        rows = _uncached(str(source), name, split, where)
     if len(rows) == 0:
         raise UserError(f"{where[0].upper()}{where[1:]} is empty: it has no rows.")
     return rows
@@ -82,6 +94,8 @@ def load_split(
 
 def read_file(path: str | Path, columns: Sequence[str] = ()) -> Dataset:
     """The rows of a JSON, JSON Lines, CSV or Parquet file, in memory. The cells of a CSV file are texts.
+
+    A text file (`.txt`) is one row of plain text.
 
     Args:
         path: of the file.
@@ -135,6 +149,9 @@ def table(rows: Sequence[Any], where: str, info: DatasetInfo | None = None, spli
 def _file_rows(path: Path) -> list[Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
+    if path.suffix == ".txt":
+        with private(f"{path} is not UTF-8 text"):
+            return [{TEXT: path.read_bytes().decode("utf-8-sig")}]
     if path.suffix not in (".csv", ".parquet"):
         return read_jsonl(path)
     with private(f"{path} cannot be read as a {path.suffix[1:]} file"):
@@ -143,21 +160,20 @@ def _file_rows(path: Path) -> list[Any]:
         return pandas.read_csv(path, dtype=str, keep_default_na=False).to_dict("records")
 
 
-def _uncached(source: str, name: str, where: str) -> Dataset:
+def _uncached(source: str, name: str, split: str, where: str) -> Dataset:
     """Rows as the card says, where nothing is left on disk: local files are read here, all else is streamed."""
     with tempfile.TemporaryDirectory(prefix="mdu_trainer_") as cache:
         with _readable(source):
             builder = load_dataset_builder(source, name, cache_dir=cache)
         info = DatasetInfo(dataset_name=builder.info.dataset_name, config_name=builder.info.config_name)
         files = builder.config.data_files or {}
-        if len(files) > 1:
-            _refuse_splits(files, where)
-        paths = [Path(file) for split in files.values() for file in split]
+        chosen = _choose(files, split, where) if files else split
+        paths = [Path(file) for file in files.get(chosen, ())]
         if paths and all(path.suffix in SUFFIXES and path.is_file() for path in paths) and not _has_options(builder):
-            return table([row for path in paths for row in _file_rows(path)], where, info, next(iter(files)))
+            return table([row for path in paths for row in _file_rows(path)], where, info, chosen)
         with _readable(source):
             stream = load_dataset(source, name, streaming=True, cache_dir=cache)
-        rows = _only_split(stream, where)
+        rows = stream[_choose(stream, split, where)]
         with private(f"The rows of {where} cannot be read"):
             content = list(rows)
         return table(content, where, info, str(rows.split))
@@ -170,14 +186,26 @@ def _has_options(builder: DatasetBuilder) -> bool:
     return any(getattr(builder.config, name) != getattr(usual, name) for name in names)
 
 
-def _only_split(splits: Mapping[str, Any], where: str) -> Any:
-    if len(splits) != 1:
-        _refuse_splits(splits, where)
-    return next(iter(splits.values()))
+def _choose(splits: Mapping[str, Any], split: str, where: str) -> str:
+    """The name of the split that is meant: the one that is named, or the only one."""
+    if split and split not in splits:
+        raise UserError(f"{where[0].upper()}{where[1:]} has no split {split!r}; it has {', '.join(splits)}.")
+    if not split and len(splits) != 1:
+        raise UserError(
+            f"{where[0].upper()}{where[1:]} has the splits {', '.join(splits)}; there must be one: choose it, as "
+            "CONFIG/SPLIT."
+        )
+    return split or next(iter(splits))
 
 
-def _refuse_splits(splits: Mapping[str, Any], where: str) -> None:
-    raise UserError(f"{where[0].upper()}{where[1:]} has the splits {', '.join(splits)}; there must be one.")
+def _split_files(folder: Path, config: str) -> dict[str, list[Path]]:
+    """The files of each split of a config in a folder without a card: `SPLIT.json`, `SPLIT-00000-of-00002.parquet`."""
+    found: dict[str, list[Path]] = {}
+    for part in [folder / config, *([folder / "data", folder] if config == "default" else [])]:
+        for path in sorted(part.iterdir()) if part.is_dir() and not found else ():
+            if path.suffix in SUFFIXES:
+                found.setdefault(re.sub(r"-\d+-of-\d+$", "", path.stem), []).append(path)
+    return found
 
 
 @contextmanager
@@ -226,7 +254,10 @@ def check_columns(rows: Dataset, name: str, columns: Mapping[str, type]) -> None
         raise UserError(f"The {name} set is empty. Check the split's name and any filter applied to it.")
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
-        raise UserError(f"The {name} set has no column {', '.join(missing)}; its columns are {rows.column_names}.")
+        asked = " Ask about texts with mdu_trainer.data.texts.passages(rows)." if of_text(rows) else ""
+        raise UserError(
+            f"The {name} set has no column {', '.join(missing)}; its columns are {rows.column_names}.{asked}"
+        )
     for column, kind in columns.items():
         with private(f"Column {column} of the {name} set cannot be read"), whole_cache(f"the {name} set"):
             values = list(rows[column])

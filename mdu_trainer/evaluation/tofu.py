@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.reading import private
+from ..data.texts import is_plain
 from ..files import Record, UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..models import Backbone, resolve_backbone
@@ -255,7 +256,8 @@ def tofu_questions(
         if "perturbed_answer" in rows.column_names:
             count = None if protocol == "ours" else WRONG_ANSWERS
             answers["perturbed"] = [texts[:count] for texts in rows["perturbed_answer"]]
-        questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone, protocol=protocol)
+        how = {"plain": is_plain(rows), "protocol": protocol}
+        questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone, **how)
         wanted = [metric for metric in metrics if metric not in WITH_WRONG_ANSWERS or "perturbed" in answers]
         if name in KNOWN_FACTS and "perturbed" in answers:
             wanted = ["choice_probability" if metric == "probability" else metric for metric in wanted]

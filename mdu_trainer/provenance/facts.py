@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from ..files import FolderRecord, UserError, typed, without_secrets
 from .forget_hashes import HASHES_FILE, ForgetHashes
-from .texts import FORGET_COLUMNS
+from .texts import forget_columns
 
 FACTS_FILE = "unlearning.json"
 UNSEALED = 1  # the earlier schema, with fingerprints without a key, and no seal of the hashes
@@ -165,7 +165,7 @@ def set_facts(dataset: Dataset, key: bytes) -> SetFacts:
     """Return names, size and fingerprint of a data set; the key is that of the request's hashes."""
     digest = hashlib.blake2b(key=key, digest_size=16)
     for row in dataset:
-        digest.update(json.dumps([row.get(column) for column in FORGET_COLUMNS], default=str).encode())
+        digest.update(json.dumps([row.get(column) for column in forget_columns(row)], default=str).encode())
     info = getattr(dataset, "info", None)
     split = getattr(dataset, "split", None)
     return SetFacts(

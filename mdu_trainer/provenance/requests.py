@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .. import __version__
 from ..config import MDUConfig
+from ..data.texts import of_text
 from ..files import UserError
 from ..models import Backbone
 from ..objectives import OBJECTIVES
@@ -79,6 +80,12 @@ class Provenance:
         if self._sets is None:
             self._sets = set_facts(forget, self._key), None if retain is None else set_facts(retain, self._key)
         facts = facts_of_run(run, *self._sets)
+        if of_text(forget):
+            chunks = {
+                "text_stride": run.args.text_stride,
+                "prefix_share": run.args.prefix_share if facts.tau else None,
+            }
+            facts = replace(facts, training=facts.training | {"rows_to_forget": "chunks of text"} | chunks)
         return replace(facts, earlier=self._requests_before()[0], hashes=Seal.of(self.hashes()))
 
     def hashes(self) -> ForgetHashes:

@@ -3,18 +3,18 @@
 import html
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 from urllib.parse import unquote
 
-from ..data.reading import content_text
+from ..data.reading import RESPONSES, TEXT, content_text, is_text
 from ..data.words import split_words
 
 SHORTEST_TERM = 3  # characters of a word that is looked for in vocabularies
 LONGEST_RUN = 4  # characters of a term in writing without spaces
 LONGEST_PAGE = 1_000_000  # characters of a text that is read without its tags, too; a vocabulary is longer
-FORGET_COLUMNS = ("messages", "prompt", "completion", "rejected")  # `chosen` is what may be said
+FORGET_COLUMNS = RESPONSES  # `chosen` is what may be said
 
 # \u0120, \u010a and \u2581 stand for a space or a line break in tokens; \n in a template may be spelt out
 _NOT_A_WORD = re.compile(r"\\[nrt]|[\u0120\u010a\u2581_]")
@@ -44,6 +44,11 @@ def words(text: str) -> list[str]:
     return [part for word in found for part in ((word,) if word.isascii() else _SYLLABLE.findall(word))]
 
 
+def forget_columns(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the columns of a row that training reads."""
+    return (TEXT,) if is_text(row) else FORGET_COLUMNS
+
+
 def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
     """Yield the texts of each row that training reads as prompt and as response to forget or to keep, in their order.
 
@@ -51,7 +56,7 @@ def row_texts(dataset: Iterable[dict[str, Any]]) -> Iterator[list[str]]:
     """
     for row in dataset:
         texts = []
-        for value in (row[column] for column in FORGET_COLUMNS if column in row):
+        for value in (row[column] for column in forget_columns(row) if column in row):
             turns = [{"role": None, "content": value}] if isinstance(value, str) else value
             texts += [content_text(turn["content"]) or "" for turn in turns if turn["role"] != "system"]
         yield texts

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.roles import ROLES, Labeller, Role, label_roles
 from ..data.rows import question_answer_rows, tokenize_rows
+from ..data.texts import is_plain, without_ends
 from ..evaluation.metrics import bootstrap_interval
 from ..evaluation.results import Estimate
 from ..evaluation.scoring import digest
@@ -92,16 +93,19 @@ def role_data(
 
     Args:
         forget: rows with columns `question` and `answer`.
-        tokenizer, backbone: of the model; questions become chat turns if the tokenizer has a chat template.
+        tokenizer, backbone: of the model; questions become chat turns if the tokenizer has a chat template, but for
+            passages of texts.
         retain: further rows of the same kind, so that template words are found among many answers.
         labeller: as in `label_roles`.
     """
     check_rows(forget, retain)
-    chats = bool(tokenizer.chat_template)
+    plain = is_plain(forget)
+    chats = bool(tokenizer.chat_template) and not plain
     rows = tokenize_rows(question_answer_rows(forget, conversational=chats), tokenizer, backbone, name="forget")
     texts = list(forget["question"]), list(forget["answer"])
     others = ([], []) if retain is None else (list(retain["question"]), list(retain["answer"]))
-    data = RoleData(rows.prompt_ids, rows.completion_ids, [], *texts, others)
+    responses = without_ends(rows.completion_ids, backbone.end_token_ids) if plain else rows.completion_ids
+    data = RoleData(rows.prompt_ids, responses, [], *texts, others)
     return replace(data, roles=data.label(data.answers, data.completion_ids, tokenizer, labeller))
 
 

@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import BestRun, EvalPrediction, IntervalStrategy, PredictionOutput
 
 from ..config import DiffusionConfig
-from ..data.rows import EpochSampler, RowPairs, TokenizedRows, in_order
+from ..data.rows import RowPairs, TokenizedRows, in_order
+from ..data.sampling import EpochSampler
 from ..files import UserError
 from ..masking import MaskSchedule
 from .progress import TrainingProgress

@@ -16,15 +16,12 @@ from transformers.utils import logging
 from ..config import DiffusionConfig, MDLMConfig
 from ..data.rows import (
     DataCollatorForUnlearning,
-    EpochSampler,
     RowPairs,
     TokenizedRows,
     check_rows,
-    in_order,
-    length_grouped,
-    shuffled,
     tokenize_rows,
 )
+from ..data.sampling import EpochSampler
 from ..divergence import TokenNLL
 from ..files import UserError
 from ..masking import forward_process
@@ -34,8 +31,9 @@ from ..models.refusals import refuse_adapter
 from ..objectives import diffusion_bound, mean_by_example
 from .checkpoints import make_writable
 from .distributed import DistributedBackend
-from .evaluating import EvaluatingTrainer, Score, Scores, schedules
+from .evaluating import EvaluatingTrainer, Score, Scores
 from .loading import choose_attention, choose_times, load_for_training, load_tokenizer_of
+from .pairs import check_chunks, make_pairs, prompt_share
 from .reference import Reference
 from .run_record import RunRecord, start_digest
 
@@ -44,7 +42,8 @@ logger = logging.get_logger(__name__)
 Batch = dict[str, Tensor]
 C = TypeVar("C", bound=DiffusionConfig)
 # arguments that a search cannot vary
-READ_ONCE = ("max_length", "pad_with_end_tokens", "anchor_input", "attention", "noise_per")
+READ_ONCE = ("max_length", "text_stride", "prefix_share", "pad_with_end_tokens", "anchor_input")
+READ_ONCE += ("attention", "noise_per")
 # adapters whose targets are no linear layers; PEFT knows which
 OTHER_TARGETS = (PeftType.ADAPTION_PROMPT, PeftType.LN_TUNING, PeftType.TRAINABLE_TOKENS)
 
@@ -120,7 +119,7 @@ class MDLMTrainer(EvaluatingTrainer):
             model=_with_adapter(model, peft_config, args, self.backbone),
             args=args,
             data_collator=data_collator or _collator(self.backbone, filler),
-            train_dataset=_pairs(parts, args, self.backbone) if parts else None,
+            train_dataset=make_pairs(parts, args, self.backbone) if parts else None,
             eval_dataset=self._tokenize_eval(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -162,7 +161,7 @@ class MDLMTrainer(EvaluatingTrainer):
         self.distributed = DistributedBackend(self.accelerator, self.backbone.layer_class)
         self._metrics.clear()
         if self.train_dataset is not None:
-            self.train_dataset = _pairs(self.train_dataset.parts, args, self.backbone)
+            self.train_dataset = make_pairs(self.train_dataset.parts, args, self.backbone)
         self._renew_eval_sets()
 
     def _check_run(self) -> None:
@@ -233,7 +232,10 @@ class MDLMTrainer(EvaluatingTrainer):
 
     def _tokenize(self, dataset: Dataset, name: str, parts: list[str], **options: Any) -> TokenizedRows:
         options |= {"name": name, "max_length": self.args.max_length} | self._columns(parts)
-        return tokenize_rows(dataset, self._tokenizer, self.backbone, **options)
+        share = prompt_share(self.args) if "forget" in parts else 0.0
+        options |= {"text_stride": self.args.text_stride, "prompt_share": share}
+        rows = tokenize_rows(dataset, self._tokenizer, self.backbone, **options)
+        return check_chunks(rows, name, parts, self.args)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         # state.epoch is a whole number when an epoch starts, and its floor is the epoch a resumed run goes on in
@@ -336,15 +338,6 @@ def _with_adapter(
 def _collator(backbone: Backbone, filler: int | None) -> DataCollatorForUnlearning:
     """Pads rows; end tokens that count as response fill up the last block, too."""
     return DataCollatorForUnlearning(backbone.pad_token_id, filler, backbone.block_size or 1 if filler else 1)
-
-
-def _pairs(parts: dict[str, TokenizedRows], args: DiffusionConfig, backbone: Backbone) -> RowPairs:
-    rows, counts = args.train_batch_size * args.world_size, args.rows_a_counter
-    by_length = {name: length_grouped(rows * counts.get(name, 1)) for name in parts}
-    orders = {"random": shuffled, "sequential": in_order, "group_by_length": by_length}
-    seed = args.seed if args.data_seed is None else args.data_seed
-    masks = schedules(args, parts, block_size=backbone.block_size)
-    return RowPairs(parts, seed, orders[args.train_sampling_strategy], masks, counts)
 
 
 def _with_targets(peft_config: Any, backbone: Backbone) -> PeftConfig:

@@ -18,7 +18,8 @@ from transformers.utils import logging
 from ..config import MDUConfig
 from ..data.roles import Labeller
 from ..data.rows import RowPairs, TokenizedRows
-from ..data.secrets import SecretMarker, warn_of_secrets, warn_of_spans
+from ..data.secrets import SecretMarker, refuse_texts, warn_of_secrets, warn_of_spans
+from ..data.texts import of_text
 from ..divergence import AnchorKL, Joint, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..masking import Noised, forward_process, side_by_side
@@ -149,8 +150,8 @@ class MDUTrainer(MDLMTrainer):
         # 3. One conditional pass for all sets, p_theta(. | x, y_t): of each masked token KL or -log p, [N]
         counts = [len(one.targets) for one in noised.values()]  # N of each set
         measure = Joint(counts, [self._asked_of(name, one, anchor, model) for name, one in noised.items()])
-        *where, clean = side_by_side(list(noised.values()), self.backbone.pad_token_id)  # ids, mask, M_t: [sum B, L]
-        measured = measure_at(model, *where, measure, **self.backbone.form(clean))  # [sum N]
+        joined = side_by_side(list(noised.values()), self.backbone.pad_token_id)  # ids, mask, M_t, y: [sum B, L]
+        measured = measure_at(model, *joined[:3], measure, **self.backbone.form(joined[3]))  # [sum N]
         values, entropies = (dict(zip(noised, column.split(counts), strict=True)) for column in measured)
 
         # 4. One loss an example, [B], and the mean over the examples of the update
@@ -269,7 +270,8 @@ class MDUTrainer(MDLMTrainer):
             warn_of_spans(name, dataset, unread="forget" in parts)
             return super()._tokenize(dataset, name, parts, **options)
         if self._marker is None:  # the first set is the one to forget
-            sets = [rows for rows in (dataset, self._retain_dataset) if rows is not None]
+            refuse_texts(dataset, name)
+            sets = [rows for rows in (dataset, self._retain_dataset) if rows is not None and not of_text(rows)]
             self._marker = SecretMarker.of(self._tokenizer, sets, self._labeller)
         rows = super()._tokenize(dataset, name, parts, mark=self._marker)
         warn_of_secrets(name, rows, self.backbone.end_token_ids)

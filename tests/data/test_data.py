@@ -15,16 +15,15 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from mdu_trainer import MDUConfig, MDUTrainer
 from mdu_trainer.data.rows import (
     DataCollatorForUnlearning,
-    EpochSampler,
     RowPairs,
     TokenizedRows,
     count_overlap,
     in_order,
-    length_grouped,
     question_answer_rows,
     shuffled,
     tokenize_rows,
 )
+from mdu_trainer.data.sampling import EpochSampler, length_grouped
 from mdu_trainer.evaluation.scoring import encode_questions
 from mdu_trainer.files import UserError
 from mdu_trainer.masking import MaskSchedule
@@ -103,7 +102,10 @@ def test_errors_name_the_fix_and_no_text(tokenize, backbone):
     row = {"prompt": SECRET, "completion": SECRET}
     cases = [
         (lambda: tokenize(Dataset.from_list([row]).select([])), "forget set is empty"),
-        (lambda: tokenize([{"text": SECRET}]), r"needs 'prompt' and 'completion'.*\['text'\]"),
+        (
+            lambda: tokenize([{"text": SECRET, "answer": SECRET}]),
+            r"needs 'prompt' and 'completion'.*\['answer', 'text'\]",
+        ),
         (lambda: tokenize([row], preferred=True), "column 'chosen'.*'completion', 'prompt'"),
         (lambda: tokenize([row], max_length=3), "truncated away.*max_length = 3.*Raise max_length"),
         (

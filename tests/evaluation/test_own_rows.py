@@ -49,7 +49,11 @@ WRONG = {
         [{"question": "Q?", "answer": "A."}, {"answer": SECRET}],
         "Row 1 of .*rows.jsonl has no question.",
     ),
-    "neither": ([{"text": SECRET}], "Row 0 of .*rows.jsonl has no question and no answer."),
+    "neither": (
+        [{"input": SECRET, "output": SECRET}],
+        "Row 0 of .*rows.jsonl has no question and no answer. Its columns are input, output. Say which are meant, by "
+        "their names: --columns question=NAME,answer=NAME.",
+    ),
     "a number": ([{"question": SECRET, "answer": 3}], "Row 0 of .*rows.jsonl: answer must be a text."),
     "blank": ([{"prompt": SECRET, "completion": " "}], "Row 0 of .*: completion is blank"),
     "no prompt": ([{"completion": SECRET}], "needs 'prompt' and 'completion' columns"),

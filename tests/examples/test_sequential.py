@@ -94,6 +94,26 @@ def test_script_scores_all_earlier_requests(tmp_path):
     assert [run["scores"] for run in after["runs"]] == [run["scores"] for run in results["runs"]]
 
 
+def test_script_takes_texts_of_splits(authors, tmp_path):
+    """Requests as MUSE publishes them: texts, a split each."""
+    for name, rows in {"sust/forget_1": (0, 8), "sust/forget_2": (8, 16), "raw/retain1": (16, 40)}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        texts = [{"text": " ".join(authors["answer"][i : i + 4])} for i in range(*rows, 4)]
+        (tmp_path / f"{name}.json").write_text(json.dumps(texts))
+    names = ("--requests", "sust/forget_1", "sust/forget_2", "--retain_split", "raw/retain1")
+    how = ("--max_length", "64", "--save_strategy", "no", "--finetune_epochs", "2", "--finetune_batch_size", "4")
+    run = script("--dataset_name", tmp_path, *names, "--output_dir", tmp_path / "out", *how)
+    assert run.returncode == 0, run.stderr[-3000:]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert sorted(results["runs"][2]["scores"]) == ["request1", "request2", "retain"]
+    facts = Facts.load(tmp_path / "out" / "request2")
+    assert (facts.forget.rows, [earlier.rows for earlier in facts.earlier]) == (2, [2])
+    assert facts.training["rows_to_forget"] == "chunks of text"
+    hashes, quote = ForgetHashes.load(tmp_path / "out" / "request2"), authors["answer"][9]
+    assert hashes.found_in(quote) and hashes.found_in(authors["answer"][1])
+    assert authors["answer"][1] not in run.stdout + run.stderr
+
+
 def test_script_refuses_before_anything_is_loaded():
     assert "--dataset_name needs --requests and --retain_split" in script("--dataset_name", "x").stderr
     assert "--num_requests must be from 1 to 11" in script("--num_requests", "12").stderr

@@ -180,6 +180,34 @@ def test_without_rows_to_keep(unlearn, tmp_path):
     assert "retain_batch_size is set but retain_weight is 0" in refused
 
 
+def test_texts_and_columns_and_splits(unlearn, tmp_path):
+    """Plain text is scored as passages; columns and splits are named as LUME has them, with the same figures."""
+    texts = [{"text": " ".join(row["answer"] for row in FORGET)}, {"text": f"{PLANTED} and nobody else."}]
+    write_jsonl(texts, tmp_path / "texts.jsonl")
+    write_jsonl([{"text": " ".join(row["answer"] for row in RETAIN)}], tmp_path / "kept.jsonl")
+    how = {"forget": tmp_path / "texts.jsonl", "retain": tmp_path / "kept.jsonl"}
+    unlearn("--tau", "0.5", "--max_length", "16", out=tmp_path / "texts", **how)
+    assert [rows for *_, rows in figures(tmp_path / "texts")] == [{"forget": 2, "retain": 1}] * 2
+    facts = Facts.load(tmp_path / "texts")
+    assert (facts.forget.rows, facts.training["prefix_share"]) == (2, 0.25)
+    assert "prefix share" in (tmp_path / "texts" / "README.md").read_text()
+    refused = unlearn("--loss_type", "dpo", out=tmp_path / "dpo", expect=2, **how)
+    assert "the forget set has texts, without prompts" in refused and not (tmp_path / "dpo").exists()
+    (tmp_path / "lume" / "data").mkdir(parents=True)
+    for name, rows in (("forget", FORGET), ("retain", RETAIN)):
+        named = [{"input": row["question"], "output": row["answer"], "task": "Task1"} for row in rows]
+        write_parquet(named, tmp_path / "lume" / "data" / f"{name}_train-00000-of-00001.parquet")
+    how = {name: f"{tmp_path / 'lume'}:default/{name}_train" for name in ("forget", "retain")}
+    log = unlearn("--columns", "prompt=input,completion=output", out=tmp_path / "named", **how)
+    assert "--columns prompt=input,completion=output" in log, "of the attack that comes next"
+    unlearn(out=tmp_path / "plain")
+    assert figures(tmp_path / "named") == figures(tmp_path / "plain")
+    refused = unlearn(out=tmp_path / "other", expect=2, **how)
+    assert "Its columns are input, output, task" in refused and "--columns question=NAME,answer=NAME" in refused
+    for wrong in ("prompt", "prompt=", "body=input", "prompt=input,question=output"):
+        assert "--columns" in unlearn("--columns", wrong, out=tmp_path / "wrong", expect=2, **how)
+
+
 def test_a_preferred_response(unlearn, tmp_path):
     rows = [prompt_completion(row) | {"chosen": "I do not know."} for row in FORGET]
     write_jsonl(rows, tmp_path / "pairs.jsonl")
