@@ -32,7 +32,7 @@ from mdu_trainer.commands.options import parse_options, settings
 from mdu_trainer.commands.row_sets import EMBEDDED, DataArguments
 from mdu_trainer.commands.scoring import Scorer, ScoringArguments, check_scoring
 from mdu_trainer.commands.training import train_seconds, unlearn
-from mdu_trainer.evaluation.results import Results, Run
+from mdu_trainer.evaluation.results import Results, Run, today
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.files import UserError
@@ -139,7 +139,9 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
         if args.finetune_epochs or path is None:
             path = finetune(folder / "base", args, config, model_args, concatenate_datasets([*requests, kept]), kept)
         loaded = load(path, model_args, config.trust_remote_code)
-    results = Results(model_args.model_name_or_path or "from scratch", args.dataset_name or EMBEDDED, chosen)
+    results = Results(
+        model_args.model_name_or_path or "from scratch", args.dataset_name or EMBEDDED, chosen, date=today()
+    )
     sets = dict(zip([*names, "retain"], [spread(rows, args.max_eval_rows) for rows in (*requests, kept)], strict=True))
     score = Scorer(sets, args)
     results.runs.append(score_requests(score, *loaded, names, "base", folder))

@@ -16,7 +16,7 @@ from ..config import MDUConfig
 from ..config.presets import preset
 from ..evaluation.benchmarks import fictional_sets
 from ..evaluation.registry import choose_metrics
-from ..evaluation.results import Results
+from ..evaluation.results import Results, today
 from ..evaluation.runner import processes
 from ..evaluation.sources import load_split
 from ..evaluation.tofu import TOFU_METRICS, TofuResult, load_tofu
@@ -159,7 +159,7 @@ def compare(
         loaded = load(never or base, model_args, config.trust_remote_code)
     score = Scorer(sets, args, args.metrics)
     scored = partial(_scored, score, folder)
-    results = Results(name or "from scratch", args.data, chosen)
+    results = Results(name or "from scratch", args.data, chosen, date=today())
     if never is not None:
         result = scored(*loaded, "retain", "retain model")
         score.retain_log = result.truth_ratios

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any, ClassVar
 
 from ..files import Record, without_secrets
@@ -135,6 +136,7 @@ class Results(Record):
         model, dataset: what was unlearned from what.
         settings: everything that was set.
         runs: "base" first.
+        date: day of the evaluation, as ISO 8601 has it; None where it is not on record.
     """
 
     schema: ClassVar[int] = 2
@@ -145,6 +147,7 @@ class Results(Record):
     dataset: str
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    date: str | None = None
 
     def to_json(self) -> str:
         """Return, as JSON, the scores that were measured, and the settings without the secrets among them."""
@@ -225,6 +228,11 @@ class Results(Record):
                     columns[f"{name.replace('_', ' ')} {short}"] = (name, metric)
                     break
         return columns
+
+
+def today() -> str:
+    """The day in UTC, for `Results.date`."""
+    return datetime.now(timezone.utc).date().isoformat()
 
 
 def level_of(runs: Iterable[Run], place: Place) -> Estimate | None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
 
 from ..attacks.results import Recovery
@@ -25,6 +25,8 @@ from ..files import UserError
 from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
 from .attack_words import attack_words
+from .data_names import data_name, hub_datasets
+from .eval_results import model_index
 from .markup import figure_text, markdown_code, markdown_text
 from .records import Checkpoint, RecoveryLike, ResultsLike
 from .style import picture_bytes
@@ -157,7 +159,7 @@ def _metadata(
         tags=list(dict.fromkeys([*TAGS, facts.method, *_listed(details.tags)])),
         datasets=_listed(details.datasets) or hub_datasets(results) or None,
         model_name=details.title,
-        eval_results=eval_results(run, data_name(results)) if results and run else None,
+        eval_results=model_index(run, data_name(results)) if results and run else None,
         **known,
     )
 
@@ -252,36 +254,6 @@ def drawn_recoveries(recovery: Recovery) -> dict[str, dict[str, Estimate]]:
         figure_text(model): {figure_text(attack): estimate for attack, estimate in found.items()}
         for model, found in recovery.recoveries().items()
     }
-
-
-def eval_results(run: Run, data: str) -> list[EvalResult]:
-    """Return every score of a run, for the card's model-index."""
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=data.split(" ")[0] if "/" in data else re.sub(r"\W+", "-", data).strip("-").lower(),
-            dataset_name=data,
-            dataset_split=name,
-            metric_type=metric,
-            metric_name=metric if name is None else f"{metric} ({name})",
-            metric_value=round(score.value, 6),
-        )
-        for name, metric in run.places()
-        if (score := run.figure(name, metric))
-    ]
-
-
-def data_name(results: Results | Recovery) -> str:
-    """Return the name of the data for a card, which is no name if it is a path of this machine."""
-    first, _, rest = results.dataset.partition(" ")
-    is_path = first.startswith((".", "/", "~")) or first.count("/") > 1 or "\\" in first or Path(first).is_dir()
-    return f"a local data set {rest}".rstrip() if is_path else results.dataset
-
-
-def hub_datasets(results: Results | None) -> list[str]:
-    """Return the Hub ids of the data that a comparison names."""
-    first = "" if results is None else data_name(results).split(" ")[0]
-    return [first] if first.count("/") == 1 else []
 
 
 def base_metadata(facts: Facts, base: str | None, token: str | None = None) -> dict[str, Any]:

@@ -29,9 +29,10 @@ from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import FACTS_FILE, Facts
 from ..token_roles.results import RoleReport
+from .data_names import data_name
 from .first_screen import first_screen
 from .markup import figure_text, seen_text
-from .model_card import CARD, chosen_run, data_name, drawn_recoveries, template_path
+from .model_card import CARD, chosen_run, drawn_recoveries, template_path
 from .plots import plot_frontier, plot_losses, plot_tradeoff
 from .records import RECOVERY, RESULTS, load_record
 from .recovery_plots import Recoveries
