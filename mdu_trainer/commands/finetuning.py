@@ -106,5 +106,5 @@ def finetune_config(folder: Path, args: FinetuningArguments, config: MDUConfig, 
         pad_with_end_tokens=True,
         time_weighting=not from_scratch,  # a small model from scratch learns faster without the variance of 1/t
         prompt_mask_ratio=0.2,
-        **{name: getattr(config, name) for name in SHARED},
+        **{name: getattr(config, name) for name in SHARED if hasattr(config, name)},  # by version of transformers
     )

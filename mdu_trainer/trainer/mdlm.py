@@ -40,7 +40,7 @@ from ..models import (
 )
 from ..models.backbone import target_modules_of
 from ..models.checks import check_finite
-from ..models.refusals import refuse_adapter
+from ..models.refusals import refuse_adapter, refuse_split
 from ..objectives import diffusion_bound, mean_by_example
 from .checkpoints import make_writable
 from .distributed import DistributedBackend
@@ -336,6 +336,7 @@ def _load(
     elif args.model_init_kwargs:
         raise UserError("model_init_kwargs are for a model given by name; this one is loaded already.")
     else:
+        refuse_split(model)
         check_finite(model, "The model")
     if peft_config is None and not isinstance(model, PeftModel):
         _warn_of_rounding(model, args)
