@@ -156,6 +156,7 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
         path = request.output_dir
         del model
         if state.is_main_process:
+            score.decoding(tokenizer).save_pretrained(request.output_dir)
             results.save(folder / "results.json")
     if state.is_main_process:
         print(f"\n{results.table()}\n\nWritten to {folder}")

@@ -175,6 +175,7 @@ def compare(
         tau, seconds = one.tau if one.loss_type == "mdu" else None, train_seconds(Path(one.output_dir))
         results.runs.append(replace(run, tau=tau, train_seconds=seconds, settings=config.swept(one)))
         if state.is_main_process:
+            score.decoding(tokenizer).save_pretrained(one.output_dir)
             results.save(folder / "results.json")
     return results, runs
 

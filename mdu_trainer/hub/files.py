@@ -12,6 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from ..files import UserError, read_json
+from ..inference.config import GENERATION_CONFIG
 from ..provenance.facts import Facts
 from ..report.attack_words import public
 from ..report.data_names import data_name
@@ -24,7 +25,7 @@ Source = Path | bytes
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-CONFIGS = ("config.json", "generation_config.json")
+CONFIGS = ("config.json", GENERATION_CONFIG)
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -74,7 +75,7 @@ def model_files(
         wanted = ("config.json", WEIGHTS_INDEX, *_shards(folder / WEIGHTS_INDEX))
     else:
         wanted = ("config.json", "model.safetensors")
-    optional = () if ADAPTER_CONFIG in wanted else CONFIGS
+    optional = (GENERATION_CONFIG,) if ADAPTER_CONFIG in wanted else CONFIGS
     files = regular_files(folder, *dict.fromkeys((*optional, *wanted)))
     missing = [name for name in wanted if name not in files]
     if missing:

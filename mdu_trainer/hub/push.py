@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from .. import __version__
 from ..files import UserError
+from ..inference.config import DiffusionGenerationConfig, has_decoding
 from ..models import load_model, load_tokenizer
 from ..provenance.facts import FACTS_FILE, Facts
 from ..report.eval_results import EVAL_RESULTS
@@ -350,6 +351,8 @@ def _folders(model_or_path: str | Path | PreTrainedModel | PeftModel, adapter: s
     else:
         return source, source
     model.save_pretrained(str(stage), max_shard_size=SHARD_SIZE)
+    if has_decoding(source):  # an adapter's, which the base does not know
+        DiffusionGenerationConfig.from_pretrained(source).save_pretrained(stage)
     for name, file in tokenizer_files(source).items():
         (stage / name).parent.mkdir(exist_ok=True)
         (stage / name).write_bytes(content_of(file))

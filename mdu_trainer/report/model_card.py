@@ -22,6 +22,7 @@ from ..attacks.results import Recovery
 from ..evaluation.registry import explained, score_words
 from ..evaluation.results import NEVER_TRAINED, Estimate, Results, Run
 from ..files import UserError
+from ..inference.config import has_decoding
 from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
 from .attack_words import attack_words
@@ -100,6 +101,7 @@ def unlearned_model_card(
     *,
     adapter: bool = False,
     chats: bool = True,
+    decodes: bool = False,
     picture: str | None = None,
 ) -> ModelCard:
     """Render the card of an unlearned model.
@@ -111,6 +113,7 @@ def unlearned_model_card(
         details: what else the card says.
         adapter: the repository holds an adapter, not the whole model.
         chats: the tokenizer has a chat template.
+        decodes: the repository holds the options of decoding that the model was measured with.
         picture: file name of the trade-off picture in the repository, if there is one.
 
     Raises:
@@ -135,6 +138,7 @@ def unlearned_model_card(
         **attack_words(recovery, facts),
         picture=picture and quote(picture),
         adapter=adapter,
+        decodes=decodes,
         newest=markdown_text(facts.versions["mdu_trainer"]),
         repo=_string(details.repo_id or "PATH"),
         where=_revision(details.revision),
@@ -181,6 +185,7 @@ def checkpoint_card(
         details,
         adapter=(folder / "adapter_config.json").is_file(),
         chats=has_chat_template(folder) if chats is None else chats,
+        decodes=has_decoding(folder),
         picture=None if picture is None else PICTURE,
     )
     return card, picture
