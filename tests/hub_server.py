@@ -60,6 +60,7 @@ class HubServer:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.datasets: dict[str, bool] = {}  # of those that there are, whether they are private
+        self.jobs: list[dict[str, Any]] = []  # that were scheduled
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[bytes] = []
@@ -218,6 +219,14 @@ class Handler(BaseHTTPRequestHandler):
         repo.refs[name] = repo.refs["main"]
         self._send({})
 
+    def schedule(self, body: bytes, query: dict, namespace: str) -> None:
+        if not self._signed_in():
+            raise Refused(401, message="Invalid credentials in Authorization header")
+        asked = json.loads(body)
+        self.hub.jobs.append(asked)
+        owner = {"id": "0", "name": namespace, "type": "user"}
+        self._send({"id": f"job{len(self.hub.jobs)}", "owner": owner, "schedule": asked["schedule"]})
+
     # Uploads
 
     def validate(self, body: bytes, query: dict) -> None:
@@ -318,6 +327,7 @@ ROUTES = [
     ("GET", rf"/api/models/{REPO}/revision/([^/]+)", Handler.info),
     ("GET", rf"/api/models/{REPO}", Handler.info),
     ("GET", rf"/api/datasets/{REPO}", Handler.dataset),
+    ("POST", r"/api/scheduled-jobs/([^/]+)", Handler.schedule),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]+)", Handler.lfs_put),
     ("POST", r"/lfs-verify", Handler.lfs_verify),
