@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -259,6 +259,7 @@ def prepare_push(
     files = model_files(folder, checkpoint.facts, base, tokenizer)
     check_weights(folder, files)  # before the card, which may ask the Hub for that of the base
     files |= card_files(checkpoint, details, folder, tokenizer, lambda dataset: _is_public(dataset, token))
+    _ask_for_license(files[CARD])
     names = {name: getattr(destination, name) for name in ("repo_id", "revision", "commit_message", "copy_to")}
     check_files(files, checkpoint, names, lambda: _published_vocabulary(base, checkpoint.facts, destination))
     left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
@@ -293,6 +294,16 @@ def _published_vocabulary(base: str | None, facts: Facts, destination: Destinati
     except (OSError, ValueError, KeyError, ImportError) as error:
         logger.warning(f"The tokenizer of {base} cannot be read to compare vocabularies ({type(error).__name__}).")
         return set()
+
+
+def _ask_for_license(card: Source) -> None:
+    data = ModelCard(content_of(card).decode(), ignore_metadata_errors=True).data
+    missing = [name for name in ("license", "language") if data.get(name) is None]
+    if missing:
+        logger.warning_once(
+            f"The card names no {' and no '.join(missing)}, and neither does that of the base: pass "
+            f"{' and '.join(missing)}."
+        )
 
 
 def _is_public(dataset: str, token: str | None) -> bool:

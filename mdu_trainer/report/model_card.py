@@ -30,6 +30,7 @@ from .data_names import data_name, hub_datasets
 from .eval_results import model_index
 from .markup import figure_text, markdown_code, markdown_text
 from .records import Checkpoint, RecoveryLike, ResultsLike
+from .short_words import card_short
 from .style import picture_bytes
 
 logger = logging.get_logger(__name__)
@@ -60,6 +61,8 @@ class CardDetails:
         license, language: by default those of the base's card, or none.
         tags: further ones.
         model_name: what to call the model, by default the repository's name.
+        request_id, request_date: of whoever asked for it, in your own words: a number of your files, and a day. They
+            are published; name nobody.
         token: for the card of a private base.
     """
 
@@ -72,12 +75,20 @@ class CardDetails:
     language: str | list[str] | None = None
     tags: str | list[str] | None = None
     model_name: str | None = None
+    request_id: str | None = None
+    request_date: str | None = None
     token: str | None = None
 
     @property
     def title(self) -> str:
         """The name of the model."""
         return self.model_name or (self.repo_id or "unlearned-model").split("/")[-1]
+
+    @property
+    def request(self) -> str:
+        """The request in words, empty if nothing is known of it."""
+        words = {"request": self.request_id, "of": self.request_date}
+        return " ".join(f"{word} {value}" for word, value in words.items() if value)
 
     @classmethod
     def of(cls, **given: Any) -> "CardDetails":
@@ -133,6 +144,8 @@ def unlearned_model_card(
         forget=markdown_text(details.description or facts.description or str(facts.forget)).rstrip("."),
         retain=markdown_text(facts.retain),
         versions={markdown_text(name): markdown_text(value) for name, value in facts.versions.items()},
+        request=markdown_text(details.request) if details.request else None,
+        **card_short(facts, results, run, recovery),
         **_method_words(facts),
         **_score_words(results, run),
         **attack_words(recovery, facts),
