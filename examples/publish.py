@@ -12,6 +12,7 @@ import sys
 
 from mdu_trainer.commands import ArgumentParser, run
 from mdu_trainer.commands.checks import check_repository, check_revision
+from mdu_trainer.commands.model_card import add_people_options
 from mdu_trainer.hub.push import push_unlearned_model
 
 
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--forget_description", dest="description", help="one line on what was to be forgotten; it is published"
     )
+    add_people_options(parser)
     parser.add_argument("--dry_run", action="store_true", help="print files and card, and send nothing")
     parser.add_argument(
         "--no_leak_scan",

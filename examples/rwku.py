@@ -97,8 +97,9 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
     with output_folder(folder, models, [name, args.dataset_name, args.forget], args, chosen):
         base = load(name, model_args, config.trust_remote_code)
 
+    decoding = DiffusionGenerationConfig(steps=args.decoding_steps, batch_size=args.batch_size)
+
     def score(model, tokenizer, method: str, part: str):
-        decoding = DiffusionGenerationConfig(steps=args.decoding_steps, batch_size=args.batch_size)
         scored = evaluate_rwku(
             model,
             tokenizer,
@@ -122,6 +123,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
     scored = score(*unlearned, config.loss_type, Path(config.output_dir).name)
     results.runs.append(replace(scored, tau=tau, train_seconds=train_seconds(Path(config.output_dir))))
     if state.is_main_process:
+        decoding.save_pretrained(config.output_dir)
         results.save(folder / "results.json")
         print(f"\n{results.table()}\n\n{results.details()}\n\nWritten to {folder}")
 

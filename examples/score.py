@@ -26,7 +26,7 @@ from mdu_trainer.commands.options import parse_options, settings
 from mdu_trainer.commands.summary import attack_command, summary
 from mdu_trainer.evaluation.benchmarks import TRUTH_RATIOS
 from mdu_trainer.evaluation.registry import BENCHMARKS, BenchmarkOptions, choose_metrics
-from mdu_trainer.evaluation.results import Results
+from mdu_trainer.evaluation.results import Results, today
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.files import UserError
 
@@ -83,7 +83,7 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
         return
     data = args.benchmark if benchmark.source is None else args.dataset_name
     data += f" {args.forget_split}" if benchmark.reads_splits else ""
-    results = Results(path, data, settings(args), [scored])
+    results = Results(path, data, settings(args), [scored], today())
     results.save(Path(args.output_dir) / "results.json")
     print(f"\n{results.details()}")
     if baseline is not None:

@@ -34,7 +34,7 @@ from mdu_trainer.commands.scoring import Scorer, ScoringArguments, check_scoring
 from mdu_trainer.commands.training import train_seconds, unlearn
 from mdu_trainer.data.texts import of_text
 from mdu_trainer.evaluation.own_rows import as_questions
-from mdu_trainer.evaluation.results import Results, Run
+from mdu_trainer.evaluation.results import Results, Run, today
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.sources import load_split, spread
 from mdu_trainer.files import UserError
@@ -144,7 +144,9 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
         if args.finetune_epochs or path is None:
             path = finetune(folder / "base", args, config, model_args, concatenate_datasets([*requests, kept]), kept)
         loaded = load(path, model_args, config.trust_remote_code)
-    results = Results(model_args.model_name_or_path or "from scratch", args.dataset_name or EMBEDDED, chosen)
+    results = Results(
+        model_args.model_name_or_path or "from scratch", args.dataset_name or EMBEDDED, chosen, date=today()
+    )
     asked = [spread(as_questions(rows), args.max_eval_rows) for rows in (*requests, kept)]
     sets = dict(zip([*names, "retain"], asked, strict=True))
     score = Scorer(sets, args)
@@ -160,6 +162,7 @@ def main(args: SequentialArguments, config: SequentialConfig, model_args: ModelC
         path = request.output_dir
         del model
         if state.is_main_process:
+            score.decoding(tokenizer).save_pretrained(request.output_dir)
             results.save(folder / "results.json")
     if state.is_main_process:
         print(f"\n{results.table()}\n\nWritten to {folder}")

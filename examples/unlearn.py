@@ -70,6 +70,7 @@ def main(args: UnlearnArguments, config: MDUConfig, model_args: ModelConfig) -> 
     results = Results(path, f"{len(rows['forget'])} rows to forget", chosen, [before, after])
     if trainer.is_world_process_zero():
         results.save(folder / "results.json")
+        score.decoding(tokenizer).save_pretrained(folder)
         write_model_card(folder)
         print(f"\n{results.table()}\n\n{unlearn_summary(args, model_args, folder)}")
     if config.push_to_hub:

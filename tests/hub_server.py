@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 USER, TOKEN = "org", "hf_loopback"
 LFS_SUFFIXES = (".safetensors", ".png")
 REPO = r"([^/]+/[^/]+)"
@@ -57,6 +59,8 @@ class HubServer:
 
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
+        self.datasets: dict[str, bool] = {}  # of those that there are, whether they are private
+        self.jobs: list[dict[str, Any]] = []  # that were scheduled
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
         self.bodies: list[bytes] = []
@@ -87,7 +91,9 @@ class HubServer:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """The files of a revision, without .gitattributes, which every repository starts with."""
         repo = self.repos[repo_id]
-        return {name: content for name, content in repo.commits[repo.sha(revision)].items() if name[0] != "."}
+        return {
+            name: content for name, content in repo.commits[repo.sha(revision)].items() if name != ".gitattributes"
+        }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -185,7 +191,18 @@ class Handler(BaseHTTPRequestHandler):
         sha, files = self._files(repo_id, revision)
         siblings = [{"rfilename": name} for name in files]
         private = self.hub.repos[repo_id].private
-        self._send({"id": repo_id, "sha": sha, "private": private, "siblings": siblings, "tags": [], "downloads": 0})
+        found = {"id": repo_id, "sha": sha, "private": private, "siblings": siblings, "tags": [], "downloads": 0}
+        if "evalResults" in query.get("expand", []):
+            names = [name for name in files if name.startswith(".eval_results/")]
+            entries = [(name, entry) for name in names for entry in yaml.safe_load(files[name])]
+            found["evalResults"] = [{"filename": name, "data": entry} for name, entry in entries]
+        self._send(found)
+
+    def dataset(self, body: bytes, query: dict, repo_id: str) -> None:
+        private = self.hub.datasets.get(repo_id)
+        if private is None or (private and not self._signed_in()):
+            raise Refused(404 if self._signed_in() else 401, "RepoNotFound", "Repository not found")
+        self._send({"id": repo_id, "sha": "0" * 40, "private": private, "siblings": [], "tags": [], "downloads": 0})
 
     def refs(self, body: bytes, query: dict, repo_id: str) -> None:
         refs = self._repo(repo_id).refs.items()
@@ -201,6 +218,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(409, message="Reference already exists")
         repo.refs[name] = repo.refs["main"]
         self._send({})
+
+    def schedule(self, body: bytes, query: dict, namespace: str) -> None:
+        if not self._signed_in():
+            raise Refused(401, message="Invalid credentials in Authorization header")
+        asked = json.loads(body)
+        self.hub.jobs.append(asked)
+        owner = {"id": "0", "name": namespace, "type": "user"}
+        self._send({"id": f"job{len(self.hub.jobs)}", "owner": owner, "schedule": asked["schedule"]})
 
     # Uploads
 
@@ -301,6 +326,8 @@ ROUTES = [
     ("GET", rf"/api/models/{REPO}/tree/([^/]+)/(.+)", Handler.tree),
     ("GET", rf"/api/models/{REPO}/revision/([^/]+)", Handler.info),
     ("GET", rf"/api/models/{REPO}", Handler.info),
+    ("GET", rf"/api/datasets/{REPO}", Handler.dataset),
+    ("POST", r"/api/scheduled-jobs/([^/]+)", Handler.schedule),
     ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]+)", Handler.lfs_put),
     ("POST", r"/lfs-verify", Handler.lfs_verify),

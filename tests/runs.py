@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from datasets import Dataset, disable_progress_bars
 from peft import LoraConfig
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 from warm import PROCESSES
 
 from mdu_trainer import (
@@ -30,6 +30,8 @@ from mdu_trainer.trainer import checkpoints, robust
 
 STEPS, SAVE_STEPS, ACCUMULATION = 10, 3, 2  # an epoch of 16 rows has 4 updates, so every second checkpoint is amid one
 SAVES = 4  # the last at the end
+NEW = "activation_checkpointing"  # of transformers 5.23
+CHECKPOINTING = NEW if NEW in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 QUIET = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False, "use_cpu": True}
 LORA = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "target_modules": ["q_proj", "down_proj"]}
 KINDS = {

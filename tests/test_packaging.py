@@ -11,6 +11,7 @@ import pytest
 import mdu_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
+TEMPLATES = ("unlearned_model.md", "report.html", "certificate.html")
 HEAVY_EXTRAS = {"matplotlib", "lm_eval"}  # bitsandbytes is not listed: peft imports it wherever it is installed
 
 
@@ -65,7 +66,7 @@ def test_public_names_metrics_and_testing_need_no_heavy_extra():
 def test_wheel_holds_every_module_the_type_marker_and_the_templates(wheel):
     files = {name for name in wheel.namelist() if name.startswith("mdu_trainer/")}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "mdu_trainer").rglob("*.py")}
-    templates = {f"mdu_trainer/model_cards/{name}.jinja" for name in ("unlearned_model.md", "report.html")}
+    templates = {f"mdu_trainer/model_cards/{name}.jinja" for name in TEMPLATES}
     scripts = {f"mdu_trainer/examples/{path.name}" for path in (ROOT / "examples").glob("*.py")}
     configs = {f"mdu_trainer/{path.relative_to(ROOT)}" for path in (ROOT / "examples").glob("*/*.yaml")}
     assert files == modules | templates | scripts | configs | {"mdu_trainer/py.typed", "mdu_trainer/__init__.pyi"}

@@ -38,7 +38,7 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 NOT_RUN = {  # how a command begins, and why it is not run here
     "make ": "makes an environment, and then the demo, or these tests",
     "pip install ": "reads from the network",
-    "hf jobs ": "starts a machine somewhere else",
+    "hf jobs ": "starts a machine somewhere else, or asks the Hub",
     "export ": "sets the environment of a shell",
     ".venv/bin/python -m pytest ": "runs tests, as this does",
     "mdu score --benchmark ": "reads from the network; tests/evaluation/test_published.py scores small rows",
@@ -63,6 +63,7 @@ SUBSTITUTES = {  # what stands for something that a reader has
     "NAME_OR_PATH": "outputs/demo/base",
     "MODEL": "outputs/demo/mdu-tau0",
     "ORG/NAME": "nobody/nothing",
+    "OWNER": "nobody",
     "GSAI-ML/LLaDA-8B-Instruct": "outputs/demo/base",
     "locuslab/TOFU": "../shared/tofu",
     "bf16=True": "bf16=True, use_cpu=True",

@@ -16,7 +16,7 @@ from ..config import MDUConfig
 from ..config.presets import preset
 from ..evaluation.benchmarks import fictional_sets
 from ..evaluation.registry import choose_metrics
-from ..evaluation.results import Results
+from ..evaluation.results import Results, today
 from ..evaluation.runner import processes
 from ..evaluation.sources import load_split
 from ..evaluation.tofu import TOFU_METRICS, TofuResult, load_tofu
@@ -159,7 +159,7 @@ def compare(
         loaded = load(never or base, model_args, config.trust_remote_code)
     score = Scorer(sets, args, args.metrics)
     scored = partial(_scored, score, folder)
-    results = Results(name or "from scratch", args.data, chosen)
+    results = Results(name or "from scratch", args.data, chosen, date=today())
     if never is not None:
         result = scored(*loaded, "retain", "retain model")
         score.retain_log = result.truth_ratios
@@ -175,6 +175,7 @@ def compare(
         tau, seconds = one.tau if one.loss_type == "mdu" else None, train_seconds(Path(one.output_dir))
         results.runs.append(replace(run, tau=tau, train_seconds=seconds, settings=config.swept(one)))
         if state.is_main_process:
+            score.decoding(tokenizer).save_pretrained(one.output_dir)
             results.save(folder / "results.json")
     return results, runs
 

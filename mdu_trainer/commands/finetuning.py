@@ -120,5 +120,5 @@ def finetune_config(
         pad_with_end_tokens=not texts,  # whose chunks end anywhere
         time_weighting=not from_scratch,  # a small model from scratch learns faster without the variance of 1/t
         prompt_mask_ratio=0.2,
-        **{name: getattr(config, name) for name in SHARED},
+        **{name: getattr(config, name) for name in SHARED if hasattr(config, name)},  # by version of transformers
     )

@@ -23,6 +23,10 @@ most strongly first. `--show_forget_text` adds `question` and `answer` to that l
 Answers may be in any script, numbers, code or emoji. A row whose answer holds none of these (punctuation alone, say)
 cannot be measured: it is not known to be forgotten, so it has no `leak`, and the model does not pass.
 
+`--history FILE` adds the figures to a file, one line a check; `mdu report` draws the leak_history.jsonl of a folder.
+`--every day --jobs` measures nothing: it prints the Job that repeats the check on the Hub, and `--submit` makes it.
+The rows are then a private data set, the model lies on the Hub, and the Job's log has the figures.
+
 Exit status: 1 if the leak is above `--max_leak`; else 2 if any row was not measured, or nothing was; else 0.
 """
 
@@ -38,7 +42,9 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from mdu_trainer.attacks.leak_check import Leak, measure_leak, not_measured
+from mdu_trainer.attacks.leak_history import add_to_history, load_history
 from mdu_trainer.commands import ArgumentParser, run
+from mdu_trainer.commands.leak_schedule import add_schedule_options, is_schedule, schedule
 from mdu_trainer.evaluation.columns import parse_columns
 from mdu_trainer.evaluation.own_rows import QUESTIONS, load_questions
 from mdu_trainer.evaluation.runner import processes
@@ -58,9 +64,15 @@ def main(arguments: list[str] | None = None) -> int:
     if options.max_leak is not None and not 0 <= options.max_leak <= 1:
         parser.error(f"--max_leak must be from 0 to 1, got {options.max_leak:g}")
     try:
+        if is_schedule(options):
+            return schedule(options)
         with redirect_stdout(sys.stderr):  # whatever libraries print
             if options.output is not None:
-                _check_output(options.output)
+                _check_output(options.output, "output")
+            if options.history is not None:
+                _check_output(options.history, "history")
+                if Path(options.history).exists():
+                    load_history(options.history)
             columns = parse_columns(options.columns)
             rows = load_questions(options.forget, columns=columns)
             not_measured(rows)
@@ -70,9 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
             model, tokenizer = load_checkpoint(path, dtype=options.dtype, revision=revision)
             model.to(processes().device)
             leak = measure_leak(model, tokenizer, rows, retain=retain, seed=options.seed, show_progress=True)
-        line = json.dumps(_answer(leak, rows, options))
+        answer = _answer(leak, rows, options)
+        line = json.dumps(answer)
         if options.output is not None:
             write_whole(options.output, line + "\n")
+        if options.history is not None:
+            add_to_history(options.history, answer)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         parser.error(str(error))
     except Exception as error:  # status 1 would say that the model leaks; the message might quote a row
@@ -102,10 +117,10 @@ def _answer(leak: Leak, rows: Dataset, options: argparse.Namespace) -> dict[str,
     return answer
 
 
-def _check_output(path: str) -> None:
+def _check_output(path: str, option: str) -> None:
     """Refuse a file that could not be written, before any work."""
     if Path(path).is_dir():
-        raise IsADirectoryError(f"--output {path} is a folder: name a file.")
+        raise IsADirectoryError(f"--{option} {path} is a folder: name a file.")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -123,10 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--max_leak", type=float, metavar="X", help="the highest leak that passes, from 0 to 1")
     mode.add_argument("--audit", action="store_true", help="say which rows the model holds, most strongly first")
     parser.add_argument("--output", metavar="FILE", help="write the JSON there too, whole or not at all")
+    parser.add_argument("--history", metavar="FILE", help="add the figures to this file, one line a check")
     parser.add_argument("--show_forget_text", action="store_true", help="show questions and answers in the JSON")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; by default as they are saved")
     parser.add_argument("--model_revision", default="main", help="of a model on the Hub")
+    add_schedule_options(parser)
     return parser
 
 

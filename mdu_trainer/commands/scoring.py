@@ -74,16 +74,11 @@ class Scorer:
             sets: other sets than all; answers are decoded to the longest of all sets.
             name: what the progress bar calls the model; the method unless given.
         """
-        decoding = DiffusionGenerationConfig(
-            max_new_tokens=self.args.max_new_tokens or longest_answer(self.sets, tokenizer),
-            steps=self.args.decoding_steps,
-            batch_size=self.args.batch_size,
-        )
         result = evaluate_tofu(
             model,
             tokenizer,
             self.sets if sets is None else sets,
-            decoding,
+            self.decoding(tokenizer),
             metrics=self.metrics,
             retain_log=self.retain_log,
             method=method,
@@ -93,3 +88,11 @@ class Scorer:
             protocol=self.args.protocol,
         )
         return replace(result, run=replace(result.run, rouge=self.args.rouge))
+
+    def decoding(self, tokenizer: PreTrainedTokenizerBase) -> DiffusionGenerationConfig:
+        """Return how answers are decoded, which is kept beside the models that are scored."""
+        return DiffusionGenerationConfig(
+            max_new_tokens=self.args.max_new_tokens or longest_answer(self.sets, tokenizer),
+            steps=self.args.decoding_steps,
+            batch_size=self.args.batch_size,
+        )

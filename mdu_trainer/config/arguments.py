@@ -12,6 +12,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging
 
 from ..files import UserError
+from .trackers import check_trackers
 
 logger = logging.get_logger(__name__)
 
@@ -137,6 +138,7 @@ def check_arguments(config: TrainingArguments) -> None:
     for name in config.report_to or ():
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(f"report_to '{name}' is unknown; choose of {', '.join(INTEGRATION_TO_CALLBACK)}.")
+    check_trackers(config, config.report_to or ())
     for name, strategy, steps in (
         ("logging_steps", config.logging_strategy, IntervalStrategy.STEPS),
         ("save_steps", config.save_strategy, SaveStrategy.STEPS),

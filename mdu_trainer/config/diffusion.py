@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from transformers import TrainingArguments
 
-from ..files import UserError
+from ..files import UserError, without_secrets
 from .arguments import (
     check_arguments,
     check_direction,
@@ -156,6 +156,10 @@ class DiffusionConfig(TrainingArguments):
                 f"train_sampling_strategy '{self.train_sampling_strategy}' is not supported; use one of "
                 f"{', '.join(SAMPLING_STRATEGIES)}."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `TrainingArguments`, without the secrets in options that are dicts: trackers are sent it."""
+        return {name: without_secrets(v) if isinstance(v, dict) else v for name, v in super().to_dict().items()}
 
     @property
     def load_options(self) -> dict[str, Any]:

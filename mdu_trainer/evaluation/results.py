@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any, ClassVar, Literal
 
 from ..files import Record, UserError, without_secrets
@@ -161,6 +162,7 @@ class Results(Record):
         model, dataset: what was unlearned from what.
         settings: everything that was set.
         runs: "base" first.
+        date: day of the evaluation, as ISO 8601 has it; None where it is not on record.
     """
 
     schema: ClassVar[int] = 3
@@ -172,6 +174,7 @@ class Results(Record):
     dataset: str
     settings: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
+    date: str | None = None
 
     def to_json(self) -> str:
         """Return, as JSON, the scores that were measured, and the settings without the secrets among them."""
@@ -280,6 +283,11 @@ def common(runs: Iterable[Run], name: Literal["protocol", "rouge"]) -> str:
     if len(found) > 1:
         raise UserError(f"Runs differ in their {name} ({', '.join(found)}), so they do not compare: score them alike.")
     return next(iter(found), Run.__dataclass_fields__[name].default)
+
+
+def today() -> str:
+    """The day in UTC, for `Results.date`."""
+    return datetime.now(timezone.utc).date().isoformat()
 
 
 def level_of(runs: Iterable[Run], place: Place) -> Estimate | None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,12 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from ..files import UserError, read_json
+from ..inference.config import GENERATION_CONFIG
 from ..provenance.facts import Facts
 from ..report.attack_words import public
-from ..report.model_card import CARD, LOCAL_BASE, PICTURE, CardDetails, checkpoint_card, data_name
+from ..report.data_names import data_name
+from ..report.eval_results import EVAL_RESULTS, eval_result_entries, eval_results_file
+from ..report.model_card import CARD, LOCAL_BASE, PICTURE, CardDetails, checkpoint_card, chosen_run
 from ..report.records import RECOVERY, RESULTS, Checkpoint
 
 Source = Path | bytes
@@ -21,7 +25,7 @@ Source = Path | bytes
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model[\w.-]*\.safetensors")
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-CONFIGS = ("config.json", "generation_config.json")
+CONFIGS = ("config.json", GENERATION_CONFIG)
 VOCABULARIES = (
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "vocab.json"),
     *("vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
@@ -71,7 +75,7 @@ def model_files(
         wanted = ("config.json", WEIGHTS_INDEX, *_shards(folder / WEIGHTS_INDEX))
     else:
         wanted = ("config.json", "model.safetensors")
-    optional = () if ADAPTER_CONFIG in wanted else CONFIGS
+    optional = (GENERATION_CONFIG,) if ADAPTER_CONFIG in wanted else CONFIGS
     files = regular_files(folder, *dict.fromkeys((*optional, *wanted)))
     missing = [name for name in wanted if name not in files]
     if missing:
@@ -149,9 +153,17 @@ def _adapter_config(folder: Path, base_model: str | None, facts: Facts) -> bytes
 
 
 def card_files(
-    checkpoint: Checkpoint, details: CardDetails, folder: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    checkpoint: Checkpoint,
+    details: CardDetails,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    is_public: Callable[[str], bool] = lambda dataset: False,
 ) -> dict[str, Source]:
-    """Return card, picture and records, by their paths in the repository. The arguments are as in `prepare_push`."""
+    """Return card, picture and records, by their paths in the repository.
+
+    The other arguments are as in `prepare_push`; `is_public` says whether anybody can see a data set on the Hub.
+    Scores on others are no evaluation results.
+    """
     card, picture = checkpoint_card(
         checkpoint, details, folder, chats=None if tokenizer is None else bool(tokenizer.chat_template)
     )
@@ -163,6 +175,10 @@ def card_files(
         base, data = details.base_model or checkpoint.facts.base_model, data_name(checkpoint.results)
         scores = replace(checkpoint.results, model=base or LOCAL_BASE, dataset=data, settings={})
         files[RESULTS] = scores.to_json().encode()
+        run = chosen_run(checkpoint.results.finite(), checkpoint.facts)
+        entries = eval_result_entries(scores, run, details.repo_id or "", details.revision)
+        if entries and is_public(entries[0].dataset_id):
+            files[EVAL_RESULTS] = eval_results_file(entries)
     if checkpoint.recovery is not None:
         files[RECOVERY] = public(checkpoint.recovery, data_name(checkpoint.recovery)).to_json().encode()
     return files

@@ -11,6 +11,7 @@ from tokenizers.decoders import ByteLevel
 
 from ..files import UserError, looks_like_secret
 from ..provenance.forget_hashes import ForgetHashes
+from ..report.eval_results import EVAL_RESULTS
 from ..report.model_card import CARD, card_wording
 from ..report.records import RECOVERY, RESULTS, Checkpoint
 from .files import ADAPTER_CONFIG, CONFIGS, VOCABULARIES, Source, content_of
@@ -98,7 +99,16 @@ def check_secrets(files: dict[str, Source]) -> None:
     Raises:
         ValueError: there is one; the message names the file only.
     """
-    words = (CARD, RESULTS, RECOVERY, ADAPTER_CONFIG, *CONFIGS, "tokenizer_config.json", "chat_template.jinja")
+    words = (
+        CARD,
+        RESULTS,
+        RECOVERY,
+        EVAL_RESULTS,
+        ADAPTER_CONFIG,
+        *CONFIGS,
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    )
     found = [name for name in words if name in files and looks_like_secret(text_of(name, files[name]))]
     if found:
         raise UserError(

@@ -3,14 +3,15 @@
     push_unlearned_model("outputs/demo/mdu-tau0", "ORG/NAME", results="outputs/demo/results.json")
 
 What is uploaded is safetensors weights, config, generation config, tokenizer, adapter files, the card with its
-picture, and `results.json` and `recovery.json` with scores only. Whatever else lies in the folder stays there:
-training arguments (which can hold a token), optimizer, scheduler and random state, logs, data, predictions, caches.
+picture, and `results.json` and `recovery.json` with scores only; those on a public data set stand once more in
+`.eval_results`, where the Hub reads them. Whatever else lies in the folder stays there: training arguments (which can
+hold a token), optimizer, scheduler and random state, logs, data, predictions, caches.
 
 Before anything is sent, the weights are checked to be whole and finite, and every text and name is scanned for
 sentences of the rows to forget, by the hashes that `MDUTrainer` keeps beside the weights; the tokenizer's vocabulary
 for words that only those rows hold, other than entries of a base on the Hub. `auto_map` is dropped from the config:
 the code that it names is not copied, and `mdu_trainer` loads LLaDA and Dream without it. Weights of an earlier push
-under other names are deleted in the same commit, for they would be loaded instead.
+under other names are deleted in the same commit, for they would be loaded instead; so are its evaluation results.
 """
 
 import functools
@@ -22,15 +23,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .. import __version__
 from ..files import UserError
+from ..inference.config import DiffusionGenerationConfig, has_decoding
 from ..models import load_model, load_tokenizer
 from ..provenance.facts import FACTS_FILE, Facts
+from ..report.eval_results import EVAL_RESULTS
 from ..report.model_card import CARD, PICTURE, CardDetails
 from ..report.records import RECOVERY, RESULTS, Checkpoint, RecoveryLike, ResultsLike
 from ..trainer.run_lock import LOCK
@@ -56,6 +59,7 @@ SHARD_SIZE = "5GB"
 WEIGHT_FILES = re.compile(
     r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)(\.index\.json)?|adapter_config.json"
 )
+OF_CARD = (CARD, PICTURE, RESULTS, RECOVERY, EVAL_RESULTS)  # what copies of a model go without
 
 ADVICE: dict[int | None, str] = {
     401: "The token is missing, wrong or expired: log in with `hf auth login`, or pass token.",
@@ -142,14 +146,14 @@ class Push:
                 api.create_branch(repo_id, branch=destination.revision, token=destination.token, exist_ok=True)
             info = self._commit(repo_id, self.files)
             if destination.copy_to:
-                model_files = {n: s for n, s in self.files.items() if n not in (CARD, PICTURE, RESULTS, RECOVERY)}
+                model_files = {n: s for n, s in self.files.items() if n not in OF_CARD}
                 self._commit(repo_id, {f"{destination.copy_to}/{name}": s for name, s in model_files.items()})
         return info
 
     def _commit(self, repo_id: str, files: dict[str, Source]) -> CommitInfo:
         destination, api = self.destination, hub_api()
         there = api.list_repo_files(repo_id, revision=destination.revision, token=destination.token)
-        stale = [name for name in there if WEIGHT_FILES.fullmatch(name) and name not in self.files]
+        stale = [n for n in there if (WEIGHT_FILES.fullmatch(n) or n == EVAL_RESULTS) and n not in self.files]
         operations = [CommitOperationAdd(name, s if isinstance(s, bytes) else str(s)) for name, s in files.items()]
         return api.create_commit(
             repo_id,
@@ -254,7 +258,8 @@ def prepare_push(
     base = details.base_model or checkpoint.facts.base_model
     files = model_files(folder, checkpoint.facts, base, tokenizer)
     check_weights(folder, files)  # before the card, which may ask the Hub for that of the base
-    files |= card_files(checkpoint, details, folder, tokenizer)
+    files |= card_files(checkpoint, details, folder, tokenizer, lambda dataset: _is_public(dataset, token))
+    _ask_for_license(files[CARD])
     names = {name: getattr(destination, name) for name in ("repo_id", "revision", "commit_message", "copy_to")}
     check_files(files, checkpoint, names, lambda: _published_vocabulary(base, checkpoint.facts, destination))
     left = sorted(path.name for path in folder.iterdir() if path.name not in {LOCK, *(n.split("/")[0] for n in files)})
@@ -289,6 +294,28 @@ def _published_vocabulary(base: str | None, facts: Facts, destination: Destinati
     except (OSError, ValueError, KeyError, ImportError) as error:
         logger.warning(f"The tokenizer of {base} cannot be read to compare vocabularies ({type(error).__name__}).")
         return set()
+
+
+def _ask_for_license(card: Source) -> None:
+    data = ModelCard(content_of(card).decode(), ignore_metadata_errors=True).data
+    missing = [name for name in ("license", "language") if data.get(name) is None]
+    if missing:
+        logger.warning_once(
+            f"The card names no {' and no '.join(missing)}, and neither does that of the base: pass "
+            f"{' and '.join(missing)}."
+        )
+
+
+def _is_public(dataset: str, token: str | None) -> bool:
+    """Whether anybody can see a data set on the Hub; not if that cannot be asked."""
+    try:
+        return not hub_api().dataset_info(dataset, token=token).private
+    except (OSError, ValueError) as error:
+        logger.warning(
+            f"{dataset} cannot be seen on the Hub ({type(error).__name__}): {EVAL_RESULTS} is left out, and the "
+            "scores stand in the card alone."
+        )
+        return False
 
 
 @functools.cache
@@ -335,6 +362,8 @@ def _folders(model_or_path: str | Path | PreTrainedModel | PeftModel, adapter: s
     else:
         return source, source
     model.save_pretrained(str(stage), max_shard_size=SHARD_SIZE)
+    if has_decoding(source):  # an adapter's, which the base does not know
+        DiffusionGenerationConfig.from_pretrained(source).save_pretrained(stage)
     for name, file in tokenizer_files(source).items():
         (stage / name).parent.mkdir(exist_ok=True)
         (stage / name).write_bytes(content_of(file))

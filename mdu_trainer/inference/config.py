@@ -1,12 +1,19 @@
 """The options of decoding, as data."""
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ..files import UserError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 
+from ..files import UserError, read_json, typed, write_whole
+
+GENERATION_CONFIG = "generation_config.json"
+KEY = "diffusion_decoding"  # in that file, where transformers keeps what it does not know
 Schedule = Literal["linear", "dllm", "dream"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random", "low_confidence_dynamic"]
 
@@ -66,6 +73,12 @@ class DiffusionGenerationConfig:
 
     Raises:
         ValueError: for a value out of range, or one that another makes meaningless.
+
+    Example:
+
+        config = DiffusionGenerationConfig(max_new_tokens=64, steps=32)
+        config.save_pretrained("outputs/model")
+        generate(model, tokenizer, prompts, DiffusionGenerationConfig.from_pretrained("outputs/model"))
     """
 
     max_new_tokens: int = 128
@@ -125,11 +138,65 @@ class DiffusionGenerationConfig:
         if self.top_p is not None and not (_is(self.top_p, Real) and 0 < self.top_p <= 1):
             raise UserError(f"top_p must be above 0 and at most 1, got {self.top_p!r}.")
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the options into `generation_config.json` beside a model, whose other options stay.
+
+        Raises:
+            ValueError: there is such a file, and it holds something else.
+        """
+        path = Path(folder) / GENERATION_CONFIG
+        content = _content(path) if path.is_file() else {}
+        content.pop("_from_model_config", None)  # beside which transformers drops what it does not know
+        write_whole(path, json.dumps(content | {KEY: asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, revision: str | None = None, token: str | None = None
+    ) -> "DiffusionGenerationConfig":
+        """Read the options that `save_pretrained` wrote beside a model, and that it was measured with.
+
+        Args:
+            name_or_path: a folder, or a Hub id.
+            revision, token: of a repository on the Hub.
+
+        Raises:
+            FileNotFoundError: there are none.
+            ValueError: they cannot be read, or make no sense.
+        """
+        path = Path(name_or_path) / GENERATION_CONFIG
+        if not Path(name_or_path).is_dir():
+            try:
+                path = Path(hf_hub_download(str(name_or_path), GENERATION_CONFIG, revision=revision, token=token))
+            except EntryNotFoundError:
+                pass
+        content = _content(path) if path.is_file() else {}
+        if KEY not in content:
+            raise FileNotFoundError(
+                f"{name_or_path} says nothing of how its answers are decoded: {GENERATION_CONFIG} has no {KEY}. Pass "
+                "options of your own, DiffusionGenerationConfig(max_new_tokens=...)."
+            )
+        try:
+            return typed(cls, content[KEY])
+        except ValueError as error:
+            raise UserError(f"{KEY} in {GENERATION_CONFIG} of {name_or_path}: {error}") from None
+
     @property
     def blocks(self) -> list[tuple[int, int]]:
         """Start and stop (exclusive) of each block within the response."""
         length = self.block_length or self.max_new_tokens
         return [(start, min(start + length, self.max_new_tokens)) for start in range(0, self.max_new_tokens, length)]
+
+
+def has_decoding(folder: Path) -> bool:
+    """Whether `DiffusionGenerationConfig.from_pretrained` finds options in a folder."""
+    return (folder / GENERATION_CONFIG).is_file() and KEY in _content(folder / GENERATION_CONFIG)
+
+
+def _content(path: Path) -> dict[str, Any]:
+    content = read_json(path, "a generation config", "save the model again")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is not a generation config: it holds no JSON object. Save the model again.")
+    return content
 
 
 def check_count(name: str, value: Any) -> None:

@@ -26,7 +26,7 @@ from .block_attention import set_block_size
 from .checks import INTACT, check_complete, check_files, check_finite, some
 from .head import head_way
 from .probe import is_runnable
-from .refusals import refuse_adapter, refuse_unsupported
+from .refusals import refuse_adapter, refuse_split, refuse_unsupported
 
 if TYPE_CHECKING:  # imported where it is used, for it takes a second
     from peft import PeftConfig, PeftModel
@@ -80,9 +80,11 @@ def load_model(
             also `load_in_8bit` or `load_in_4bit`.
 
     Raises:
-        ValueError: the model is causal, refused by name, needs `trust_remote_code=True`, or its checkpoint is damaged.
+        ValueError: the model is causal, refused by name, needs `trust_remote_code=True`, is to be split by layer over
+            devices, or its checkpoint is damaged.
         ImportError: 8- or 4-bit loading without bitsandbytes.
     """
+    refuse_split(from_pretrained_kwargs)
     from_pretrained_kwargs = _quantization(from_pretrained_kwargs)
     where = {"trust_remote_code": trust_remote_code, **_hub_arguments(from_pretrained_kwargs)}
     config = from_pretrained_kwargs.pop("config", None) or load_config(name_or_path, **where)

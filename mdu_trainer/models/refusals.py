@@ -1,7 +1,9 @@
-"""Models that look like masked diffusion models and are not, and adapters that do not suit them, refused by name."""
+"""Models that look like masked diffusion models and are not, and adapters that do not suit them, refused by name; and
+layers that are split over devices."""
 
 import re
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..files import UserError
 
@@ -34,6 +36,8 @@ REASONS = {
     ),
 }
 
+SPLITS = ("distributed_config", "tp_plan", "tp_size")  # options of `from_pretrained`
+
 
 def refuse_unsupported(model_type: str | None, architectures: list[str] | None, source: str = "") -> None:
     """Raise a ValueError that says why, if the model is of a kind that is known and not supported.
@@ -49,6 +53,28 @@ def refuse_unsupported(model_type: str | None, architectures: list[str] | None, 
         for beginnings, reason in REASONS.items():
             if plain.startswith(beginnings) and plain not in SUPPORTED:
                 raise UserError(f"{name} {reason}.")
+
+
+def refuse_split(model_or_options: Any) -> None:
+    """Raise a ValueError that says why, if each layer of a model is, or is to be, split over several devices.
+
+    A model is given, or the keyword arguments of `from_pretrained`.
+    """
+    if isinstance(model_or_options, Mapping):
+        found = [name for name in SPLITS if model_or_options.get(name) is not None]
+    else:
+        config = getattr(getattr(model_or_options, "config", None), "distributed_config", None)
+        found = (
+            ["distributed_config"]
+            if config is not None or (getattr(model_or_options, "tp_size", None) or 1) > 1
+            else []
+        )
+    if found:
+        raise UserError(
+            f"{' and '.join(found)}: a model whose layers are split over devices (tensor parallelism) is not "
+            "supported. The loss is computed in the head, on masked positions alone, and needs it whole. Leave "
+            "it out; DDP, FSDP2 and DeepSpeed share a model out (accelerate launch), and device_map places layers."
+        )
 
 
 def refuse_adapter(config: "PeftConfig") -> None:

@@ -8,7 +8,7 @@ from ..attacks.results import Recovery
 from ..evaluation.frontier import candidates, select
 from ..evaluation.results import Results, Run
 from ..provenance.facts import Facts
-from .model_card import data_name
+from .data_names import data_name
 from .verdicts import KEPT, verdicts
 
 MOST_ROWS = 12  # of the table of verdicts; a sweep has more, and its tables are below

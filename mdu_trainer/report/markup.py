@@ -2,7 +2,10 @@
 
 import re
 import unicodedata
+from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 # Marks that change the direction of what stands around them; the joiners of scripts and emoji are left alone
 _DIRECTIONS = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -10,6 +13,7 @@ _SPECIAL = {character: f"\\{character}" for character in "\\`*[]#~"}
 _SPECIAL |= {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;", "$": "&#36;", "@": "&#64;", "^": "&#94;"}
 _OUTER_UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside of a word it is no emphasis
 _LINK = re.compile(r":(?=//)|(?<=www)\.", re.IGNORECASE)  # what GitHub's Markdown makes a link of
+NUMBER = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
 _START = re.compile(r"^(\d{0,9})([-+=.)])(?=[-=\s]|$)")  # of a list or a line under a heading
 
 
@@ -22,6 +26,24 @@ def seen_text(value: Any) -> str:
 def plain_text(value: Any) -> str:
     """Return `seen_text` in one line."""
     return " ".join(seen_text(value).split())
+
+
+def html_template(path: Path) -> Template:
+    """Return a template of HTML in which whatever is filled in stays text; cells can be asked for `is figure`."""
+    environment = Environment(
+        loader=FileSystemLoader(path.parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_as_typed,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["figure"] = lambda cell: NUMBER.fullmatch(cell) is not None
+    return environment.get_template(path.name)
+
+
+def _as_typed(value: Any) -> Any:
+    return seen_text(value) if type(value) is str else value
 
 
 def markdown_text(value: Any) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from transformers.utils import logging
 
 from ..attacks.results import Recovery
@@ -23,11 +23,15 @@ from ..evaluation.protocol import PROTOCOL_WORDS, ROUGE_WORDS
 from ..evaluation.registry import explained, score_words
 from ..evaluation.results import NEVER_TRAINED, ROUGE, Estimate, Results, Run
 from ..files import UserError
+from ..inference.config import has_decoding
 from ..objectives import OBJECTIVES, described
 from ..provenance.facts import Facts
 from .attack_words import attack_words
+from .data_names import data_name, hub_datasets
+from .eval_results import model_index
 from .markup import figure_text, markdown_code, markdown_text
 from .records import Checkpoint, RecoveryLike, ResultsLike
+from .short_words import card_short
 from .style import picture_bytes
 
 logger = logging.get_logger(__name__)
@@ -58,6 +62,8 @@ class CardDetails:
         license, language: by default those of the base's card, or none.
         tags: further ones.
         model_name: what to call the model, by default the repository's name.
+        request_id, request_date: of whoever asked for it, in your own words: a number of your files, and a day. They
+            are published; name nobody.
         token: for the card of a private base.
     """
 
@@ -70,12 +76,20 @@ class CardDetails:
     language: str | list[str] | None = None
     tags: str | list[str] | None = None
     model_name: str | None = None
+    request_id: str | None = None
+    request_date: str | None = None
     token: str | None = None
 
     @property
     def title(self) -> str:
         """The name of the model."""
         return self.model_name or (self.repo_id or "unlearned-model").split("/")[-1]
+
+    @property
+    def request(self) -> str:
+        """The request in words, empty if nothing is known of it."""
+        words = {"request": self.request_id, "of": self.request_date}
+        return " ".join(f"{word} {value}" for word, value in words.items() if value)
 
     @classmethod
     def of(cls, **given: Any) -> "CardDetails":
@@ -99,6 +113,7 @@ def unlearned_model_card(
     *,
     adapter: bool = False,
     chats: bool = True,
+    decodes: bool = False,
     picture: str | None = None,
 ) -> ModelCard:
     """Render the card of an unlearned model.
@@ -110,6 +125,7 @@ def unlearned_model_card(
         details: what else the card says.
         adapter: the repository holds an adapter, not the whole model.
         chats: the tokenizer has a chat template.
+        decodes: the repository holds the options of decoding that the model was measured with.
         picture: file name of the trade-off picture in the repository, if there is one.
 
     Raises:
@@ -129,11 +145,14 @@ def unlearned_model_card(
         forget=markdown_text(details.description or facts.description or str(facts.forget)).rstrip("."),
         retain=markdown_text(facts.retain),
         versions={markdown_text(name): markdown_text(value) for name, value in facts.versions.items()},
+        request=markdown_text(details.request) if details.request else None,
+        **card_short(facts, results, run, recovery),
         **_method_words(facts),
         **_score_words(results, run),
         **attack_words(recovery, facts),
         picture=picture and quote(picture),
         adapter=adapter,
+        decodes=decodes,
         newest=markdown_text(facts.versions["mdu_trainer"]),
         repo=_string(details.repo_id or "PATH"),
         where=_revision(details.revision),
@@ -158,7 +177,7 @@ def _metadata(
         tags=list(dict.fromkeys([*TAGS, facts.method, *_listed(details.tags)])),
         datasets=_listed(details.datasets) or hub_datasets(results) or None,
         model_name=details.title,
-        eval_results=eval_results(run, data_name(results)) if results and run else None,
+        eval_results=model_index(run, data_name(results)) if results and run else None,
         **known,
     )
 
@@ -180,6 +199,7 @@ def checkpoint_card(
         details,
         adapter=(folder / "adapter_config.json").is_file(),
         chats=has_chat_template(folder) if chats is None else chats,
+        decodes=has_decoding(folder),
         picture=None if picture is None else PICTURE,
     )
     return card, picture
@@ -253,36 +273,6 @@ def drawn_recoveries(recovery: Recovery) -> dict[str, dict[str, Estimate]]:
         figure_text(model): {figure_text(attack): estimate for attack, estimate in found.items()}
         for model, found in recovery.recoveries().items()
     }
-
-
-def eval_results(run: Run, data: str) -> list[EvalResult]:
-    """Return every score of a run, for the card's model-index."""
-    return [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=data.split(" ")[0] if "/" in data else re.sub(r"\W+", "-", data).strip("-").lower(),
-            dataset_name=data,
-            dataset_split=name,
-            metric_type=metric,
-            metric_name=metric if name is None else f"{metric} ({name})",
-            metric_value=round(score.value, 6),
-        )
-        for name, metric in run.places()
-        if (score := run.figure(name, metric))
-    ]
-
-
-def data_name(results: Results | Recovery) -> str:
-    """Return the name of the data for a card, which is no name if it is a path of this machine."""
-    first, _, rest = results.dataset.partition(" ")
-    is_path = first.startswith((".", "/", "~")) or first.count("/") > 1 or "\\" in first or Path(first).is_dir()
-    return f"a local data set {rest}".rstrip() if is_path else results.dataset
-
-
-def hub_datasets(results: Results | None) -> list[str]:
-    """Return the Hub ids of the data that a comparison names."""
-    first = "" if results is None else data_name(results).split(" ")[0]
-    return [first] if first.count("/") == 1 else []
 
 
 def base_metadata(facts: Facts, base: str | None, token: str | None = None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import base64
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from transformers import PreTrainedTokenizerBase
 
+from ..attacks.leak_history import LEAK_HISTORY, load_history
 from ..attacks.results import Recovery
 from ..data.roles import label_roles
 from ..evaluation.frontier import candidates, frontier_cells, place_of, reading, select, value_of
@@ -30,9 +29,11 @@ from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import FACTS_FILE, Facts
 from ..token_roles.results import RoleReport
+from .data_names import data_name
 from .first_screen import first_screen
-from .markup import figure_text, seen_text
-from .model_card import CARD, chosen_run, data_name, drawn_recoveries, template_path
+from .leak_plot import leak_cells, plot_leaks
+from .markup import figure_text, html_template
+from .model_card import CARD, chosen_run, drawn_recoveries, template_path
 from .plots import plot_frontier, plot_losses, plot_tradeoff
 from .records import RECOVERY, RESULTS, load_record
 from .recovery_plots import Recoveries
@@ -52,7 +53,6 @@ PICTURES = {  # found in the folder: name -> (section, alternative text)
 PRIVATE_PICTURES = {"heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")}
 # what the analyses of the models in a folder leave beside the comparison
 ANALYSES = (ROLES, RECOVERY, *(f"{name}{suffix}" for name in (*PICTURES, *PRIVATE_PICTURES) for suffix in TYPES))
-NUMBER = re.compile(r"[-+]?\d[\d.e+-]*( \[.*\])?")
 MOST_COLUMNS = 8  # runs side by side
 TRAINING = {  # facts of a training -> column
     "steps": "steps",
@@ -67,6 +67,12 @@ BEST = (  # place in the trade-off
     "left of it is over-forgotten, to the right still known."
 )
 BEST_WITHOUT = "Best is the top left: everything forgotten, nothing else lost."
+
+TREND = "The leak of each check along time, with its interval and the limit."
+TREND_CAPTION = (
+    "What each leak check found, with its 95 % interval. A check passes if the upper end of that is at most the limit "
+    "and every row was measured."
+)
 
 Pairs = list[tuple[str, str]]  # question, answer
 
@@ -98,8 +104,8 @@ def write_page(
     """Write the page of a folder that a comparison was written to.
 
     First comes, for a reader in a hurry, what was to be forgotten and whether it worked. Then comes what is there:
-    `results.json`, `roles.json`, `recovery.json`, the models' folders with their training curves and cards, and the
-    pictures `roles`, `path`, `decoding`, `heatmap` and `recovery` (SVG or PNG).
+    `results.json`, `roles.json`, `recovery.json`, `leak_history.jsonl`, the models' folders with their training curves
+    and cards, and the pictures `roles`, `path`, `decoding`, `heatmap` and `recovery` (SVG or PNG).
 
     Args:
         folder: of the comparison.
@@ -120,23 +126,26 @@ def write_page(
     output = Path(output) if output is not None else folder / PAGE
     results = load_record(Results, folder)
     results = results and results.finite()
-    found = [name for name in (RESULTS, ROLES, RECOVERY) if (folder / name).is_file()]
+    shown = (RESULTS, ROLES, RECOVERY, LEAK_HISTORY)
+    found = [name for name in shown if (folder / name).is_file()]
     if not found:
-        raise UserError(f"{folder} holds nothing to show: none of {RESULTS}, {ROLES} and {RECOVERY}.")
+        raise UserError(f"{folder} holds nothing to show: none of {', '.join(shown)}.")
     models = find_models(folder, results)
     recovery = load_record(Recovery, folder)
+    leaks = load_history(folder / LEAK_HISTORY) if LEAK_HISTORY in found else []
     roles = RoleReport.load(folder / ROLES) if ROLES in found else None
     rows = None if forget_rows is None else [(row["question"], row["answer"]) for row in forget_rows]
     others = [(row["question"], row["answer"]) for row in retain_rows or ()]
     comparison = _comparison(results, recovery)
-    template = _environment().get_template(TEMPLATE)
-    text = template.render(
+    text = html_template(template_path().with_name(TEMPLATE)).render(
         title="Unlearning report",
         **first_screen(results, recovery, [model.facts for model in models], comparison.get("selected")),
         **comparison,
         **_trained(models, output.parent),
         roles=None if roles is None else roles.details_cells(),
         recovery=recovery and recovery.table_cells(),
+        leaks=leak_cells(leaks) if leaks else None,
+        trend=leaks and _draw(plot_leaks, leaks, alt=TREND, caption=TREND_CAPTION),
         pictures=_pictures(folder, private=rows is not None),
         rows=rows,
         audit=None if roles is None or rows is None or tokenizer is None else _audit(rows, others, tokenizer),
@@ -156,23 +165,6 @@ def find_models(folder: Path, results: Results | None) -> list[Model]:
         models.append(Model(name, path.parent, facts))
     order = {run.name: i for i, run in enumerate(results.runs if results else [])}
     return sorted(models, key=lambda model: order.get(model.name, len(order)))
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(template_path().parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_as_typed,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.tests["figure"] = lambda cell: NUMBER.fullmatch(cell) is not None
-    return environment
-
-
-def _as_typed(value: Any) -> Any:
-    return seen_text(value) if type(value) is str else value
 
 
 def _comparison(results: Results | None, recovery: Recovery | None) -> dict[str, Any]:

@@ -13,6 +13,9 @@ The rule, all of it:
   is above 0 it "leaks some", or "leaks some, maybe much", and above `MUCH` it "leaks much". Recovery needs a
   never-trained model; without one nothing is judged.
 
+Told apart from a model that never saw the rows is a model under an attack if the two scores differ in the sense above,
+in either direction: the card counts the attacks, without the plain question.
+
 What was not measured is "not measured". The verdicts are on these scores, and are no proof of anything else.
 """
 
@@ -20,7 +23,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ..attacks.results import BASE, NO_ATTACK, Recovery
+from ..attacks.results import BASE, NEVER, NO_ATTACK, Recovery
 from ..evaluation.protocol import RL
 from ..evaluation.results import COLUMNS, Estimate, Run, common, level_of
 
@@ -127,6 +130,22 @@ def attacks(recovery: Recovery | None, name: str) -> Verdict:
     if _upper(worst) <= LITTLE:
         return Verdict(question, "held", figure, f"{count} Attacks that were not tried may do more.", GOOD)
     return Verdict(question, _leak(worst), figure, count, BAD)
+
+
+def told_apart(recovery: Recovery | None, name: str) -> str:
+    """Say in one sentence under how many attacks a model can be told apart from one that never saw the rows."""
+    if recovery is None or name not in recovery.models:
+        return "No attack was run on it, so it is not known what one would bring back."
+    if not recovery.has_floor:
+        return (
+            "No model that never saw the rows was attacked beside it, so it is not known whether it can be told apart "
+            "from one."
+        )
+    tried = {attack: one.models for attack, one in recovery.attacks.items() if attack != NO_ATTACK}
+    found = [attack for attack, models in tried.items() if differs(models[name].after, models[NEVER].after)]
+    count = f"{len(found) or 'none'} of {len(tried)} attack{'' if len(tried) == 1 else 's'}"
+    which = f" ({', '.join(found)})" if found else ""
+    return f"It can be told apart from a model that never saw the rows in {count}{which}."
 
 
 def differs(one: Estimate, other: Estimate) -> bool:

@@ -12,6 +12,7 @@ from ..files import UserError
 from ..models import Backbone, base_of, is_adapter, load_checkpoint, load_model, load_tokenizer
 from ..models.block_attention import set_attention_form
 from ..models.checks import check_finite
+from ..models.refusals import refuse_split
 
 logger = logging.get_logger(__name__)
 
@@ -35,6 +36,7 @@ def load_for_training(
     elif args.model_init_kwargs:
         raise UserError("model_init_kwargs are for a model given by name; this one is loaded already.")
     else:
+        refuse_split(model)
         check_finite(model, "The model")
     adapted = peft_config is not None or isinstance(model, PeftModel)
     if not adapted:

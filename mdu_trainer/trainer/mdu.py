@@ -34,6 +34,7 @@ from .precompute import compute_before_training
 from .reference import Reference
 from .rewind import check_rewind, rewind
 from .rollouts import Rollout, check_room, load_rollout, save_rollout, set_masks
+from .tracked import check_tracked
 
 logger = logging.get_logger(__name__)
 
@@ -250,6 +251,7 @@ class MDUTrainer(MDLMTrainer):
     def _check_run(self) -> None:
         super()._check_run()
         check_rewind(self)
+        check_tracked(self)
         if self.train_dataset and self.args.may_equal_anchor:
             check_prompts(self.train_dataset.parts["forget"].prompt_ids, self.backbone.mask_token_id)
         if self.train_dataset and self.args.forget_masking == "generated":

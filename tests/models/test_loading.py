@@ -85,6 +85,23 @@ def test_a_live_model_with_such_weights_is_not_trained(make_model, make_trainer)
         make_trainer(model)
 
 
+SPLIT = [{"distributed_config": object()}, {"tp_plan": "auto"}, {"tp_size": 2}]
+
+
+@pytest.mark.parametrize("how", SPLIT, ids=lambda how: next(iter(how)))
+def test_layers_are_not_split_over_devices(how, folder, make_trainer, make_model):
+    name = next(iter(how))
+    for load in (load_model, load_checkpoint):
+        with pytest.raises(UserError, match=f"{name}: a model whose layers are split over devices .* Leave it out"):
+            load(str(folder), **how)
+    with pytest.raises(UserError, match="split over devices"):
+        make_trainer(str(folder), model_init_kwargs=how)
+    model = make_model()
+    model.config.distributed_config = object()
+    with pytest.raises(UserError, match="split over devices"):
+        make_trainer(model)
+
+
 @pytest.mark.parametrize("how", [{"load_in_8bit": True}, {"load_in_4bit": True}, {"device_map": OFFLOADED}])
 def test_quantised_and_offloaded_weights_are_looked_at_too(how, make_model, tokenizer, tmp_path):
     pytest.importorskip("bitsandbytes")

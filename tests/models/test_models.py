@@ -247,14 +247,14 @@ def test_lora_spares_the_head_and_merges_into_the_published_layout(family, check
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_gradient_checkpointing_changes_no_gradient(family, checkpoints, batch):
+def test_activation_checkpointing_changes_no_gradient(family, checkpoints, batch):
     folder, _ = checkpoints[family]
     input_ids, attention_mask = batch
     gradients = []
     for checkpointing in (False, True):
         model = load_model(folder).train()
         if checkpointing:
-            model.gradient_checkpointing_enable()
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         model(input_ids=input_ids, attention_mask=attention_mask).logits.square().mean().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():

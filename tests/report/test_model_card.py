@@ -59,6 +59,7 @@ def test_card_of_the_demo_is_the_golden_one(facts, results):
         results,
         Recovery.load(DEMO / "recovery.json"),
         CardDetails(repo_id="ORG/mdu-demo", language="en", license="mit"),
+        decodes=True,
         picture="mdu-demo_tradeoff.png",
     )
     picture = GOLDEN.with_name("mdu-demo_tradeoff.png")
@@ -331,9 +332,10 @@ def filled(text, facts, results, recovery):
     ]
     recovery = replace(recovery, attacks={text: replace(next(iter(recovery.attacks.values())), words=text)})
     details = {"language": text, "license": text, "tags": [text], "datasets": text, "model_name": text}
+    details |= {"request_id": text, "request_date": text}
     details = CardDetails(**details, repo_id=f"org/{text}", revision=text)
     results = replace(results, dataset=f"data {text}", runs=runs)
-    return unlearned_model_card(facts, results, recovery, details, picture=f"{text}.png", adapter=True)
+    return unlearned_model_card(facts, results, recovery, details, picture=f"{text}.png", adapter=True, decodes=True)
 
 
 @pytest.mark.parametrize("injection", INJECTIONS)
@@ -352,7 +354,7 @@ def test_text_is_text_everywhere(facts, results, recovery, injection, after, mon
     as_harmless = as_harmless.replace(as_typed(text.replace("_", " ")), "something")  # the name of an option
     assert as_harmless == wanted and wanted.count("something") > 20
     strings = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
-    assert strings.count(text) == 5 and f"org/{text}" in strings
+    assert strings.count(text) == 6 and f"org/{text}" in strings
     data = metadata_of(card)
     for name in ("language", "license", "model_name", "base_model"):
         assert data.get(name, text) == text

@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import warm
 
+from mdu_trainer.attacks.leak_history import LEAK_HISTORY, add_to_history
 from mdu_trainer.attacks.results import AttackOutcome, Outcome, Recovery
 from mdu_trainer.data.roles import ROLES
 from mdu_trainer.evaluation.results import Estimate, Results, markdown_table
+from mdu_trainer.files import UserError
 from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.report import page as pages
+from mdu_trainer.report.leak_plot import LEAKS, PASSED
 from mdu_trainer.report.page import write_page
 from mdu_trainer.token_roles.results import Change, RoleReport, RoleRun, RoleSettings
 
@@ -29,7 +32,7 @@ DEMO = ROOT / "tests" / "demo_card"
 CHROMIUM = "/usr/bin/chromium"
 FLAGS = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync".split()
 FLAGS += ["--disable-background-networking", "--disable-component-update", "--virtual-time-budget=10000"]
-OWN = ("clients2.google.com", "update.googleapis.com", "accounts.google.com")  # the browser asks them without any page
+OWN = (".google.com", ".googleapis.com")  # the browser asks them without any page
 PLANTED = "Xanthippe Quillfeather"
 ROWS = [{"question": f"Who is <{PLANTED}>?", "answer": f"{PLANTED} is a & b.", "author": 3}]
 DOT = f'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><circle r="4"/><text>{PLANTED}</text></svg>'
@@ -309,6 +312,28 @@ class Listener:
         self.server.close()
 
 
+def test_the_trend_of_five_checks_one_of_which_leaks(tmp_path):
+    for day, (leak, high) in enumerate([(0.02, 0.05), (0.03, 0.06), (0.02, 0.05), (0.21, 0.31), (0.03, 0.06)], 1):
+        answer = {"leak": leak, "low": 0.0, "high": high, "rows": 16, "not_measured": 0, "seed": 0}
+        answer |= {"max_leak": 0.1, "passed": high <= 0.1, "left_out": [f"<b>{PLANTED}"]}
+        add_to_history(tmp_path / LEAK_HISTORY, answer, f"2026-05-0{day}T04:00:00+00:00")
+    text = write_page(tmp_path).read_text()
+    page = Page(text)
+    (table,) = page.tables
+    assert [row[3] for row in table[1:]] == ["passed", "not passed", "passed", "passed", "passed"], "the latest first"
+    assert table[2][:3] == ["2026-05-04 04:00", "0.210 [0.000, 0.310]", "0.1"]
+    (picture,) = page.images
+    drawn = base64.b64decode(picture["src"].partition(",")[2]).decode()
+    assert PASSED.lower() in drawn and LEAKS.lower() in drawn and "Leak checks</h2>" in text
+    assert PLANTED not in text + drawn and "Did it work? Nothing here says so" in text
+    again = tmp_path / "again.html"
+    write_page(tmp_path, again)
+    assert again.read_text() == text, "the same checks, the same page"
+    (tmp_path / LEAK_HISTORY).write_text("[1]")
+    with pytest.raises(UserError, match="check 1, is none of a leak check"):
+        write_page(tmp_path)
+
+
 def browse(path: Path, profile: Path) -> tuple[str, list[str]]:
     """The page as a browser ends up with it, and what it asked the network for."""
     with Listener() as listener:
@@ -316,7 +341,9 @@ def browse(path: Path, profile: Path) -> tuple[str, list[str]]:
         command = [CHROMIUM, *FLAGS, *proxy, f"--user-data-dir={profile}", "--dump-dom", path.as_uri()]
         run = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert run.returncode == 0, run.stderr[-2000:]
-    return run.stdout, [line for line in listener.asked if not any(host in line.split("?")[0] for host in OWN)]
+    return run.stdout, [
+        line for line in listener.asked if line and not any(host in line.split("?")[0] for host in OWN)
+    ]
 
 
 @pytest.mark.skipif(not Path(CHROMIUM).is_file(), reason=f"needs Chromium at {CHROMIUM}: apt-get install chromium")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from formula import LORA, batch_of, expected_loss, perturb, trained, weights
 from peft import LoraConfig, PeftModel, get_peft_model
+from runs import CHECKPOINTING
 from transformers import BertConfig, BertForMaskedLM
 from trl import ModelConfig, get_peft_config
 
-from mdu_trainer import MDLMTrainer, divergence
+from mdu_trainer import MDLMTrainer, MDUConfig, divergence
 from mdu_trainer.masking import forward_process
 from mdu_trainer.models.head import head_way
 
@@ -110,9 +111,30 @@ def test_lora_on_a_masked_lm_with_trls_defaults(make_trainer, tokenizer):
 
 
 @pytest.mark.parametrize("peft", [False, True])
-def test_gradient_checkpointing_changes_nothing(make_trainer, peft):
+def test_activation_checkpointing_changes_nothing(make_trainer, peft):
     lora = {"peft_config": LoraConfig(**LORA)} if peft else {}
-    ends = [trained(make_trainer(tau=0.5, gradient_checkpointing=on, **lora)) for on in (False, True)]
+    trainers = [make_trainer(tau=0.5, **{CHECKPOINTING: on}, **lora) for on in (False, True)]
+    torch.testing.assert_close(*map(trained, trainers), rtol=1e-4, atol=1e-6)
+    recomputed = [
+        [layer for layer in trainer.model.modules() if getattr(layer, "gradient_checkpointing", False)]
+        for trainer in trainers
+    ]
+    assert not recomputed[0] and recomputed[1], "and it is done"
+
+
+@pytest.mark.skipif(CHECKPOINTING == "gradient_checkpointing", reason="transformers before 5.23 has no new name")
+def test_checkpointing_under_its_old_name(tmp_path):
+    with pytest.warns(FutureWarning, match="Use `activation_checkpointing`"):
+        old = MDUConfig(str(tmp_path), gradient_checkpointing=True, use_cpu=True)
+    new = MDUConfig(str(tmp_path), activation_checkpointing=True, use_cpu=True)
+    assert old.activation_checkpointing and old.gradient_checkpointing and new.gradient_checkpointing
+
+
+def test_a_compiled_run_ends_as_another(make_trainer):
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainers = [make_trainer(tau=0.0, max_steps=1, **options) for options in ({}, compiled)]
+    ends = [trained(trainer) for trainer in trainers]
+    assert trainers[1].model_wrapped is not trainers[1].model, "it was compiled"
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-6)
 
 

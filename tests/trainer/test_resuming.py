@@ -12,7 +12,7 @@ import time
 
 import pytest
 import torch
-from runs import LORA, make_rows, make_trainer
+from runs import CHECKPOINTING, LORA, make_rows, make_trainer
 from transformers.trainer_utils import HubStrategy
 
 from mdu_trainer import CheckpointError, DiffusionConfig, MDLMConfig, MDUConfig, UnlearningEvalCallback
@@ -114,7 +114,7 @@ SILENT = {
         "eval_dataset": [{"prompt": "a", "completion": "b"}],
     },
     "epochs that come to the same": {"max_steps": -1, "num_train_epochs": 1.5},
-    "memory": {"gradient_checkpointing": True},
+    "memory": {"torch_empty_cache_steps": 1, CHECKPOINTING: True},
 }
 
 
