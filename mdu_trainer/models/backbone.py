@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from ..files import UserError
-from .block_attention import block_size_of
+from .block_attention import BLOCK_SIZE_KEYS, BlockConfigMixin, block_size_of
 from .dream import DreamConfig
 from .fast_dllm import Fast_dLLM_QwenConfig
 from .head import Clean
@@ -26,7 +26,7 @@ from .llada import LLaDAConfig
 from .llada2 import LLaDA2MoeConfig
 from .llada_moe import LLaDAMoEConfig
 from .probe import attends_both_ways
-from .refusals import refuse_adapter, refuse_unsupported
+from .refusals import refuse_adapter, refuse_blocks, refuse_unsupported
 from .sdar import SDARConfig
 
 END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
@@ -143,6 +143,8 @@ def backbone_name(config: PreTrainedConfig, model: nn.Module | None = None) -> s
     if not isinstance(config, tuple(NATIVE)):
         refuse_unsupported(config.model_type, architectures)
     name = _claimed_name(config, model, architectures)
+    if name not in ("masked_lm", "remote") and not isinstance(config, BlockConfigMixin):
+        refuse_blocks(config, BLOCK_SIZE_KEYS)
     both_ways = None if model is None else attends_both_ways(model)
     described = f"{', '.join(architectures) or type(config).__name__} (model_type {config.model_type!r})"
     if both_ways is False and name is not None:

@@ -3,8 +3,8 @@
     tokens     a b c d e f      block_size 2: blocks 0 0 1 1 2 2
     c sees     a b c d
 
-Masks are boolean `[B, 1, Q, K]`, true where query q may attend to key k. Padding is a key to nobody. A padding query
-keeps a place to look at, so that its output is a number, which nobody reads.
+Masks are boolean `[B, 1, Q, K]`, true where query q may attend to key k. Padding is a key to nobody. As a query it
+sees what tokens of its block see; padding on the left stands in the first block.
 """
 
 from collections.abc import Mapping
@@ -196,6 +196,14 @@ class BlockModelMixin(PublishedModelMixin):
                 attention_mask = full_mask(attention_mask, queries)
             else:
                 attention_mask = block_causal_mask(self.config.block_size, attention_mask, queries, position_ids)
+            # Among hidden tokens alone a query sees nothing, which some kernels answer with NaN. Nobody reads it
+            attention_mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
+        shape, keys = list(attention_mask.shape), cached + queries
+        if len(shape) != 4 or shape[0] not in (1, rows) or shape[2] not in (1, queries) or shape[3] != keys:
+            raise UserError(
+                f"The attention mask is {shape}: it must be {[rows, keys]}, or {[rows, 1, queries, keys]} and true "
+                "where a query may attend to a key."
+            )
         if attention_mask.is_floating_point():  # it is to be added already
             return attention_mask
         mask = attention_mask.to(device=tokens.device, dtype=torch.bool)

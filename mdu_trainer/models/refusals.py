@@ -26,7 +26,7 @@ EDITS = (
 # Beginnings of model types and architectures, without case and punctuation, and why they are refused
 REASONS = {
     ("llada22",): EDITS,
-    ("llada2", "sdar", "fastdllm"): (
+    ("llada2", "sdar", "fastdllm", "bd3lm"): (
         "attends causally between blocks and in both directions within one, and is none of the block-wise models that "
         "are known here. A forward of another kind would compute something it was never trained for, so it is not "
         "supported"
@@ -75,6 +75,23 @@ def refuse_split(model_or_options: Any) -> None:
             "supported. The loss is computed in the head, on masked positions alone, and needs it whole. Leave "
             "it out; DDP, FSDP2 and DeepSpeed share a model out (accelerate launch), and device_map places layers."
         )
+
+
+def refuse_blocks(config: Any, keys: tuple[str, ...]) -> None:
+    """Raise a ValueError if a model whose tokens all see each other names a block size.
+
+    Args:
+        config: of a model that has no blocks here.
+        keys: names that a block size goes by. Fields of the config's own class stand for something else (BigBird).
+    """
+    own = getattr(type(config), "__dataclass_fields__", {})
+    for key in keys:
+        if key not in own and getattr(config, key, None) is not None:
+            raise UserError(
+                f"The config (model_type {config.model_type!r}) says {key}={getattr(config, key)!r}, so the model was "
+                "trained to attend between blocks; here every token of this model_type sees every other. If it has no "
+                f"blocks, take {key} out of its config.json; if it is a model of blocks, its model_type is wrong."
+            )
 
 
 def refuse_adapter(config: "PeftConfig") -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from published import write_dream, write_llada
 from published_blocks import CONFIGS, FAST_DLLM_IDS, LLADA2_IDS, SDAR_IDS, WRITE_BLOCKS, write_llada2, write_sdar
 from torch.nn import functional as F
 from transformers import AutoModelForMaskedLM, DynamicCache
@@ -239,6 +240,14 @@ def test_a_mask_that_leaves_out_the_cache_is_refused(checkpoints):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 4), (2, 1, 4, 5), (3, 1, 4, 4), (2, 1, 3, 4)])
+def test_masks_of_another_shape_are_refused(shape, checkpoints):
+    model = load_model(checkpoints["sdar"][0])
+    ids = torch.ones(2, 4, dtype=torch.long)
+    with pytest.raises(UserError, match=r"must be \[2, 4\], or \[2, 1, 4, 4\] and true where"):
+        model(input_ids=ids, attention_mask=torch.ones(shape, dtype=torch.bool))
+
+
 def test_positions_decide_where_blocks_begin(checkpoints, padded):
     model = load_model(checkpoints["sdar"][0]).eval()
     input_ids, attention_mask = padded
@@ -328,6 +337,14 @@ def test_a_config_that_lies_about_its_block_size(said, reason, tmp_path, capsys)
     with pytest.raises(UserError, match=reason):
         load_model(tmp_path)
     assert main([str(tmp_path)]) == 1 and "block" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("write, key", [(write_llada, "block_size"), (write_dream, "bd_size")])
+def test_a_model_without_blocks_that_names_a_block_size(write, key, tmp_path, capsys):
+    write(tmp_path, **{key: 4})
+    with pytest.raises(UserError, match=f"says {key}=4, so the model was trained to attend between blocks"):
+        load_model(tmp_path)
+    assert main([str(tmp_path)]) == 1 and f"{key}=4" in capsys.readouterr().out
 
 
 def test_a_block_size_is_of_block_wise_models(checkpoints):

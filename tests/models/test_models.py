@@ -307,6 +307,7 @@ def test_generate_is_refused(checkpoints):
     ("llada", "a the<|mdm_mask|><|eot_id|>", LLADA_IDS),
     ("dream", "a the<|mask|><|im_end|>", DREAM_IDS),
     ("llada_moe", "a the<|mask|><|role_end|>", LLADA_MOE_IDS),
+    ("llada2", "a the<|mask|><|role_end|>", LLADA_MOE_IDS),
 ])  # fmt: skip
 def test_tokenizer_round_trip(family, text, ids, checkpoints, tmp_path):
     tokenizer = load_tokenizer(checkpoints[family][0])
