@@ -53,7 +53,7 @@ def test_rows_that_name_nobody_are_compared_by_their_words(target):
 
 
 def test_what_is_put_around_an_answer_does_not_say_it(target, tokenizer, rows):
-    asked, seen = target(rows.select([0, 1])), []
+    asked, seen = target(rows.select([0, 1, 2])), []
 
     def knows(model, row, prompt, response, answer) -> bool:
         own = len(model.rows[row][1]) - 1
