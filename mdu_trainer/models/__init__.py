@@ -7,7 +7,7 @@ Importing this package registers the native classes with transformers, so that `
 from .backbone import Backbone, resolve_backbone
 from .checks import weights_fingerprint
 from .dream import DreamConfig, DreamModel, DreamTokenizer
-from .head import hidden_at, logits_at, measure_at
+from .head import hidden_at, logits_at, measure_at, scan_logits_at
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
 from .loading import base_of, is_adapter, load_checkpoint, load_model, load_tokenizer
@@ -35,5 +35,6 @@ __all__ = [
     "measure_at",
     "logits_at",
     "hidden_at",
+    "scan_logits_at",
     "weights_fingerprint",
 ]
