@@ -27,6 +27,7 @@ from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.files import UserError
+from mdu_trainer.inference.config import DECODING_HELP, Decoding
 
 
 @dataclass
@@ -42,6 +43,7 @@ class RwkuArguments(RunArguments, DataArguments):
     max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each config."})
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    decoding: Decoding = field(default="exact", metadata={"help": DECODING_HELP})
     likelihood_draws: int = field(default=32, metadata={"help": "Passes a choice for its likelihood."})
 
 
@@ -86,6 +88,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
             tokenizer,
             sets,
             decoding,
+            decoding=args.decoding,
             method=method,
             num_draws=args.likelihood_draws,
             progress_path=folder / part / "rows.jsonl",

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.tofu import TofuResult, TruthRatios, evaluate_tofu, longest_answer
-from ..inference.config import DiffusionGenerationConfig
+from ..inference.config import DECODING_HELP, Decoding, DiffusionGenerationConfig
 from .checks import check_least
 
 
@@ -21,6 +21,7 @@ class ScoringArguments:
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens; the longest answer if unset."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    decoding: Decoding = field(default="exact", metadata={"help": DECODING_HELP})
     likelihood_draws: int = field(default=16, metadata={"help": "Passes a row for the probability."})
 
 
@@ -79,6 +80,7 @@ class Scorer:
             tokenizer,
             self.sets if sets is None else sets,
             decoding,
+            decoding=self.args.decoding,
             metrics=self.metrics,
             retain_log=self.retain_log,
             method=method,

@@ -99,6 +99,7 @@ def _shared(options: BenchmarkOptions, **decoding: Any) -> dict[str, Any]:
     shared = {"steps": options.decoding_steps, "batch_size": options.batch_size, "seed": options.seed}
     return {
         "generation_config": DiffusionGenerationConfig(**shared, **decoding),
+        "decoding": options.decoding,
         "num_draws": options.likelihood_draws,
         "progress_path": Path(options.output_dir) / "rows.jsonl",
         "show_progress": True,

@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..files import UserError
+from ..inference.config import DECODING_HELP, Decoding
 
 RowScores = dict[str, list[float | None]]  # name -> a value a row, None where it cannot be measured
 
@@ -58,6 +59,7 @@ class BenchmarkOptions:
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "TOFU: decoded tokens; the longest answer."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    decoding: Decoding = field(default="exact", metadata={"help": DECODING_HELP})
     likelihood_draws: int = field(default=16, metadata={"help": "Passes an answer for its likelihood."})
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     retain_log: str | None = field(

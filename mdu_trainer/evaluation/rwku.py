@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.reading import read_rows
 from ..data.words import split_words
 from ..files import UserError, read_jsonl
-from ..inference.generation import DiffusionGenerationConfig
+from ..inference.config import Decoding, DiffusionGenerationConfig, decoded_as
 from ..models import Backbone, resolve_backbone
 from .results import Run
 from .runner import score_questions
@@ -194,6 +194,7 @@ def evaluate_rwku(
     sets: Mapping[str, Dataset],
     generation_config: DiffusionGenerationConfig | None = None,
     *,
+    decoding: Decoding = "exact",
     method: str = "model",
     backbone: Backbone | None = None,
     num_draws: int = 32,
@@ -208,14 +209,14 @@ def evaluate_rwku(
         sets: from `load_rwku`.
         generation_config: how answers are decoded, but for the number of tokens, which the benchmark sets.
         num_draws: forward passes for the likelihood of each choice and text.
-        method, backbone, progress_path, show_progress: as in `evaluate_tofu`.
+        decoding, method, backbone, progress_path, show_progress: as in `evaluate_tofu`.
 
     Raises:
         ValueError: for sets or a progress file that do not fit.
     """
     check_sets(sets)
     backbone = backbone or resolve_backbone(model, tokenizer)
-    generation_config = generation_config or DiffusionGenerationConfig()
+    generation_config = decoded_as(generation_config or DiffusionGenerationConfig(), decoding)
     parts = []
     for name, rows in sets.items():
         config = CONFIGS[name]
@@ -224,8 +225,8 @@ def evaluate_rwku(
         answers = {role: [one.answers[role] for one in asked] for role in asked[0].answers}
         chat = config.conversational
         questions = encode_questions(name, prompts, references, answers, tokenizer, backbone, conversational=chat)
-        decoding = replace(generation_config, max_new_tokens=config.max_new_tokens)
-        parts.append(QuestionSet(name, questions, config.metrics, decoding, num_draws))
+        of_set = replace(generation_config, max_new_tokens=config.max_new_tokens)
+        parts.append(QuestionSet(name, questions, config.metrics, of_set, num_draws))
     scored = score_questions(
         model,
         tokenizer,
