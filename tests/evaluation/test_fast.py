@@ -52,8 +52,9 @@ def test_agreement_with_exact_decoding_is_among_the_scores(
             assert found == [None, None]
         else:
             longest = max(len(quick[row]), len(exact[row]))
-            same = sum(a == b for a, b in zip(quick[row], exact[row], strict=False)) / longest
-            assert found == pytest.approx([same, abs(rouge[0][row] - rouge[1][row])])
+            same = sum(a == b for a, b in zip(quick[row], exact[row], strict=False))
+            share = same / longest if longest else 1.0  # both are empty
+            assert found == pytest.approx([share, abs(rouge[0][row] - rouge[1][row])])
     assert "hold no word" not in caplog.text
     results = Results("m", "d", {}, [result.run])
     assert "forget fast = exact" in results.table() and "retain fast = exact" in results.table()
