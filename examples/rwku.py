@@ -28,6 +28,7 @@ from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.files import UserError
+from mdu_trainer.inference.config import DECODING_HELP, Decoding, decoded_as
 
 
 @dataclass
@@ -46,6 +47,7 @@ class RwkuArguments(RunArguments, DataArguments):
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Decoded tokens of short answers; the protocol's if unset."}
     )
+    decoding: Decoding = field(default="exact", metadata={"help": DECODING_HELP})
     likelihood_draws: int = field(default=32, metadata={"help": "Passes a choice for its likelihood."})
     protocol: Protocol = field(
         default="ours", metadata={"help": "Ask and score as we do, or as the release of the MDU paper does."}
@@ -98,6 +100,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
         base = load(name, model_args, config.trust_remote_code)
 
     decoding = DiffusionGenerationConfig(steps=args.decoding_steps, batch_size=args.batch_size)
+    decoding = decoded_as(decoding, args.decoding)
 
     def score(model, tokenizer, method: str, part: str):
         scored = evaluate_rwku(
@@ -105,6 +108,7 @@ def main(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> No
             tokenizer,
             sets,
             decoding,
+            decoding=args.decoding,
             method=method,
             num_draws=args.likelihood_draws,
             progress_path=folder / part / "rows.jsonl",

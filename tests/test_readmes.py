@@ -99,7 +99,8 @@ QUICK = {  # options that are added
     "examples/benchmarks/step.py": shlex.split("--shape tiny --repeats 1"),
     "examples/benchmarks/likelihood.py": shlex.split("--num_rows 1 --num_seeds 2 --num_draws 8"),
     "examples/benchmarks/decoding.py": shlex.split("--new_tokens 16 --block_size 8 --hidden_size 32 --repeats 1"),
-    "examples/benchmarks/evaluation.py": shlex.split("--num_rows 2 --batch_size 2 --num_draws 2 --turns 1"),
+    "examples/benchmarks/evaluation.py": shlex.split("--num_rows 1 --max_new_tokens 2"),
+    "examples/benchmarks/agreement.py": shlex.split("--num_rows 1 --mc_num 32 --length 16"),
 }
 STATUS = {"leak-check": (0, 1)}  # of the others 0; an untrained model may give something away by chance
 

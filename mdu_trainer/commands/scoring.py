@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.protocol import Protocol, Rouge
 from ..evaluation.tofu import TofuResult, TruthRatios, evaluate_tofu, longest_answer
-from ..inference.config import DiffusionGenerationConfig
+from ..inference.config import DECODING_HELP, Decoding, DiffusionGenerationConfig, decoded_as
 from .checks import check_least
 
 
@@ -22,6 +22,7 @@ class ScoringArguments:
     batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Decoded tokens; the longest answer if unset."})
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    decoding: Decoding = field(default="exact", metadata={"help": DECODING_HELP})
     likelihood_draws: int = field(default=16, metadata={"help": "Passes a row for the probability."})
     protocol: Protocol = field(
         default="ours", metadata={"help": "Ask and score as we do, or as the release of the MDU paper does."}
@@ -79,6 +80,7 @@ class Scorer:
             tokenizer,
             self.sets if sets is None else sets,
             self.decoding(tokenizer),
+            decoding=self.args.decoding,
             metrics=self.metrics,
             retain_log=self.retain_log,
             method=method,
@@ -91,8 +93,9 @@ class Scorer:
 
     def decoding(self, tokenizer: PreTrainedTokenizerBase) -> DiffusionGenerationConfig:
         """Return how answers are decoded, which is kept beside the models that are scored."""
-        return DiffusionGenerationConfig(
+        config = DiffusionGenerationConfig(
             max_new_tokens=self.args.max_new_tokens or longest_answer(self.sets, tokenizer),
             steps=self.args.decoding_steps,
             batch_size=self.args.batch_size,
         )
+        return decoded_as(config, self.args.decoding)

@@ -98,13 +98,16 @@ def _evaluate_rwku(
 
 def _register_published(name: str) -> None:
     def load(options: BenchmarkOptions) -> dict[str, Dataset]:
+        if options.protocol != "ours" or options.choices is not None:
+            raise UserError(f"protocol and choices are of TOFU and RWKU; {name} has neither. Leave them out.")
         return load_published(name, options)
 
     def evaluate(
         model: nn.Module, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Dataset], options: BenchmarkOptions
     ) -> Run:
-        how = {"max_new_tokens": options.max_new_tokens, "retain_log": options.retain_log}
-        return evaluate_published(name, model, tokenizer, sets, **_shared(options), **how)
+        how = _shared(options) | {"max_new_tokens": options.max_new_tokens, "retain_log": options.retain_log}
+        del how["protocol"]  # `load` takes none but ours
+        return evaluate_published(name, model, tokenizer, sets, **how)
 
     reads_splits = any("{forget}" in part.place for part in PUBLISHED[name].parts.values())
     words = WORDS if name == "muse" else {}
@@ -123,6 +126,7 @@ def _shared(options: BenchmarkOptions, **decoding: Any) -> dict[str, Any]:
     shared = {"steps": options.decoding_steps, "batch_size": options.batch_size, "seed": options.seed}
     return {
         "generation_config": DiffusionGenerationConfig(**shared, **decoding),
+        "decoding": options.decoding,
         "num_draws": options.likelihood_draws,
         "progress_path": Path(options.output_dir) / "rows.jsonl",
         "show_progress": True,

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..data.reading import read_rows
 from ..files import UserError
-from ..inference.generation import DiffusionGenerationConfig
+from ..inference.config import Decoding, DiffusionGenerationConfig, decoded_as
 from ..models import Backbone, resolve_backbone
 from .columns import GROUP, ROWS, parse_columns, rename
 from .metrics import MembershipInference, two_sided
@@ -203,6 +203,7 @@ def evaluate_published(
     *,
     max_new_tokens: int | None = None,
     retain_log: str | Path | None = None,
+    decoding: Decoding = "exact",
     method: str = "model",
     backbone: Backbone | None = None,
     num_draws: int = 16,
@@ -220,13 +221,13 @@ def evaluate_published(
         max_new_tokens: decoded, in place of the benchmark's.
         retain_log: the `results.json` of a model that never saw the rows, for MUSE's PrivLeak.
         num_draws: forward passes for the likelihood of each choice, answer and text.
-        method, backbone, progress_path, show_progress: as in `evaluate_tofu`.
+        decoding, method, backbone, progress_path, show_progress: as in `evaluate_tofu`.
 
     Raises:
         UserError: for sets or a progress file that do not fit.
     """
     backbone = backbone or resolve_backbone(model, tokenizer)
-    generation_config = generation_config or DiffusionGenerationConfig()
+    generation_config = decoded_as(generation_config or DiffusionGenerationConfig(), decoding)
     asked = []
     for label, rows in sets.items():
         part = _part_of(name, label)
@@ -234,9 +235,9 @@ def evaluate_published(
         answers = {role: [one.answers[role] for one in found] for role in found[0].answers}
         texts = [one.prompt for one in found], [one.references for one in found], answers
         questions = encode_questions(label, *texts, tokenizer, backbone, plain=part.plain)
-        decoding = replace(generation_config, max_new_tokens=max_new_tokens or part.max_new_tokens)
+        of_set = replace(generation_config, max_new_tokens=max_new_tokens or part.max_new_tokens)
         metrics = {metric: METRICS_OF[metric] for metric in part.metrics}
-        asked.append(QuestionSet(label, questions, metrics, decoding, num_draws))
+        asked.append(QuestionSet(label, questions, metrics, of_set, num_draws))
     scored = score_questions(
         model,
         tokenizer,

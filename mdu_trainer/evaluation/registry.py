@@ -17,6 +17,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..files import UserError
+from ..inference.config import DECODING_HELP, Decoding
 from .protocol import Choices, Protocol, Rouge
 
 RowScores = dict[str, list[float | None]]  # name -> a value a row, None where it cannot be measured
@@ -68,6 +69,7 @@ class BenchmarkOptions:
         default=None, metadata={"help": "Decoded tokens; TOFU: the longest answer, RWKU: the protocol's, if unset."}
     )
     decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
+    decoding: Decoding = field(default="exact", metadata={"help": DECODING_HELP})
     likelihood_draws: int = field(default=16, metadata={"help": "Passes an answer for its likelihood."})
     seed: int = field(default=0, metadata={"help": "Of the draws."})
     protocol: Protocol = field(

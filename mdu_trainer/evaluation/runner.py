@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from ..files import UserError, typed
 from ..models import Backbone, resolve_backbone, weights_fingerprint
 from ..terminal import Bar
+from .fast import agreement_if_fast
 from .progress import SCORING, ProgressFile
 from .registry import RowScores
 from .scoring import QuestionBatch, QuestionSet
@@ -121,7 +122,9 @@ def _rounds(
         if first + state.process_index < len(batches):
             questions, rows = batches[first + state.process_index]
             start = time.perf_counter()
-            columns = QuestionBatch(model, tokenizer, backbone, questions, rows).scores()
+            batch = QuestionBatch(model, tokenizer, backbone, questions, rows)
+            columns = batch.scores()
+            columns |= agreement_if_fast(batch)
             seconds = (time.perf_counter() - start) / len(rows) / min(state.num_processes, len(batches) - first)
             for i, row in enumerate(rows):
                 scores = {name: values[i] for name, values in columns.items()}

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.reading import read_rows
 from ..data.words import split_words
 from ..files import UserError, read_jsonl
-from ..inference.generation import DiffusionGenerationConfig
+from ..inference.config import Decoding, DiffusionGenerationConfig, decoded_as
 from ..models import Backbone, resolve_backbone
 from .pairs import questions_of_pairs
 from .protocol import MMLU_ROWS, Choices, Protocol, check_protocol
@@ -180,6 +180,7 @@ def evaluate_rwku(
     sets: Mapping[str, Dataset],
     generation_config: DiffusionGenerationConfig | None = None,
     *,
+    decoding: Decoding = "exact",
     method: str = "model",
     backbone: Backbone | None = None,
     num_draws: int = 32,
@@ -197,7 +198,7 @@ def evaluate_rwku(
         sets: from `load_rwku`, of the same protocol.
         generation_config: how answers are decoded, but for the number of tokens, which the benchmark sets.
         num_draws: forward passes for the likelihood of each choice and text.
-        method, backbone, progress_path, show_progress: as in `evaluate_tofu`.
+        decoding, method, backbone, progress_path, show_progress: as in `evaluate_tofu`.
         max_new_tokens: decoded, in place of the protocol's number, of all but chains of thought and long texts.
         protocol: "ours", or "release" for figures beside those of the MDU paper's code.
         choices: multiple choice by "likelihood", or the first letter that is "generated"; the protocol's by default.
@@ -212,7 +213,7 @@ def evaluate_rwku(
             f"{MMLU} has more than its first {MMLU_ROWS} rows: load_rwku(..., protocol='release') takes them."
         )
     backbone = backbone or resolve_backbone(model, tokenizer)
-    generation_config = generation_config or DiffusionGenerationConfig()
+    generation_config = decoded_as(generation_config or DiffusionGenerationConfig(), decoding)
     parts = []
     for name, rows in sets.items():
         config = config_of(name, protocol, choices, max_new_tokens)
@@ -221,8 +222,8 @@ def evaluate_rwku(
         answers = {role: [one.answers[role] for one in asked] for role in asked[0].answers}
         how: dict[str, Any] = {"conversational": config.conversational, "protocol": protocol}
         questions = encode_questions(name, prompts, references, answers, tokenizer, backbone, **how)
-        decoding = replace(generation_config, max_new_tokens=config.max_new_tokens)
-        parts.append(QuestionSet(name, questions, config.metrics, decoding, num_draws, protocol))
+        of_set = replace(generation_config, max_new_tokens=config.max_new_tokens)
+        parts.append(QuestionSet(name, questions, config.metrics, of_set, num_draws, protocol))
     scored = score_questions(
         model,
         tokenizer,

@@ -46,6 +46,8 @@ from .results import Estimate, Scores
 
 logger = logging.get_logger(__name__)
 
+OF_A_SAMPLE = ("fast_token_agreement", "fast_rougeL_error")  # scores of some rows alone: `fast`
+
 
 @dataclass(frozen=True, repr=False)
 class Question:
@@ -295,7 +297,7 @@ def estimates(row_scores: RowScores) -> Scores:
     without: dict[str, list[str]] = {}  # on how many rows -> scores that cannot be measured there
     for name, values in row_scores.items():
         measured = [value for value in values if value is not None]
-        if len(measured) < len(values):
+        if len(measured) < len(values) and name not in OF_A_SAMPLE:
             without.setdefault(f"{len(values) - len(measured)} of {len(values)} rows", []).append(name)
         if measured and all(map(math.isfinite, measured)):
             scores[name] = Estimate(math.fsum(measured) / len(measured), *bootstrap_interval(measured))

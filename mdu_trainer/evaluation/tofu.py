@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.reading import private
 from ..data.texts import is_plain
 from ..files import Record, UserError
-from ..inference.generation import DiffusionGenerationConfig
+from ..inference.config import Decoding, DiffusionGenerationConfig, decoded_as
 from ..models import Backbone, resolve_backbone
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
 from .protocol import WRONG_ANSWERS, Protocol, check_protocol
@@ -181,6 +181,7 @@ def evaluate_tofu(
     sets: Mapping[str, Dataset],
     generation_config: DiffusionGenerationConfig | None = None,
     *,
+    decoding: Decoding = "exact",
     metrics: Sequence[str] = TOFU_METRICS,
     retain_log: TruthRatios | None = None,
     method: str = "model",
@@ -199,6 +200,8 @@ def evaluate_tofu(
             and the true rank `perturbed_answer` (a list) and, if there is one, `paraphrased_answer`.
         generation_config: how answers are decoded; unless given, greedily, a token a step, to the length of the
             longest true answer. Its batch size and seed serve the likelihood too.
+        decoding: "fast" approximates with fewer passes (see `decoded_as`); how far the answers are from exact ones is
+            measured on a sample of the rows and among the scores.
         metrics: names in `mdu_trainer.evaluation.registry.METRICS`. The truth ratio and the true rank are left out
             where a set has no perturbed answers.
         retain_log: truth ratios of a model that never saw the forget rows, for the forget quality.
@@ -218,7 +221,8 @@ def evaluate_tofu(
     if retain_log is not None:
         retain_log.check_rows(sets["forget"], protocol=protocol)
     backbone = backbone or resolve_backbone(model, tokenizer)
-    questions = tofu_questions(sets, tokenizer, backbone, generation_config, metrics, num_draws, protocol)
+    how = (metrics, num_draws, protocol, decoding)
+    questions = tofu_questions(sets, tokenizer, backbone, generation_config, *how)
     scored = score_questions(
         model,
         tokenizer,
@@ -244,9 +248,11 @@ def tofu_questions(
     metrics: Sequence[str] = TOFU_METRICS,
     num_draws: int = 16,
     protocol: Protocol = "ours",
+    decoding: Decoding = "exact",
 ) -> list[QuestionSet]:
     """TOFU's sets as questions, and what is measured of each; arguments as in `evaluate_tofu`."""
     generation_config = generation_config or DiffusionGenerationConfig(max_new_tokens=longest_answer(sets, tokenizer))
+    generation_config = decoded_as(generation_config, decoding)
     found = []
     for name, rows in sets.items():
         true = [[text] for text in rows["answer"]]

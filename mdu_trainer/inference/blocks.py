@@ -54,9 +54,8 @@ def settle_options(config: DiffusionGenerationConfig, backbone: Backbone) -> Dif
             )
         config = replace(config, remasking="low_confidence", confidence_threshold=threshold)
     if backbone.block_size is None:
-        for name in ("confidence_threshold", "edit_threshold"):
-            if getattr(config, name) is not None:
-                raise UserError(f"{name} is of models that attend between blocks; this one does not. Leave it out.")
+        if config.edit_threshold is not None:
+            raise UserError("edit_threshold is of models that attend between blocks; this one does not. Leave it out.")
         if config.prefix_cache and (backbone.name not in CACHING or config.cfg_scale):
             why = "cfg_scale needs a second one" if config.cfg_scale else f"this model ({backbone.name}) keeps none"
             raise UserError(f"prefix_cache=True keeps the prefix of one pass, and {why}. Leave it out.")
@@ -199,8 +198,6 @@ class BlockDecoding:
         best = chosen
         if config.remasking != "random":
             best = best_positions(chosen, scores[at_mask], self.canvas.row, step, config)
-            if config.confidence_threshold is not None:
-                best[chosen] |= scores[at_mask] > config.confidence_threshold
         if config.edit_threshold is not None:
             edited = ~at_mask & (scores > config.edit_threshold) & (tokens != ids[wanted])
             best[rows[edited], columns[edited]] = True

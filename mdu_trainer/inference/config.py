@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,6 +16,10 @@ GENERATION_CONFIG = "generation_config.json"
 KEY = "diffusion_decoding"  # in that file, where transformers keeps what it does not know
 Schedule = Literal["linear", "dllm", "dream"]
 Remasking = Literal["low_confidence", "margin", "entropy", "random", "low_confidence_dynamic"]
+Decoding = Literal["exact", "fast"]
+
+DECODING_HELP = "exact; or fast, an approximation: many tokens a pass, its error measured and among the scores."
+FAST_THRESHOLD = 0.9  # of decoding="fast", as Fast-dLLM (arXiv 2505.22618) has it
 
 
 @dataclass(frozen=True)
@@ -39,11 +43,12 @@ class DiffusionGenerationConfig:
             "low_confidence": probability of the token; "margin": by how much the top probability exceeds the second;
             "entropy": negative entropy of the prediction; "random": no score, uniform. "low_confidence_dynamic":
             low_confidence, with the confidence_threshold that was published for a block-wise model if none is set.
-        confidence_threshold: all masked tokens whose score is above it are revealed, and as many as the schedule says
-            at least (block-wise models).
         edit_threshold: revealed tokens of the block, too, are predicted, and replaced where another has a score above
             it, up to 16 times once nothing is masked (LLaDA2.1).
         position_temperature: above 0, positions are sampled from softmax(score / position_temperature).
+        confidence_threshold: all masked tokens of the block whose probability is above it are revealed, and as many
+            as the schedule says at least. For remasking "low_confidence"; where a model attends in full, an
+            approximation that takes fewer passes (Fast-dLLM, arXiv 2505.22618).
 
     Parameters that say what a revealed token is:
 
@@ -108,6 +113,8 @@ class DiffusionGenerationConfig:
                 "remasking='random' has no score that position_temperature could divide: set it to 0, or choose "
                 "another remasking."
             )
+        if self.confidence_threshold is not None:
+            self._check_threshold()
         if self.block_length is not None and self.block_length > self.max_new_tokens:
             raise UserError(
                 f"block_length ({self.block_length}) must be at most max_new_tokens ({self.max_new_tokens})."
@@ -180,6 +187,18 @@ class DiffusionGenerationConfig:
         except ValueError as error:
             raise UserError(f"{KEY} in {GENERATION_CONFIG} of {name_or_path}: {error}") from None
 
+    def _check_threshold(self) -> None:
+        other = [f"remasking={self.remasking!r}"] if not self.remasking.startswith("low_confidence") else []
+        if self.position_temperature:
+            other.append(f"position_temperature={self.position_temperature!r}")
+        if self.schedule == "dream":
+            other.append("schedule='dream'")
+        if other:
+            raise UserError(
+                f"confidence_threshold, which decoding='fast' sets, reveals tokens by their probability alone. It "
+                f"does not go with {' and '.join(other)}: leave one of them out."
+            )
+
     @property
     def blocks(self) -> list[tuple[int, int]]:
         """Start and stop (exclusive) of each block within the response."""
@@ -197,6 +216,23 @@ def _content(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a generation config: it holds no JSON object. Save the model again.")
     return content
+
+
+def decoded_as(config: DiffusionGenerationConfig, decoding: str) -> DiffusionGenerationConfig:
+    """The options of decoding under a name.
+
+    Args:
+        config: the options.
+        decoding: "exact", the options as they are; or "fast", with a `confidence_threshold` of 0.9 if they have none.
+
+    Raises:
+        ValueError: for another name, or options that "fast" does not go with.
+    """
+    if decoding not in get_args(Decoding):
+        raise UserError(f"decoding must be one of {', '.join(get_args(Decoding))}, got {decoding!r}.")
+    if decoding == "exact" or config.confidence_threshold is not None:
+        return config
+    return replace(config, confidence_threshold=FAST_THRESHOLD)
 
 
 def check_count(name: str, value: Any) -> None:

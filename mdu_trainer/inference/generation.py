@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoding import check_prompt_ids, check_prompts, encode_prompts
 from ..files import UserError
 from ..masking import pad_rows
-from ..models import Backbone, evaluation_mode, logits_at, resolve_backbone
+from ..models import Backbone, evaluation_mode, resolve_backbone, scan_logits_at
 from ..terminal import Bar
 from .blocks import BlockDecoding, room_behind, settle_options
 from .canvas import Canvas, Revealed
@@ -33,8 +33,6 @@ from .config import DiffusionGenerationConfig
 from .prefix import PrefixCache
 from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
-
-CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
 
 Prompt = str | list[dict[str, Any]]
 
@@ -181,15 +179,13 @@ class _Decoder(NamedTuple):
         """Take one step, in place. None if it reveals nothing."""
         chosen = canvas.masked.clone()
         chosen[:, : step.start] = chosen[:, step.stop :] = False
-        if self.config.remasking == "random":  # no prediction decides, so only the tokens to reveal are predicted
+        at_random = self.config.remasking == "random"
+        if at_random:  # no prediction decides, so only the tokens to reveal are predicted
             chosen = random_positions(chosen, canvas.row, step, self.config)
-            if not chosen.any():
-                return None
-            tokens, _ = self.predict(canvas, chosen, step)
-        elif step.count == 0:
+        if not chosen.any() or (step.count == 0 and not at_random):
             return None
-        else:
-            tokens, scores = self.predict(canvas, chosen, step)
+        tokens, scores = self.predict(canvas, chosen, step)
+        if not at_random:
             best = best_positions(chosen, scores, canvas.row, step, self.config)
             tokens, chosen = tokens[best[chosen]], best
         batch_index, position = chosen.nonzero(as_tuple=True)
@@ -205,22 +201,23 @@ class _Decoder(NamedTuple):
         if scale:
             prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
             inputs.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
-        where = (canvas.attention_mask, selected)
-        if self.cache is not None:
-            logits = [self.cache.logits_at(canvas, selected, step)]
-        else:
-            logits = [logits_at(self.model, ids, *where, logit_shift=backbone.logit_shift) for ids in inputs]
         banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
-        size = max(1, CHUNK_ELEMENTS // logits[0].shape[1])
-        found, columns = [], (*logits, canvas.row[batch_index], position)
-        for *parts, row, at in zip(*(column.split(size) for column in columns), strict=True):
-            guided, *unguided = (part.float() for part in parts)
+        row = canvas.row[batch_index]
+
+        def read(logits: list[Tensor], rows: slice) -> Tensor:
+            guided, *unguided = logits
             for other in unguided:
                 guided = other + (scale + 1) * (guided - other)
             guided[:, banned] = -torch.inf
-            found.append(propose(guided, row, step.index, at, self.config))
-        tokens, scores = zip(*found, strict=True)
-        return torch.cat(tokens), torch.cat(scores)
+            tokens, scores = propose(guided, row[rows], step.index, position[rows], self.config)
+            return torch.stack([tokens.float(), scores.float()], dim=1)  # ids below 2**24 stay what they are
+
+        if self.cache is not None:
+            found = self.cache.scan_logits_at(canvas, selected, step, read)
+        else:
+            where = (canvas.attention_mask, selected)
+            found = scan_logits_at(self.model, inputs, *where, read, logit_shift=backbone.logit_shift)
+        return found[:, 0].long(), found[:, 1]
 
 
 def _check(

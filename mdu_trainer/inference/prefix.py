@@ -9,13 +9,14 @@ from the second step of a block on, predictions are not quite those of a whole p
 1). Block-wise models need no approximation: `mdu_trainer.inference.blocks`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..models import Backbone, logits_at
+from ..models import Backbone, scan_logits_at
 from .canvas import Canvas
 from .schedule import Step
 
@@ -37,17 +38,19 @@ class PrefixCache:
         if self.length:
             self.cache.batch_select_indices(rows.nonzero()[:, 0])
 
-    def logits_at(self, canvas: Canvas, selected: Tensor, step: Step) -> Tensor:
-        """Predict the selected tokens (bool `[B, L]`) of a canvas: logits `[N, V]`."""
+    def scan_logits_at(
+        self, canvas: Canvas, selected: Tensor, step: Step, read: Callable[[list[Tensor], slice], Tensor]
+    ) -> Tensor:
+        """Predict the selected tokens (bool `[B, L]`) of a canvas, and read their logits as `scan_logits_at` does."""
         if step.start != self.block:
             self.cache, self.block, self.length = DynamicCache(), step.start, 0
         kept = self.length
         ids, shift = canvas.ids, self.backbone.logit_shift
         places = torch.arange(kept, ids.shape[1], device=ids.device).expand(len(ids), -1)
         inputs: dict[str, Any] = {"position_ids": places, "past_key_values": self.cache, "use_cache": True}
-        where = (ids[:, kept:], canvas.attention_mask, selected[:, kept:])
-        logits = logits_at(self.model, *where, logit_shift=shift, **inputs)
+        where = ([ids[:, kept:]], canvas.attention_mask, selected[:, kept:])
+        found = scan_logits_at(self.model, *where, read, logit_shift=shift, **inputs)
         # rows stand as far to the left as their prompts are short: kept is what is before the block in all of them
         self.length = max(0, int(canvas.start.min()) + step.start - shift)
         self.cache.crop(self.length - ids.shape[1])
-        return logits
+        return found

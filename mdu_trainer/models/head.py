@@ -7,7 +7,7 @@ DeepSpeed, PEFT, autocast).
 Not every model lets its head be run so. Each is tried on a few tokens first, and a `Way` chosen that gives its logits.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from types import MappingProxyType
@@ -19,7 +19,15 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..divergence import Measure, Prediction, Projection, TokenValues
+from ..divergence import (
+    BLOCK_ELEMENTS,
+    CHUNK_ELEMENTS,
+    GPU_CHUNK_ELEMENTS,
+    Measure,
+    Prediction,
+    Projection,
+    TokenValues,
+)
 from .block_attention import noisy_clean_mask
 from .probe import LENGTH, logits_of, probe_tokens, probing
 
@@ -125,6 +133,35 @@ def hidden_at(
     return _logits(wanted) if hidden is None else Projection(hidden)
 
 
+@torch.no_grad()
+def scan_logits_at(
+    model: nn.Module,
+    inputs: Sequence[Tensor],
+    attention_mask: Tensor,
+    selected: Tensor,
+    read: Callable[[list[Tensor], slice], Tensor],
+    *,
+    logit_shift: bool = False,
+    **forward: Any,
+) -> Tensor:
+    """Read the logits of the selected tokens, a few at a time: where the head allows it, no more exist at once.
+
+    Args:
+        model, attention_mask, selected, logit_shift: as in `logits_at`.
+        inputs: ids to run the model on, `[B, L]` each.
+        read: `(logits, rows) -> [C, ...]`. The logits are float32 `[C, V]`, of each input, and may be overwritten;
+            `rows` says which of the N they are.
+        forward: as `inputs` of `logits_at`, for the first of the inputs.
+
+    Returns:
+        What was read, `[N, ...]`.
+    """
+    wanted = _Wanted(model, inputs[0], attention_mask, selected, logit_shift, forward)
+    others = [hidden_at(model, ids, attention_mask, selected, logit_shift=logit_shift) for ids in inputs[1:]]
+    found = _inside(wanted, lambda head: _scan([head, *others], read))
+    return _scan([_logits(wanted), *others], read) if found is None else found
+
+
 class _Wanted(NamedTuple):
     """A forward pass, and the N tokens of which its predictions are wanted; fields as the arguments of `logits_at`."""
 
@@ -191,6 +228,32 @@ def _inside(wanted: _Wanted, compute: Callable[[Projection], Tensor]) -> Tensor 
     # a wrapper in mixed precision rounds its output, so it adds nothing but its place in the graph: wrappers prepare
     # their backward pass where the gradient reaches their output
     return computed + 0 * output if output.requires_grad else computed
+
+
+def _scan(predictions: Sequence[Prediction], read: Callable[[list[Tensor], slice], Tensor]) -> Tensor:
+    """Read predictions of the same N tokens, all by the head of the first.
+
+    A chunk is one matrix product, which reads the head's weights; a block of it stays in a CPU's cache meanwhile.
+    """
+    first = predictions[0]
+    head = first if isinstance(first, Projection) else Projection(first)  # a head, or logits that are there
+    vocabulary = head.hidden.shape[1] if head.weight is None else len(head.weight)
+    on_cpu = head.hidden.device.type == "cpu"
+    chunk = max(1, (CHUNK_ELEMENTS if on_cpu else GPU_CHUNK_ELEMENTS) // vocabulary)
+    block = max(1, BLOCK_ELEMENTS // vocabulary) if on_cpu else chunk
+    found = []
+    for start in range(0, max(1, len(head.hidden)), chunk):
+        rows = slice(start, start + chunk)
+        logits = [
+            one[rows]
+            if isinstance(one, Tensor)
+            else nn.functional.linear(one.hidden[rows], cast(Tensor, head.weight), head.bias)
+            for one in predictions
+        ]
+        for at in range(0, max(1, len(logits[0])), block):
+            part = [one[at : at + block].float() for one in logits]
+            found.append(read(part, slice(start + at, start + at + len(part[0]))))
+    return torch.cat(found)
 
 
 def _in_place_of_head(wanted: _Wanted, compute: Callable[[Projection], Tensor]) -> tuple[Tensor, Tensor]:

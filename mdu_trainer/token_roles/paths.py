@@ -36,13 +36,15 @@ from ..data.roles import Role
 from ..divergence import AnchorKL, Prediction, Projection, TokenNLL
 from ..files import UserError
 from ..inference.config import check_count
-from ..inference.generation import CHUNK_ELEMENTS, DiffusionGenerationConfig, Revealed, generate_ids
+from ..inference.generation import DiffusionGenerationConfig, Revealed, generate_ids
 from ..masking import corrupt, counter_uniform, pad_rows
 from ..models import Backbone, evaluation_mode, hidden_at
 from ..terminal import Bar
 
 NEVER = np.iinfo(np.int64).max  # a position behind the end of a decoded response, which nothing revealed
 VALUES = ("kl", "entropy", "probability", "shift")
+
+CHUNK_ELEMENTS = 1 << 25  # logits that are compared at a time
 
 PathValues = dict[str, list[np.ndarray]]  # by name, for each path float64 [S, L], NaN where nothing was predicted
 

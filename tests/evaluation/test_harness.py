@@ -284,3 +284,16 @@ def test_command_line(rows, checkpoint, tmp_path):
     done = warm.run(command)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "local_choices" in done.stdout and "acc_norm" in done.stdout
+
+
+def test_fast_decoding_says_how_far_it_is_from_exact(lm, checkpoint):
+    requests = [("Who", {"max_gen_toks": 6}), ("Where", {"max_gen_toks": 6})]
+    exact = lm.generate_until(instances(requests, "generate_until"), True)
+    assert lm.get_model_info() == {}
+    fast = MaskedDiffusionLM(checkpoint, device="cpu", batch_size=4, decoding="fast", confidence_threshold=0.0)
+    found = fast.generate_until(instances(requests, "generate_until"), True)
+    assert found != exact
+    told = fast.get_model_info()["fast_decoding"]
+    assert told["requests"] == 2 and 0 <= told["fast_token_agreement"] < 1
+    with pytest.raises(ValueError, match="does not go with remasking='random'"):
+        MaskedDiffusionLM(checkpoint, device="cpu", decoding="fast", remasking="random")
