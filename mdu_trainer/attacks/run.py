@@ -169,12 +169,7 @@ def _attack_all(
         for name, load in models.items():
             target = Target(*load(), rows, settings, sharing)
             weights = weights_fingerprint(target.model)
-            done = {one.attack: one.scores for one in finished if one.model == name}
-            if any(one.weights != weights for one in finished if one.model == name):
-                raise UserError(
-                    f"{progress_path} holds attacks on other weights under the name {name!r}. Choose another "
-                    "file, or delete this one to start anew."
-                )
+            done = _done([one for one in finished if one.model == name], weights, progress_path)
             bar.update(len(done.keys() & attacks.keys()))
             for group in _groups({attack: entry for attack, entry in attacks.items() if attack not in done}):
                 bar.set_description_str(f"attacking {name}: {', '.join(group)}")
@@ -199,6 +194,21 @@ def _attack_all(
             del target  # before the next model is loaded
             gc.collect()
     return scores, {name: path for name, path in paths.items() if path is not None}
+
+
+def _done(finished: Sequence[_Finished], weights: str, path: str | Path | None) -> dict[str, AttackScores]:
+    """Return the finished attacks on a model by name.
+
+    Raises:
+        UserError: they are on other weights.
+    """
+    for one in finished:
+        if one.weights != weights:
+            raise UserError(
+                f"{path} holds attacks on other weights under the name {one.model!r}. Choose another file, or delete "
+                "this one to start anew."
+            )
+    return {one.attack: one.scores for one in finished}
 
 
 def _groups(attacks: Mapping[str, Attack]) -> Iterator[dict[str, Attack]]:
