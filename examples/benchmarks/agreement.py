@@ -164,7 +164,7 @@ def cases(length: int) -> list[tuple[str, str, str, Callable[..., list[int]], di
     odd = length * 3 // 8  # steps that divide neither a response nor half of it
     shapes = [(length, length), (most, block), (odd, length), (odd, most)]  # steps, and tokens of a block
     for name, get_counts, schedule in (("LLaDA", llada_counts, "linear"), ("dllm", dllm_counts, "dllm")):
-        further = [(odd, block + 1)] if name == "dllm" else []  # blocks that divide nothing
+        further = [(odd // 2 + 1, block + 2)] if name == "dllm" else []  # blocks that divide nothing
         for remasking, cfg_scale in (("low_confidence", 0.0), ("low_confidence", 0.5), ("random", 0.0)):
             for steps, block_length in shapes + further:
                 options = {"steps": steps, "block_length": block_length}
