@@ -2,8 +2,8 @@
 
     python examples/benchmarks/decoding.py
 
-Weights are random, so nothing ends a response early: every token is decoded, one a step. The two take turns, and must
-decode the same tokens. Reported are medians.
+Weights are random and nothing ends a response early: all tokens are decoded, by default one a step. Both take turns,
+and must decode the same tokens. Reported are medians.
 """
 
 import argparse
@@ -26,6 +26,7 @@ VARIANTS = {"with a cache": True, "without": False}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--new_tokens", type=int, default=256)
+    parser.add_argument("--steps", type=int, help="passes over a response; one a token if not given")
     parser.add_argument("--prompt_tokens", type=int, default=64)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--block_size", type=int, default=32)
@@ -47,7 +48,7 @@ def main() -> None:
     decoded = {}
     for _ in range(args.repeats):
         for name, cache in VARIANTS.items():
-            config = DiffusionGenerationConfig(args.new_tokens, prefix_cache=cache)
+            config = DiffusionGenerationConfig(args.new_tokens, steps=args.steps, prefix_cache=cache)
             start = time.perf_counter()
             decoded[name] = generate_ids(model, prompts, config, backbone)
             seconds[name].append(time.perf_counter() - start)

@@ -65,8 +65,7 @@ def settle_options(config: DiffusionGenerationConfig, backbone: Backbone) -> Dif
             f"cfg_scale = {config.cfg_scale:g} needs a pass without the prompt, which block-wise models keep from "
             "pass to pass. Set cfg_scale=0."
         )
-    length = min(config.block_length or SUB_BLOCKS.get(backbone.name) or backbone.block_size, backbone.block_size)
-    return replace(config, block_length=min(length, config.max_new_tokens))
+    return config
 
 
 def room_behind(backbone: Backbone) -> int:
@@ -115,7 +114,8 @@ class BlockDecoding:
 
     def _plan(self) -> list[Step]:
         """The steps of a block."""
-        length, size = self.config.block_length or self.size, self.size
+        size = self.size
+        length = self.config.block_length or SUB_BLOCKS.get(self.backbone.name, size)
         parts = [(start, min(start + length, size)) for start in range(0, size, length)]
         steps = self.config.steps
         if steps is not None:

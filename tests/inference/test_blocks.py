@@ -133,10 +133,12 @@ def test_tokens_are_those_of_the_published_loop(make_model, tokenizer, prompts, 
     assert any(len(answer) < NEW for answer in expected)
 
 
-def test_published_thresholds_have_names(speak):
+def test_published_thresholds_have_names(speak, make_model):
     low = speak(remasking="low_confidence_dynamic", confidence_threshold=0.85)
     assert speak(remasking="low_confidence_dynamic") == low
-    assert speak(name="fast_dllm") == speak(block_length=8), "a sub-block of eight"
+    wide = make_model(block_size=16, num_layers=1, initializer_range=0.2)
+    assert speak(model=wide, name="fast_dllm") == speak(model=wide, block_length=8) != speak(model=wide)
+    assert speak(steps=1) == speak(steps=2), "at least one step for each of two blocks"
     with pytest.raises(UserError, match="none was published for this model"):
         speak(name="other", remasking="low_confidence_dynamic")
 
