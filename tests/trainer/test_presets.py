@@ -9,7 +9,7 @@ from trl import ModelConfig
 from mdu_trainer import MDUConfig
 from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig
 from mdu_trainer.commands.options import parse_options
-from mdu_trainer.config.presets import PRESETS, SCORED
+from mdu_trainer.config.presets import PRESETS
 from mdu_trainer.files import UserError
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
@@ -75,7 +75,7 @@ def test_a_published_run_by_name(tmp_path, monkeypatch, seen, name):
     assert PRESETS[name].unknown in " ".join(seen.text.split())
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 16
     rows, config = parsed(monkeypatch, f"--output_dir {tmp_path} --preset {name}", ComparisonArguments, MDUConfig)
-    assert {option: getattr(rows, option) for option in SCORED} == SCORED
+    assert {option: getattr(rows, option) for option in PRESETS[name].scoring} == PRESETS[name].scoring
     assert config.forget_masking == PRESETS[name].training["forget_masking"]
     assert "retain_split=retain_perturbed" in seen.text
 
@@ -91,10 +91,10 @@ def test_what_is_set_counts_before_the_rows_and_decoding_of_a_preset(tmp_path, m
 def test_the_runs_of_a_comparison_share_what_its_presets_agree_on(tmp_path, monkeypatch):
     words = "--output_dir out --preset paper release lasting --learning_rate 1e-4"
     rows, config = parsed(monkeypatch, words, ComparisonArguments, ComparisonConfig)
-    assert (rows.retain_split, rows.decoding_steps) == ("retain_perturbed", 128)
+    assert (rows.retain_split, rows.decoding_steps, rows.rouge) == ("retain_perturbed", 128, "recall")  # not agreed on
     assert [run.learning_rate for run in config.runs()] == [1e-4, 1e-5, 1e-5, 1e-3]
     rows, config = parsed(monkeypatch, "--output_dir out --preset paper", ComparisonArguments, ComparisonConfig)
-    assert [run.tau for run in config.runs()] == [0.0, 0.5]
+    assert rows.rouge == "f1" and [run.tau for run in config.runs()] == [0.0, 0.5]
 
 
 @pytest.mark.parametrize("backbone, epochs", [("llada", 9), ("dream", 5)])
@@ -102,7 +102,7 @@ def test_the_papers_table_is_one_file_with_the_settings_of_its_preset(monkeypatc
     words = f"--config {CONFIGS / f'paper_{backbone}.yaml'} --model PATH --bf16 false"
     rows, config, _ = parsed(monkeypatch, words, ComparisonArguments, ComparisonConfig, ModelConfig)
     paper = PRESETS["paper"]
-    assert {option: getattr(rows, option) for option in SCORED} == SCORED
+    assert {option: getattr(rows, option) for option in paper.scoring} == paper.scoring
     runs = [run for run in config.runs() if run.loss_type == "mdu"]
     assert [run.tau for run in runs] == [0.0, 0.25, 0.5, 0.75, 1.0] and len(config.runs()) == 10
     expected = paper.training | {"num_train_epochs": epochs}
