@@ -81,6 +81,17 @@ def ga(terms: ForgetTerms) -> Tensor:
     return -diffusion_bound(terms.nll, terms.batch_index, terms.weight) / terms.num_response
 
 
+def bounded_ga(terms: ForgetTerms, *, cap: float) -> Tensor:
+    """Gradient ascent up to a bound: each token's log p, from -cap nats on constant and without gradient.
+
+    Raises:
+        UserError: `cap` is not above 0, so that nothing would be forgotten.
+    """
+    if not cap > 0:
+        raise UserError(f"loss_options: cap must be above 0 nats, got {cap}. Below it no token would be forgotten.")
+    return -diffusion_bound(terms.nll.clamp(max=cap), terms.batch_index, terms.weight) / terms.num_response
+
+
 def npo(terms: ForgetTerms, *, beta: float) -> Tensor:
     """Negative preference optimisation (arXiv 2404.05868): -2/beta log sigmoid(-beta log(p / p_0))."""
     log_ratio = terms.reference_bound - diffusion_bound(terms.nll, terms.batch_index, terms.weight)
@@ -201,6 +212,14 @@ OBJECTIVES: dict[str, Objective] = {
         words="The masked-diffusion loss of the pairs (x, y) to forget was raised.",
         formula=rf"\mathcal L_\text{{forget}}=-\mathbb E_t\Big[\tfrac1{{t\,|y|}}\sum_{{i\in M_t}}{_NLL}\Big]",
         linear=True,
+    ),
+    "bounded_ga": Objective(
+        bounded_ga,
+        title="Gradient ascent up to a bound",
+        words="The masked-diffusion loss of the pairs (x, y) to forget was raised, of each token up to a bound.",
+        formula=r"\mathcal L_\text{forget}=-\mathbb E_t\Big[\tfrac1{t\,|y|}\sum_{i\in M_t}\min(c,"
+        rf"{_NLL})\Big]",
+        options={"cap": 10.0},
     ),
     "npo": Objective(
         npo,

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from mdu_trainer.files import UserError
 from mdu_trainer.masking import corrupt, counter_uniform
 from mdu_trainer.objectives import OBJECTIVES, ForgetTerms, diffusion_bound
 
@@ -25,7 +26,7 @@ def terms():
     )
 
 
-OPTIONS = {"beta": 0.5, "gamma": 0.25, "alpha": 2.0}
+OPTIONS = {"beta": 0.5, "gamma": 0.25, "alpha": 2.0, "cap": 1.5}
 
 
 def log_sigmoid(x: float) -> float:
@@ -36,6 +37,7 @@ CASES = {
     # bounds are 2 * (1 + 2) = 6 and 4 * 0.5 = 2
     "mdu": [1.0, 3.0],
     "ga": [-6 / 4, -2 / 2],
+    "bounded_ga": [-2 * (1 + 1.5) / 4, -2 / 2],  # the second token is below the bound
     # log p - log p_0 = 4 - 6 and 2 - 2
     "npo": [-4 * log_sigmoid(-0.5 * -2), -4 * log_sigmoid(0.0)],
     "simnpo": [-4 * log_sigmoid(0.5 * 6 / 4 - 0.25), -4 * log_sigmoid(0.5 * 2 / 2 - 0.25)],
@@ -57,6 +59,14 @@ def test_bound_of_a_row_that_drew_nothing_is_zero(terms):
         0,
         2,
     ]
+
+
+def test_a_token_below_the_bound_of_ascent_has_no_gradient(terms):
+    nll = terms.nll.clone().requires_grad_()
+    OBJECTIVES["bounded_ga"].loss(terms._replace(nll=nll), cap=1.5).sum().backward()
+    torch.testing.assert_close(nll.grad, torch.tensor([-2 / 4, 0.0, -4 / 2], dtype=torch.float64))
+    with pytest.raises(UserError, match="cap must be above 0 nats, got -1"):
+        OBJECTIVES["bounded_ga"].loss(terms, cap=-1)
 
 
 def test_wga_weights_carry_no_gradient(terms):

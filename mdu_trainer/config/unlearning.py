@@ -37,8 +37,8 @@ class MDUConfig(DiffusionConfig):
         > Parameters that control the forget loss
 
         loss_type (`str`, *optional*, defaults to `"mdu"`):
-            `"mdu"`, `"ga"`, `"npo"`, `"simnpo"`, `"wga"` or `"dpo"`; see `mdu_trainer.objectives`. `"ga"` with a
-            retain set is the papers' GD.
+            `"mdu"`, `"ga"`, `"bounded_ga"`, `"npo"`, `"simnpo"`, `"wga"` or `"dpo"`; see `mdu_trainer.objectives`.
+            `"ga"` with a retain set is the papers' GD.
         tau (`float`, *optional*, defaults to `0.0`):
             MDU: multiplies the anchor's logits. 0 is the uniform distribution, 1 the prompt-masked prediction.
         kl_reduction (`str`, *optional*, defaults to `"sequence"`):
@@ -90,7 +90,7 @@ class MDUConfig(DiffusionConfig):
         alpha (`float`, *optional*, defaults to `1.0`):
             Exponent of WGA's weights.
         loss_options (`dict`, *optional*):
-            Options of an objective of your own; see `mdu_trainer.objectives.register_objective`.
+            `cap` of `"bounded_ga"` (10 nats), or options of your own: `mdu_trainer.objectives.register_objective`.
 
         > Parameters that control the retain loss
 

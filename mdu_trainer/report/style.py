@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito (2008): tells apart for colour-blind readers; markers tell apart in grey print
 COLOURS = {"base": "#000000", "mdu": "#0072B2", "ga": "#D55E00", "npo": "#009E73"}
-COLOURS |= {"simnpo": "#CC79A7", "wga": "#E69F00", "dpo": "#56B4E9", "retain model": "#999999"}
-MARKERS = {"base": "*", "mdu": "o", "ga": "v", "npo": "s", "simnpo": "D", "wga": "^", "dpo": "P"}
+COLOURS |= {"simnpo": "#CC79A7", "wga": "#E69F00", "dpo": "#56B4E9", "bounded_ga": "#8B4513"}
+COLOURS |= {"retain model": "#999999"}
+MARKERS = {"base": "*", "mdu": "o", "ga": "v", "npo": "s", "simnpo": "D", "wga": "^", "dpo": "P", "bounded_ga": "1"}
 MARKERS |= {"retain model": "X"}
 LINE_STYLES = ("-", "--", ":", "-.")
 ROLE_COLOURS = {"stored": "#D55E00", "in_context": "#0072B2", "structural": "#666666"}  # of tokens, see token_roles

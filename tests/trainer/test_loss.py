@@ -38,6 +38,7 @@ CONTENT, GENERATED = ({"tau": 0.5, "forget_masking": kind} for kind in ("content
         {"tau": 0.5, "retain_batch_size": 8},
         {"loss_type": "ga"},
         {"loss_type": "ga", "retain_weight": 0.0},
+        {"loss_type": "bounded_ga", "loss_options": {"cap": 4.0}},
         {"loss_type": "npo", "retain_loss_type": "kl"},
         {"loss_type": "simnpo", "gamma": 0.3},
         {"loss_type": "wga", "alpha": 0.7},
