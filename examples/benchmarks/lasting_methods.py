@@ -350,6 +350,7 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "simnpo": partial(unlearn, loss_type="simnpo"),
     "wording": wording,
     "counterfactual": partial(unlearn, **COUNTERFACTUAL),
+    "counterfactual-distilled": partial(unlearn, **COUNTERFACTUAL, retain_loss_type="kl"),
     "counterfactual-unstruck": partial(unlearn, **COUNTERFACTUAL, strike_quantile=None),
     "counterfactual-struck-to-0": partial(unlearn, **COUNTERFACTUAL, strike_quantile=0.0),
     "counterfactual-forward": partial(unlearn, **COUNTERFACTUAL, kl_direction="forward"),
