@@ -249,7 +249,7 @@ def test_ids_without_an_embedding(tokenizer, backbone):
 
 
 def test_rows_are_refused_before_a_model_is_loaded(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("mdu_trainer.trainer.mdlm.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
+    monkeypatch.setattr("mdu_trainer.trainer.loading.load_model", lambda *args, **kwargs: pytest.fail("loaded"))
     row = {"prompt": "Who?", "completion": "Nobody."}
     kwargs = {"train_dataset": [row], "retain_dataset": [row, row], "processing_class": tokenizer}
     for name, rows in (("train_dataset", "forget"), ("retain_dataset", "retain"), ("eval_dataset", "eval")):
