@@ -337,7 +337,7 @@ def test_files_tests_and_modules(page):
             path = ROOT / name if name.startswith("tests/") else ROOT / "tests" / name
             assert path.is_file(), name
         assert not test or re.search(rf"^def {test}\(", path.read_text(encoding="utf-8"), re.M), f"{path}::{test}"
-    for name in re.findall(r"\bmdu_trainer(?:\.\w+)+", text):
+    for name in re.findall(r"(?<![\w/])mdu_trainer(?:\.\w+)+", text):
         found = mdu_trainer
         for number, part in enumerate(name.split(".")[1:], 2):
             if not hasattr(found, part):

@@ -92,7 +92,7 @@ def make_model(shape: Shape) -> PreTrainedModel:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
-        max_position_embeddings=shape.prompt + shape.response,
+        max_position_embeddings=max(shape.prompt + shape.response, shape.block_size or 0),
         use_cache=False,
         tie_word_embeddings=False,
         mask_token_id=2,

@@ -172,6 +172,10 @@ def check_sets(sets: Mapping[str, Dataset], protocol: Protocol = "ours", choices
                 raise UserError(f"Row {number} of the {name} set lacks something: {type(error).__name__}.") from None
             if any(not choices for choices in answers.values()):
                 raise UserError(f"Row {number} of the {name} set needs true and false choices.")
+    if protocol == "release" and len(sets.get(MMLU, ())) > MMLU_ROWS:
+        raise UserError(
+            f"{MMLU} has more than its first {MMLU_ROWS} rows: load_rwku(..., protocol='release') takes them."
+        )
 
 
 def evaluate_rwku(
@@ -208,10 +212,6 @@ def evaluate_rwku(
     """
     check_protocol(protocol, choices)
     check_sets(sets, protocol, choices)
-    if protocol == "release" and len(sets.get(MMLU, ())) > MMLU_ROWS:
-        raise UserError(
-            f"{MMLU} has more than its first {MMLU_ROWS} rows: load_rwku(..., protocol='release') takes them."
-        )
     backbone = backbone or resolve_backbone(model, tokenizer)
     generation_config = decoded_as(generation_config or DiffusionGenerationConfig(), decoding)
     parts = []

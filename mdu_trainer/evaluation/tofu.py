@@ -210,8 +210,7 @@ def evaluate_tofu(
         num_draws: forward passes for the likelihood of each answer.
         progress_path: file that keeps finished rows, to continue a killed run.
         show_progress: show a progress bar that names the method, or the model that is given here.
-        protocol: "ours", or "release" for figures beside those of the paper's code; see
-            `mdu_trainer.evaluation.protocol`.
+        protocol: "ours", or "release", that of the paper's code; see `mdu_trainer.evaluation.protocol`.
 
     Raises:
         ValueError: as `check_sets` and `TruthRatios.check_rows`, and for metrics or a progress file that do not fit.
@@ -221,12 +220,11 @@ def evaluate_tofu(
     if retain_log is not None:
         retain_log.check_rows(sets["forget"], protocol=protocol)
     backbone = backbone or resolve_backbone(model, tokenizer)
-    how = (metrics, num_draws, protocol, decoding)
-    questions = tofu_questions(sets, tokenizer, backbone, generation_config, *how)
+    how = (generation_config, metrics, num_draws, protocol, decoding)
     scored = score_questions(
         model,
         tokenizer,
-        questions,
+        tofu_questions(sets, tokenizer, backbone, *how),
         backbone=backbone,
         progress_path=progress_path,
         show_progress=method if show_progress is True else show_progress,
@@ -234,9 +232,8 @@ def evaluate_tofu(
     ratios = scored.scores["forget"].get("truth_ratio")
     truth_ratios = None if ratios is None else TruthRatios(question_digest(sets["forget"]), ratios, protocol)
     scores = {name: estimates(_aggregated(name, of_set)) for name, of_set in scored.scores.items()}
-    rows = {name: len(sets[name]) for name in scores}
-    summary = _summary(scores, truth_ratios, retain_log)
-    run = Run(method, None, scores, rows, summary, 0.0, scored.seconds, protocol=protocol)
+    of_model = ({name: len(sets[name]) for name in scores}, _summary(scores, truth_ratios, retain_log))
+    run = Run(method, None, scores, *of_model, 0.0, scored.seconds, protocol=protocol)
     return TofuResult(run, scored.scores, truth_ratios)
 
 

@@ -52,7 +52,7 @@ def compared(tmp_path_factory):
 def test_output(compared):
     folder, log = compared
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema"] == 2 and results["model"] and results["dataset"] and results["settings"]
+    assert results["schema"] == 3 and results["model"] and results["dataset"] and results["settings"]
     assert [(run["method"], run["tau"]) for run in results["runs"]] == [
         ("base", None),
         ("retain model", None),

@@ -305,7 +305,7 @@ def test_an_adapter_without_weights(adapter):
 def test_all_weights_of_a_half_precision_checkpoint_train_in_float32(folder, make_model, make_trainer, monkeypatch):
     make_model().to(torch.bfloat16).save_pretrained(folder)
     said = []
-    monkeypatch.setattr("mdu_trainer.trainer.mdlm.logger.warning", said.append)
+    monkeypatch.setattr("mdu_trainer.trainer.loading.logger.warning", said.append)
     assert make_trainer(str(folder)).model.dtype == torch.float32 and not said
     assert make_trainer(str(folder), peft_config=LoraConfig(r=2)).model.dtype == torch.bfloat16 and not said
     insisting = make_trainer(str(folder), model_init_kwargs={"dtype": "bfloat16"})

@@ -74,14 +74,14 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return (p.exp() * (p - q)).sum() / masked.sum(), 1
     if loss_type in ("nelbo", "ga"):
         return (bound(p) if loss_type == "nelbo" else -bound(p)) / counted.sum(), 1
-    if loss_type == "bounded_ga":
-        truth = p.gather(1, ids[masked][:, None])
-        return weight * truth.clamp(min=-args.loss_options["cap"]).sum() / counted.sum(), 1
     if loss_type == "simnpo":
         return -2 / 2.5 * logsigmoid(2.5 * bound(p) / counted.sum() - args.gamma), 1
-    if loss_type == "wga":
+    if loss_type in ("wga", "bounded_ga"):
         truth = p.gather(1, ids[masked][:, None])
-        return weight * ((args.alpha * truth).exp() * truth).sum() / counted.sum(), 1
+        capped = (
+            truth.clamp(min=-args.loss_options["cap"]) if args.loss_options else (args.alpha * truth).exp() * truth
+        )
+        return weight * capped.sum() / counted.sum(), 1
     log_ratio = bound(log_probs(initial, noisy)[masked]) - bound(p)
     if loss_type == "log_ratio":
         return log_ratio, 1

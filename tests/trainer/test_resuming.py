@@ -139,6 +139,7 @@ def test_every_field_of_the_configuration_is_compared_or_known_to_change_no_weig
         kl_reduction anchor_source gamma alpha retain_loss_type retain_weight reference_precision
         rewind_to rewind_share anchor_input strike_quantile kl_direction anchor_ema_decay
         forget_masking mask_special_tokens rollout_every text_stride prefix_share
+        attention noise_per
     """.split()
     assert fields - UNCOMPARED - DERIVED - SELECTION == set(compared), "decide whether a new field changes weights"
     record = make_trainer(tmp_path, KIND)._current_record()
