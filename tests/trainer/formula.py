@@ -64,11 +64,7 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
             shown = {"masked_prompt": anchor_ids, "prompt": noisy, "hidden_prompt": noisy[response]}[args.anchor_input]
             logits = log_probs(live, shown)[masked[-len(shown) :]]
         q = (args.tau * logits).log_softmax(-1)
-        if args.kl_direction == "js":
-            m = (p.exp() / 2 + q.exp() / 2).log()
-            return ((p.exp() * (p - m)).sum() + (q.exp() * (q - m)).sum()) / 2 / masked.sum(), masked.sum()
-        large, other = (q, p) if args.kl_direction == "forward" else (p, q)
-        return (large.exp() * (large - other)).sum() / masked.sum(), masked.sum()
+        return divergence(p, q, args.kl_direction) / masked.sum(), masked.sum()
     if loss_type == "kl":
         q = log_probs(initial, noisy)[masked]
         return (p.exp() * (p - q)).sum() / masked.sum(), 1
@@ -78,10 +74,9 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return -2 / 2.5 * logsigmoid(2.5 * bound(p) / counted.sum() - args.gamma), 1
     if loss_type in ("wga", "bounded_ga"):
         truth = p.gather(1, ids[masked][:, None])
-        capped = (
-            truth.clamp(min=-args.loss_options["cap"]) if args.loss_options else (args.alpha * truth).exp() * truth
-        )
-        return weight * capped.sum() / counted.sum(), 1
+        cap = args.loss_options and args.loss_options["cap"]
+        per_token = truth.clamp(-cap) if cap else (args.alpha * truth).exp() * truth
+        return weight * per_token.sum() / counted.sum(), 1
     log_ratio = bound(log_probs(initial, noisy)[masked]) - bound(p)
     if loss_type == "log_ratio":
         return log_ratio, 1
@@ -89,6 +84,15 @@ def expected_row(trainer, initial, name, batch, i, loss_type):
         return -2 / 0.2 * logsigmoid(-0.2 * log_ratio), 1
     preferred, _ = expected_row(trainer, initial, "preferred", batch, i, "log_ratio")
     return -logsigmoid(0.1 * (preferred - log_ratio)), 1
+
+
+def divergence(p, q, direction):
+    """Of log-probabilities `[N, V]`, summed over tokens."""
+    if direction == "js":
+        m = (p.exp() / 2 + q.exp() / 2).log()
+        return (divergence(p, m, "reverse") + divergence(q, m, "reverse")) / 2
+    large, other = (q, p) if direction == "forward" else (p, q)
+    return (large.exp() * (large - other)).sum()
 
 
 def masks_of(trainer, ids, response, drawn):
