@@ -216,6 +216,7 @@ OBJECTIVES: dict[str, Objective] = {
     "bounded_ga": Objective(
         bounded_ga,
         title="Gradient ascent up to a bound",
+        arxiv="2210.01504",  # of ascent; the bound is the MDU release's
         words="The masked-diffusion loss of the pairs (x, y) to forget was raised, of each token up to a bound.",
         formula=r"\mathcal L_\text{forget}=-\mathbb E_t\Big[\tfrac1{t\,|y|}\sum_{i\in M_t}\min(c,"
         rf"{_NLL})\Big]",
