@@ -31,7 +31,7 @@ from .sampling import best_positions, propose, random_positions
 from .schedule import Step, plan
 
 CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
-MOST_EDITS = 16  # passes over a block without masks, as LLaDA2.1 publishes them
+MOST_EDITS = 16  # passes over a block without masks; two tokens could replace one another without end
 THRESHOLDS = {"sdar": 0.85, "llada2": 0.95, "fast_dllm": 0.9}  # published, by backbone
 SUB_BLOCKS = {"fast_dllm": 8}
 CACHING = ("llada", "llada_moe", "dream", "bidirectional")  # models that attend in full and take a cache

@@ -44,7 +44,7 @@ class DiffusionGenerationConfig:
             "entropy": negative entropy of the prediction; "random": no score, uniform. "low_confidence_dynamic":
             low_confidence, with the confidence_threshold that was published for a block-wise model if none is set.
         edit_threshold: revealed tokens of the block, too, are predicted, and replaced where another has a score above
-            it, up to 16 times once nothing is masked (LLaDA2.1).
+            it (LLaDA2.1), here up to 16 times once nothing is masked.
         position_temperature: above 0, positions are sampled from softmax(score / position_temperature).
         confidence_threshold: all masked tokens of the block whose probability is above it are revealed, and as many
             as the schedule says at least. For remasking "low_confidence"; where a model attends in full, an
