@@ -3,11 +3,12 @@
     python examples/benchmarks/lasting.py
     python examples/benchmarks/lasting.py --scales demo --methods mdu-0 counterfactual --learning_rates 1e-3 --seeds 0
 
-Models of two scales are made once: "demo", that of examples/configs/demo.yaml, and "large", 60 authors of whom six are
-to be forgotten, on top of a model that learned other authors before. A third, "tofu", is real text: the model and the
-rows of examples/configs/tofu_tiny.yaml. A method's learning rate is chosen on rows that
-are not the test's: other authors of the first scale, with the first seed. Of the rates that leave a retain rL of .98
-it is the one with the lowest worst-case recovery. Name one rate, and that is taken.
+Models of two scales are made once: "demo", that of examples/configs/demo.yaml, and "large", 60 authors of whom six
+are to be forgotten, on top of a model that learned other authors before. "llada-lora" and "dream-lora" are the first
+in the published layouts, with an adapter, and "tofu" is real text: the model and the rows of
+examples/configs/tofu_tiny.yaml. A method's learning rate is chosen on rows that are not the test's: other authors of
+the first scale, with the first seed. Of the rates that leave a retain rL of .98 it is the one with the lowest
+worst-case recovery. Name one rate, and that is taken.
 
 By default three methods run at two scales with three rates and three seeds, in about 80 minutes on two quiet cores.
 On one thread a run takes a minute and a half at the first scale and six minutes at the second, whose three trainings

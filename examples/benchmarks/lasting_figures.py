@@ -147,7 +147,8 @@ class Measurer:
         with tempfile.TemporaryDirectory() as folder, counted(model) as passes:
             rows = (self.split.forget, self.split.retain)
             where = (str(self.split.first), folder)
-            METHODS[method](Job(model, tokenizer, *rows, *where, learning_rate, seed, self.split.scale.updates))
+            scale = self.split.scale
+            METHODS[method](Job(model, tokenizer, *rows, *where, learning_rate, seed, scale.updates, scale.lora))
         model.eval()
         trained, total = time.perf_counter() - start, passes["trained"] + FORWARD_ONLY * passes["run"]
         scores = named_scores(self._score(model, tokenizer, self.ends.truth_ratios))
@@ -222,10 +223,11 @@ def counted(model: nn.Module) -> Iterator[dict[str, int]]:
     """Count the rows that a model and copies made of it are run on: "trained" with a gradient, "run" without."""
     passes = {"trained": 0, "run": 0}
 
-    def count(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        passes["trained" if torch.is_grad_enabled() else "run"] += len(kwargs["input_ids"] if kwargs else args[0])
+    def count(module: nn.Module, args: tuple) -> None:
+        passes["trained" if torch.is_grad_enabled() else "run"] += len(args[0])
 
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)  # a function: a copy's hook counts here too
+    # of the embeddings, for an adapter's wrapper calls no hook of the model; a function: a copy's hook counts here too
+    hook = model.get_input_embeddings().register_forward_pre_hook(count)
     try:
         yield passes
     finally:

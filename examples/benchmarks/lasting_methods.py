@@ -37,7 +37,7 @@ from mdu_trainer.masking import MaskSchedule, Noised, forward_process
 from mdu_trainer.models import logits_at, measure_at
 from mdu_trainer.objectives import diffusion_bound, mean_by_example
 
-COUNTERFACTUAL: dict[str, Any] = {"anchor_input": "counterfactual", "tau": 1.0}
+COUNTERFACTUAL: dict[str, Any] = {"anchor_input": "counterfactual", "tau": 1.0, "retain_weight": 4.0}
 Batch = dict[str, Tensor]
 
 
@@ -52,6 +52,7 @@ class Job:
         folder: for what a trainer writes.
         learning_rate, seed: of the run.
         updates: options of `MDUConfig`: how many updates of how many rows.
+        lora: train an adapter, and merge it.
     """
 
     model: PreTrainedModel
@@ -63,6 +64,7 @@ class Job:
     learning_rate: float
     seed: int
     updates: dict[str, int]
+    lora: bool = False
 
     @property
     def steps(self) -> int:
@@ -102,8 +104,11 @@ def unlearn(job: Job, *, forget: Dataset | None = None, **options: Any) -> None:
         train_dataset=question_answer_rows(forget or job.forget, conversational=True),
         retain_dataset=question_answer_rows(job.retain, conversational=True),
         processing_class=job.tokenizer,
+        peft_config=LoraConfig(r=16, target_modules="all-linear") if job.lora else None,
     )
     _train(trainer)
+    if job.lora:
+        trainer.model.merge_and_unload()  # into the job's model
 
 
 def paraphrased(job: Job) -> None:
@@ -350,6 +355,10 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "simnpo": partial(unlearn, loss_type="simnpo"),
     "wording": wording,
     "counterfactual": partial(unlearn, **COUNTERFACTUAL),
+    **{
+        f"counterfactual-retain-{weight}": partial(unlearn, **COUNTERFACTUAL | {"retain_weight": float(weight)})
+        for weight in (1, 2, 8)
+    },
     "counterfactual-distilled": partial(unlearn, **COUNTERFACTUAL, retain_loss_type="kl"),
     "counterfactual-unstruck": partial(unlearn, **COUNTERFACTUAL, strike_quantile=None),
     "counterfactual-struck-to-0": partial(unlearn, **COUNTERFACTUAL, strike_quantile=0.0),

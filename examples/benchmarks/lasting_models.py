@@ -16,6 +16,8 @@ from mdu_trainer.data.rows import question_answer_rows
 from mdu_trainer.evaluation.sources import load_split
 from mdu_trainer.evaluation.tofu import longest_answer
 from mdu_trainer.models import load_checkpoint
+from mdu_trainer.models.dream import DreamConfig, DreamModel
+from mdu_trainer.models.llada import LLaDAConfig, LLaDAModelLM
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer, unseen_answers
 from mdu_trainer.trainer.mdlm import MDLMTrainer
 
@@ -47,6 +49,8 @@ class Scale:
         decoding_steps: of every answer; a token a step if None.
         scored: rows to keep that are scored, at most.
         real_text: the rows are TOFU's: forget01, and the first `KEPT_OF_TOFU` of those to keep.
+        layout: of `LAYOUTS`, in which a model is built; the embedded default's if None.
+        lora: the package's methods train an adapter, which is merged before anything is measured.
     """
 
     authors: int
@@ -60,17 +64,23 @@ class Scale:
     decoding_steps: int | None = None
     scored: int = 96
     real_text: bool = False
+    layout: str | None = None
+    lora: bool = False
 
 
+LAYOUTS = {"llada": (LLaDAModelLM, LLaDAConfig), "dream": (DreamModel, DreamConfig)}
+SOME_ATTACKS = ("relearn-related", "infill-first", "prefix", "membership")
 DEMO = FinetuningArguments(finetune_epochs=240, finetune_learning_rate=3e-3, finetune_batch_size=48)
+SMALL = Scale(  # that of examples/configs/demo.yaml
+    authors=12,
+    forgotten=2,
+    finetuning=DEMO,
+    updates={"max_steps": 80, "per_device_train_batch_size": 16, "retain_batch_size": 32},
+    attacking={"relearn_steps": 80},
+)
 SCALES = {
-    "demo": Scale(  # that of examples/configs/demo.yaml
-        authors=12,
-        forgotten=2,
-        finetuning=DEMO,
-        updates={"max_steps": 80, "per_device_train_batch_size": 16, "retain_batch_size": 32},
-        attacking={"relearn_steps": 80},
-    ),
+    "demo": SMALL,
+    **{f"{layout}-lora": replace(SMALL, layout=layout, lora=True, attacks=SOME_ATTACKS) for layout in LAYOUTS},
     "large": Scale(
         authors=60,
         forgotten=6,
@@ -86,6 +96,7 @@ SCALES = {
         finetuning=FinetuningArguments(250, 2e-3, 32, hidden_size=192, num_layers=4, vocab_size=1024),
         updates={"max_steps": 100, "per_device_train_batch_size": 16, "retain_batch_size": 32},
         attacking={"relearn_steps": 80, "samples": 4},
+        attacks=SOME_ATTACKS,  # all of them take hours
         decoding_steps=32,
         real_text=True,
     ),
@@ -193,8 +204,11 @@ class Split:
             rows = concatenate_datasets([self.retain, self.earlier]).select_columns(["question", "answer"])
             size = scale.finetuning
             tokenizer = train_tokenizer(dataset_texts(rows), size.vocab_size)
+            if scale.layout == "dream":
+                tokenizer.add_tokens("<|endoftext|>", special_tokens=True)  # its class adds it, if it is not there
             tokenizer.save_pretrained(random)
-            tiny_mdlm(tokenizer, size.hidden_size, size.num_layers, HEADS, seed=42).save_pretrained(random)
+            model = tiny_mdlm(tokenizer, size.hidden_size, size.num_layers, HEADS, seed=42)
+            in_layout(model, scale.layout).save_pretrained(random)
         if scale.earlier_authors:
             earlier = replace(scale.finetuning, finetune_epochs=scale.earlier_epochs)
             teach(random, self.first, self.earlier, earlier)
@@ -231,6 +245,34 @@ class TofuSplit(Split):
     def unseen(self) -> Dataset:
         pairs = [(row["question"], wrong) for row in self.forget.to_list() for wrong in row["perturbed_answer"]]
         return Dataset.from_dict(dict(zip(("question", "answer"), map(list, zip(*pairs, strict=True)), strict=True)))
+
+
+def in_layout(model: PreTrainedModel, layout: str | None) -> PreTrainedModel:
+    """A model of `LAYOUTS` as large as this one, with its weights where both have them; the same model for None."""
+    if layout is None:
+        return model
+    kind, config = LAYOUTS[layout]
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "max_position_embeddings",
+        "initializer_range",
+        "tie_word_embeddings",
+        "eos_token_id",
+        "pad_token_id",
+        "mask_token_id",
+    )
+    other = kind(config(**{name: getattr(model.config, name) for name in names}))
+    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
+    assert not unexpected
+    with torch.no_grad():
+        for name in missing:  # Qwen2's biases of attention
+            other.get_parameter(name).zero_()
+    return other
 
 
 def teach(start: Path, folder: Path, rows: Dataset, args: FinetuningArguments) -> None:

@@ -3,10 +3,10 @@
     MDUConfig("out", preset="lasting")
     mdu unlearn --preset lasting ...
 
-`lasting`: the counterfactual anchor, which draws the model towards one that never saw the rows, and a learning rate
-that deletes where a smaller one hides. The rate was found on small models of which all weights are
-trained (examples/benchmarks/README.md), and is a third of that with which they had learned the rows. For a large model
-or an adapter, begin with a third of the rate of its fine-tuning.
+`lasting`: the counterfactual anchor, which draws the model towards one that never saw the rows; a learning rate that
+deletes where a smaller one hides; and rows to keep that count four times, for such a rate harms them. Rate and weight
+were found on small models of which all weights are trained (examples/benchmarks/README.md). The rate is a third of
+that with which they had learned the rows: for a large model or an adapter, begin with a third of its fine-tuning's.
 
 MDU on TOFU's forget10 as three others ran it, for LLaDA-8B, so that their figures can be compared with. A command that
 scores takes their rows and decoding, too:
@@ -55,7 +55,13 @@ SCORED: dict[str, Any] = {
 }
 PRESETS: dict[str, Preset] = {
     "lasting": Preset(
-        {"loss_type": "mdu", "tau": 1.0, "anchor_input": "counterfactual", "learning_rate": 1e-3},
+        {
+            "loss_type": "mdu",
+            "tau": 1.0,
+            "anchor_input": "counterfactual",
+            "learning_rate": 1e-3,
+            "retain_weight": 4.0,
+        },
     ),
     "paper": Preset(
         ON_TOFU | {"forget_masking": "random", "anchor_source": "initial", "anchor_input": "masked_prompt"},

@@ -154,6 +154,27 @@ def test_methods_that_are_not_of_the_package(script, method, finished, tmp_path)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("layout, kind", [("llada", "LLaDAModelLM"), ("dream", "DreamModel")])
+def test_an_adapter_on_a_published_layout_is_merged(script, tmp_path, layout, kind):
+    scale = replace(script.SCALES["tiny"], earlier_authors=0, layout=layout, lora=True)
+    split = script.Split(scale, "tiny", tmp_path)
+    split.make_models()
+    model, tokenizer = load_checkpoint(str(split.base))
+    assert type(model).__name__ == kind and json.loads((split.base / "config.json").read_text())["architectures"] == [
+        kind
+    ]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    job = (model, tokenizer, split.forget, split.retain, "", str(tmp_path / "out"), 1e-2, 0, scale.updates, scale.lora)
+    figures = sys.modules["lasting_figures"]
+    with figures.counted(model) as passes:
+        script.METHODS["counterfactual"](sys.modules["lasting_methods"].Job(*job))
+    assert passes["trained"] == 2 * (4 + 4) and passes["run"] >= 2 * 4  # with theta_0, the adapter switched off
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(value.isfinite().all() for value in after.values())
+    moved = {name for name, value in after.items() if not value.equal(before[name])}
+    assert moved == {name for name in after if "_proj." in name and name.endswith("weight")}
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
