@@ -29,8 +29,9 @@ class MDUConfig(DiffusionConfig):
 
     Parameters:
         preset (`str`, *optional*):
-            Settings under one name, for those that are not given themselves; what it sets is logged. `"lasting"`
-            draws the model towards one that never saw the rows; see `mdu_trainer.config.presets`.
+            Settings under one name, for those that are not given themselves; what it sets is logged, and what of it
+            would mean nothing beside those given is left out. `"lasting"` draws the model towards one that never saw
+            the rows; see `mdu_trainer.config.presets`.
 
         > Parameters that control the forget loss
 
