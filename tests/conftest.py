@@ -27,6 +27,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+def pytest_collection_finish() -> None:
+    """Every library has been imported by now."""
+    import frozen  # noqa: F401
+
+
 @pytest.fixture(scope="session")
 def authors() -> Dataset:
     """Twelve fictional authors, 96 question-answer pairs. Shared: do not change it."""

@@ -16,10 +16,19 @@ its documented command does not do. `replication`: a public replication with abo
 those that it found to forget most.
 """
 
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers.utils import logging
+
 from ..files import UserError
+from ..terminal import folded
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,8 @@ PRESETS: dict[str, Preset] = {
         "it also ran the masks 'random' and 'generated', and the anchors 'initial' and 'ema', at all five tau",
     ),
 }
+# Options of presets that mean nothing without a value of another: they give way where that is set otherwise
+DEPENDENT: dict[str, tuple[str, Any]] = {"rollout_every": ("forget_masking", "generated")}
 
 
 def preset(name: str) -> Preset:
@@ -110,8 +121,41 @@ def preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def words(name: str, values: dict[str, Any]) -> str:
-    """What is said of a preset where it is used: the values of its options, and what its source does not say."""
-    unknown = PRESETS[name].unknown
-    said = ", ".join(f"{option}={getattr(value, 'value', value)}" for option, value in values.items())
-    return f"preset '{name}': {said}" + (f". Note: {unknown}." if unknown else ".")
+@contextmanager
+def applied(args: Any, given: set[str]) -> Iterator[None]:
+    """Set the options of `args.preset` but those given, and say which they are once they have been checked within.
+
+    An option that means nothing beside what is given becomes None. A refusal that names what the preset set says so.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if args.preset is None:
+        yield
+        return
+    one = preset(args.preset)
+    for option, value in one.training.items():
+        if option not in given:
+            setattr(args, option, value)
+    idle = [
+        option
+        for option, (other, needed) in DEPENDENT.items()
+        if getattr(args, option) == one.training.get(option, ...) and getattr(args, other) != needed
+    ]
+    for option in idle:
+        setattr(args, option, None)
+    try:
+        yield
+    except UserError as error:
+        named = [option for option in one.training if re.search(rf"\b{option}\b", str(error))]
+        own = {option: one.training[option] for option in named if getattr(args, option) == one.training[option]}
+        added = f" Preset '{args.preset}' sets {_said(own)}; another value that is passed counts before it."
+        raise UserError(f"{error}{added if own else ''}") from None
+    said = _said({option: getattr(args, option) for option in one.training if option not in idle})
+    said += "".join(f"; without {option}, which is of {'='.join(DEPENDENT[option])}" for option in idle)
+    unknown = f" Note: {one.unknown}." if one.unknown else ""
+    logger.warning_once(folded(f"preset '{args.preset}': {said}.{unknown}", sys.stderr))
+
+
+def _said(values: dict[str, Any]) -> str:
+    return ", ".join(f"{option}={getattr(value, 'value', value)}" for option, value in values.items())

@@ -1,6 +1,5 @@
 """Configuration of unlearning."""
 
-import sys
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -9,10 +8,9 @@ from transformers.utils import logging
 
 from ..files import UserError
 from ..objectives import OBJECTIVES
-from ..terminal import folded
 from .arguments import NOT_NEGATIVE, POSITIVE, check_numbers, is_whole
 from .diffusion import DiffusionConfig
-from .presets import PRESETS, preset, words
+from .presets import PRESETS, applied
 
 logger = logging.get_logger(__name__)
 
@@ -31,8 +29,9 @@ class MDUConfig(DiffusionConfig):
 
     Parameters:
         preset (`str`, *optional*):
-            Settings under one name, for those that are not given themselves; what it sets is logged. `"lasting"`
-            draws the model towards one that never saw the rows; see `mdu_trainer.config.presets`.
+            Settings under one name, for those that are not given themselves; what it sets is logged, and what of it
+            would mean nothing beside those given is left out. `"lasting"` draws the model towards one that never saw
+            the rows; see `mdu_trainer.config.presets`.
 
         > Parameters that control the forget loss
 
@@ -223,14 +222,8 @@ class MDUConfig(DiffusionConfig):
         return made
 
     def __post_init__(self):
-        chosen = {} if self.preset is None else preset(self.preset).training
-        for name, value in chosen.items():
-            if name not in self._given:
-                setattr(self, name, value)
-        super().__post_init__()
-        if self.preset is not None:
-            values = {name: getattr(self, name) for name in chosen}
-            logger.warning_once(folded(words(self.preset, values), sys.stderr))
+        with applied(self, self._given):
+            super().__post_init__()
 
     def check_values(self) -> None:
         """As in `DiffusionConfig`, and the options of the losses."""

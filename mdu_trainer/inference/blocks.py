@@ -18,19 +18,20 @@ A block sees nothing behind it, so what is kept is exact. How the published deco
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ..files import UserError
-from ..models import Backbone, block_causal_mask, logits_at
+from ..models import Backbone, ReadLogits, block_causal_mask, scan_logits_at
 from .canvas import Canvas, Revealed
 from .config import DiffusionGenerationConfig
-from .sampling import best_positions, propose, random_positions
+from .sampling import best_positions, random_positions, read_proposals
 from .schedule import Step, plan
 
-CHUNK_ELEMENTS = 1 << 25  # logits that are turned into probabilities at a time
 MOST_EDITS = 16  # passes over a block without masks; two tokens could replace one another without end
 THRESHOLDS = {"sdar": 0.85, "llada2": 0.95, "fast_dllm": 0.9}  # published, by backbone
 SUB_BLOCKS = {"fast_dllm": 8}
@@ -171,10 +172,11 @@ class BlockDecoding:
         self.prefix.extend(finished)
         position, _, masked = self._window()
         opening = masked[:, 0] if self.backbone.logit_shift else torch.zeros_like(masked[:, 0])
-        logits = self.prefix.run_last(finished, opening)
-        if opening.any():
-            rows = opening.nonzero()[:, 0]
-            tokens, _ = self._propose(logits, rows, position[rows, 0], first)
+        if self.prefix.cache is None and not opening.any():
+            return
+        rows = opening.nonzero()[:, 0]
+        tokens, _ = self._propose(partial(self.prefix.run_last, finished, opening), rows, position[rows, 0], first)
+        if len(rows):
             yield from self._reveal(rows, position[rows, 0], tokens, first)
 
     def _step(self, step: Step) -> Revealed | None:
@@ -192,8 +194,8 @@ class BlockDecoding:
         if not wanted.any() or not (step.count or editable.any() or config.remasking == "random"):
             return None
         rows, columns = wanted.nonzero(as_tuple=True)
-        logits = self.prefix.run(ids, wanted, logit_shift=self.backbone.logit_shift)
-        tokens, scores = self._propose(logits, rows, position[rows, columns], step)
+        run = partial(self.prefix.run, ids, wanted, self.backbone.logit_shift)
+        tokens, scores = self._propose(run, rows, position[rows, columns], step)
         at_mask = chosen[wanted]
         best = chosen
         if config.remasking != "random":
@@ -212,17 +214,11 @@ class BlockDecoding:
         inside = position < self.config.max_new_tokens
         yield Revealed(step.index, self.canvas.place[rows[inside]], position[inside], tokens[inside])
 
-    def _propose(self, logits: Tensor, rows: Tensor, position: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        """Token and score of each of `[N, V]` logits: `[N]`, `[N]`."""
-        backbone = self.backbone
-        banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
-        size, found = max(1, CHUNK_ELEMENTS // logits.shape[1]), []
-        for part, row, at in zip(*(x.split(size) for x in (logits, self.canvas.row[rows], position)), strict=True):
-            part = part.float()
-            part[:, banned] = -torch.inf
-            found.append(propose(part, row, step.index, at, self.config))
-        tokens, scores = zip(*found, strict=True)
-        return torch.cat(tokens), torch.cat(scores)
+    def _propose(
+        self, scan: Callable[[ReadLogits], Tensor], rows: Tensor, position: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor]:
+        """Token and score of each of the N predictions that `scan` reads: `[N]`, `[N]`."""
+        return read_proposals(scan, self.canvas.row[rows], step.index, position, self.config, self.backbone)
 
 
 class _Prefix:
@@ -254,31 +250,31 @@ class _Prefix:
         """Take finished tokens `[B, W]` in; what the model keeps of them comes with `run_last`."""
         self.ids = torch.cat([self.ids, ids], dim=1)
 
-    def run_last(self, ids: Tensor, wanted: Tensor) -> Tensor:
-        """Run the last tokens `[B, W]`, to be kept. Returns what follows them in the wanted rows: logits `[n, V]`."""
+    def run_last(self, ids: Tensor, wanted: Tensor, read: ReadLogits) -> Tensor:
+        """Run the last tokens `[B, W]`, to be kept. Reads what follows them in the wanted rows, bool `[B]`."""
         selected = torch.zeros(self.ids.shape, dtype=torch.bool, device=wanted.device)
         selected[:, -1] = wanted
         if self.cache is None:
-            return self._logits(self.ids, selected, False) if wanted.any() else torch.empty(0)
-        new = ids.shape[1]
-        return self._logits(ids, selected[:, selected.shape[1] - new :], False)
+            return self._scan(self.ids, selected, False, read)
+        return self._scan(ids, selected[:, selected.shape[1] - ids.shape[1] :], False, read)
 
-    def run(self, ids: Tensor, wanted: Tensor, logit_shift: bool) -> Tensor:
-        """Predict the wanted (bool `[B, W]`) of the tokens `[B, W]` behind the finished ones: logits `[n, V]`."""
+    def run(self, ids: Tensor, wanted: Tensor, logit_shift: bool, read: ReadLogits) -> Tensor:
+        """Read the predictions of the wanted (bool `[B, W]`) of the tokens `[B, W]` behind the finished ones."""
         if self.cache is None:
             before = torch.zeros(self.ids.shape, dtype=torch.bool, device=wanted.device)
-            return self._logits(torch.cat([self.ids, ids], dim=1), torch.cat([before, wanted], dim=1), logit_shift)
-        logits = self._logits(ids, wanted, logit_shift)
+            whole = torch.cat([self.ids, ids], dim=1), torch.cat([before, wanted], dim=1)
+            return self._scan(*whole, logit_shift, read)
+        found = self._scan(ids, wanted, logit_shift, read)
         self.cache.crop(-ids.shape[1])
-        return logits
+        return found
 
-    def _logits(self, ids: Tensor, selected: Tensor, logit_shift: bool) -> Tensor:
+    def _scan(self, ids: Tensor, selected: Tensor, logit_shift: bool, read: ReadLogits) -> Tensor:
         """Run tokens `[B, Q]` behind those that the model keeps, or from the first column on."""
         kept = 0 if self.cache is None else self.cache.get_seq_length()
         columns = torch.arange(kept + ids.shape[1], device=ids.device)
         positions = columns - self.padding[:, None]
         mask = block_causal_mask(self.block_size, positions >= 0, ids.shape[1])
         mask = mask | (columns == columns[kept:, None])  # padding sees itself, not nothing
-        inputs = {} if self.cache is None else {"past_key_values": self.cache, "use_cache": True}
-        places = positions[:, kept:].clamp(min=0)
-        return logits_at(self.model, ids, mask, selected, logit_shift=logit_shift, position_ids=places, **inputs)
+        inputs: dict[str, Any] = {} if self.cache is None else {"past_key_values": self.cache, "use_cache": True}
+        inputs["position_ids"] = positions[:, kept:].clamp(min=0)
+        return scan_logits_at(self.model, [ids], mask, selected, read, logit_shift=logit_shift, **inputs)

@@ -15,6 +15,7 @@ published samplers, in the fields of `DiffusionGenerationConfig`:
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from .blocks import BlockDecoding, room_behind, settle_options
 from .canvas import Canvas, Revealed
 from .config import DiffusionGenerationConfig
 from .prefix import PrefixCache
-from .sampling import best_positions, propose, random_positions
+from .sampling import best_positions, random_positions, read_proposals
 from .schedule import Step, plan
 
 Prompt = str | list[dict[str, Any]]
@@ -197,27 +198,16 @@ class _Decoder(NamedTuple):
         batch_index, position = chosen.nonzero(as_tuple=True)
         selected = torch.zeros_like(canvas.ids, dtype=torch.bool)
         selected[batch_index, canvas.start[batch_index] + position] = True
-        scale, backbone, inputs = self.config.cfg_scale, self.backbone, [canvas.ids]
-        if scale:
+        inputs = [canvas.ids]
+        if self.config.cfg_scale:
             prompt = torch.arange(canvas.ids.shape[1], device=canvas.ids.device) < canvas.start[:, None]
-            inputs.append(canvas.ids.masked_fill(prompt, backbone.mask_token_id))
-        banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
-        row = canvas.row[batch_index]
-
-        def read(logits: list[Tensor], rows: slice) -> Tensor:
-            guided, *unguided = logits
-            for other in unguided:
-                guided = other + (scale + 1) * (guided - other)
-            guided[:, banned] = -torch.inf
-            tokens, scores = propose(guided, row[rows], step.index, position[rows], self.config)
-            return torch.stack([tokens.float(), scores.float()], dim=1)  # ids below 2**24 stay what they are
-
+            inputs.append(canvas.ids.masked_fill(prompt, self.backbone.mask_token_id))
         if self.cache is not None:
-            found = self.cache.scan_logits_at(canvas, selected, step, read)
+            scan = partial(self.cache.scan_logits_at, canvas, selected, step)
         else:
             where = (canvas.attention_mask, selected)
-            found = scan_logits_at(self.model, inputs, *where, read, logit_shift=backbone.logit_shift)
-        return found[:, 0].long(), found[:, 1]
+            scan = partial(scan_logits_at, self.model, inputs, *where, logit_shift=self.backbone.logit_shift)
+        return read_proposals(scan, canvas.row[batch_index], step.index, position, self.config, self.backbone)
 
 
 def _check(

@@ -9,14 +9,13 @@ from the second step of a block on, predictions are not quite those of a whole p
 1). Block-wise models need no approximation: `mdu_trainer.inference.blocks`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..models import Backbone, scan_logits_at
+from ..models import Backbone, ReadLogits, scan_logits_at
 from .canvas import Canvas
 from .schedule import Step
 
@@ -38,9 +37,7 @@ class PrefixCache:
         if self.length:
             self.cache.batch_select_indices(rows.nonzero()[:, 0])
 
-    def scan_logits_at(
-        self, canvas: Canvas, selected: Tensor, step: Step, read: Callable[[list[Tensor], slice], Tensor]
-    ) -> Tensor:
+    def scan_logits_at(self, canvas: Canvas, selected: Tensor, step: Step, read: ReadLogits) -> Tensor:
         """Predict the selected tokens (bool `[B, L]`) of a canvas, and read their logits as `scan_logits_at` does."""
         if step.start != self.block:
             self.cache, self.block, self.length = DynamicCache(), step.start, 0

@@ -1,11 +1,13 @@
 """Choose what a step of decoding reveals: a token for each position, a score of it, and the positions to reveal."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..masking import counter_uniform
+from ..models import Backbone, ReadLogits
 from .config import DiffusionGenerationConfig
 from .schedule import Step
 
@@ -27,6 +29,37 @@ def propose(
         tokens = _most(sharpened.double() + gumbel(noise))
     score = SCORES[config.remasking]
     return tokens, score(sharpened if config.schedule == "dream" else logits, tokens)
+
+
+def read_proposals(
+    scan: Callable[[ReadLogits], Tensor],
+    row: Tensor,
+    step: int,
+    position: Tensor,
+    config: DiffusionGenerationConfig,
+    backbone: Backbone,
+) -> tuple[Tensor, Tensor]:
+    """Propose a token for each of N predictions, of whose logits a few exist at a time, and score it: `[N]`, `[N]`.
+
+    [MASK] is never proposed, nor is padding unless it ends responses.
+
+    Args:
+        scan: `models.scan_logits_at` for the N predictions, which takes what reads their logits; with `cfg_scale`, of
+            two inputs, of which the second hides the prompt.
+        row, position: `[N]`, by which what is random is drawn.
+    """
+    banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
+
+    def read(logits: list[Tensor], rows: slice) -> Tensor:
+        guided, *unguided = logits
+        for other in unguided:
+            guided = other + (config.cfg_scale + 1) * (guided - other)
+        guided[:, banned] = -torch.inf
+        tokens, scores = propose(guided, row[rows], step, position[rows], config)
+        return torch.stack([tokens.float(), scores.float()], dim=1)  # ids below 2**24 stay what they are
+
+    found = scan(read)
+    return found[:, 0].long(), found[:, 1]
 
 
 def random_positions(masked: Tensor, row: Tensor, step: Step, config: DiffusionGenerationConfig) -> Tensor:

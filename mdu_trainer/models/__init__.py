@@ -9,7 +9,7 @@ from .block_attention import block_causal_mask, full_mask, noisy_clean_mask
 from .checks import weights_fingerprint
 from .dream import DreamConfig, DreamModel, DreamTokenizer
 from .fast_dllm import Fast_dLLM_QwenConfig, Fast_dLLM_QwenForCausalLM
-from .head import hidden_at, logits_at, measure_at, scan_logits_at
+from .head import ReadLogits, hidden_at, logits_at, measure_at, scan_logits_at
 from .llada import LLaDAConfig, LLaDAModelLM, LLaDATokenizer
 from .llada2 import LLaDA2MoeConfig, LLaDA2MoeModelLM
 from .llada_moe import LLaDAMoEConfig, LLaDAMoEModelLM
@@ -32,6 +32,7 @@ __all__ = [
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
     "LLaDATokenizer",
+    "ReadLogits",
     "SDARConfig",
     "SDARForCausalLM",
     "base_of",

@@ -44,6 +44,7 @@ class Way(Enum):
 
 # Of each model the head for which its way was found, and the way
 _WAYS: WeakKeyDictionary[nn.Module, tuple[nn.Module | None, Way]] = WeakKeyDictionary()
+ReadLogits = Callable[[list[Tensor], slice], Tensor]  # as `scan_logits_at` has it
 
 
 class Clean(NamedTuple):
@@ -139,7 +140,7 @@ def scan_logits_at(
     inputs: Sequence[Tensor],
     attention_mask: Tensor,
     selected: Tensor,
-    read: Callable[[list[Tensor], slice], Tensor],
+    read: ReadLogits,
     *,
     logit_shift: bool = False,
     **forward: Any,
@@ -230,7 +231,7 @@ def _inside(wanted: _Wanted, compute: Callable[[Projection], Tensor]) -> Tensor 
     return computed + 0 * output if output.requires_grad else computed
 
 
-def _scan(predictions: Sequence[Prediction], read: Callable[[list[Tensor], slice], Tensor]) -> Tensor:
+def _scan(predictions: Sequence[Prediction], read: ReadLogits) -> Tensor:
     """Read predictions of the same N tokens, all by the head of the first.
 
     A chunk is one matrix product, which reads the head's weights; a block of it stays in a CPU's cache meanwhile.

@@ -4,13 +4,49 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+from transformers import TrainingArguments
 from trl import ModelConfig
 
 from mdu_trainer import MDUConfig
 from mdu_trainer.commands.comparison import ComparisonArguments, ComparisonConfig
 from mdu_trainer.commands.options import parse_options
+from mdu_trainer.config import presets
 from mdu_trainer.config.presets import PRESETS
 from mdu_trainer.files import UserError
+
+OWN = [field for field in dataclasses.fields(MDUConfig) if field.name not in TrainingArguments.__dataclass_fields__]
+OTHERS = {  # values of options without choices, which are not their defaults
+    "tau": [0.0, 1.0],
+    "anchor_source": ["initial", "current", "ema", "a/checkpoint"],
+    "anchor_ema_decay": [0.9],
+    "prefix_share": [0.5],
+    "strike_quantile": [0.25, None],
+    "rollout_every": [2],
+    "beta": [0.5],
+    "gamma": [0.5],
+    "alpha": [2.0],
+    "loss_options": [{"cap": 5.0}],
+    "retain_weight": [0.0],
+    "retain_batch_size": [4, 6],
+    "rewind_to": ["a/checkpoint"],
+    "rewind_share": [0.5],
+    "reference_device": ["cpu"],
+    "forget_description": ["Some rows."],
+    "model_init_kwargs": [{"dtype": "bfloat16"}],
+    "max_length": [64],
+    "text_stride": [32],
+    "t_min": [0.5],
+    "t_max": [0.5],
+    "time_epsilon": [0.01],
+    "learning_rate": [1e-4],
+    "num_train_epochs": [2.0],
+    "max_steps": [3],
+    "per_device_train_batch_size": [8],
+    "gradient_accumulation_steps": [1],
+    "lr_scheduler_type": ["linear", "constant"],
+    "warmup_steps": [0, 5],
+    "dataloader_persistent_workers": [True],
+}
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 
@@ -32,6 +68,61 @@ def test_a_preset_sets_what_is_not_given(tmp_path, seen):
     assert dataclasses.replace(given, seed=1).learning_rate == 1e-5
     with pytest.raises(UserError, match="preset 'best' is unknown; choose one of lasting"):
         MDUConfig(str(tmp_path), preset="best")
+
+
+def changes():
+    """Each option of unlearning, and each that a preset sets, with every value that it may have or some."""
+    for field in OWN:
+        if field.name != "preset":
+            values = OTHERS.get(field.name) or field.metadata.get("choices") or [not field.default]
+            yield from ((field.name, value) for value in values)
+    own = {field.name for field in OWN}
+    yield from ((name, value) for name, values in OTHERS.items() if name not in own for value in values)
+
+
+def test_values_are_tried_of_every_option_that_a_preset_sets():
+    tried = {name for name, _ in changes()}
+    assert tried >= {name for preset in PRESETS.values() for name in preset.training}
+    for field in OWN:  # others than a switch have choices, or values above
+        assert field.name in OTHERS or field.metadata.get("choices") or isinstance(field.default, bool), field.name
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_any_option_beside_a_preset_counts_or_is_refused_with_what_the_preset_sets(preset, tmp_path, monkeypatch):
+    monkeypatch.setattr(presets.logger, "warning_once", lambda words: None)  # which other tests are to see
+    workers = {"dataloader_num_workers": 1}
+    worked = 0
+    for name, value in changes():
+        try:
+            args = MDUConfig(str(tmp_path), preset=preset, **workers | {name: value})
+            worked += 1
+            assert getattr(args, name) == value, name
+        except UserError as error:
+            if f"Preset '{preset}' sets " in str(error):
+                continue
+            with pytest.raises(UserError) as alone:  # a mistake without the preset, too
+                MDUConfig(str(tmp_path), **workers | {name: value})
+            assert str(error) == str(alone.value), (name, value)
+    assert worked > 50
+
+
+def test_what_a_preset_sets_gives_way_where_it_would_mean_nothing(tmp_path, seen, monkeypatch):
+    args = MDUConfig(str(tmp_path), preset="release", forget_masking="content")
+    assert (args.forget_masking, args.rollout_every) == ("content", None)
+    assert "without rollout_every, which is of forget_masking=generated" in seen.text
+    assert "rollout_every=" not in seen.text
+    again = dataclasses.replace(MDUConfig(str(tmp_path), preset="release", tau=1.0), forget_masking="random")
+    assert again.rollout_every is None
+    (args,) = parsed(monkeypatch, "--output_dir out --preset release --forget_masking content", MDUConfig)
+    assert args.rollout_every is None
+    with pytest.raises(UserError, match="rollout_every is of forget_masking='generated'"):
+        MDUConfig(str(tmp_path), preset="release", forget_masking="content", rollout_every=2)
+    with pytest.raises(UserError, match="Preset 'lasting' sets tau=1.0, anchor_input=counterfactual; another value"):
+        MDUConfig(str(tmp_path), preset="lasting", loss_type="npo")
+    MDUConfig(str(tmp_path), preset="lasting", loss_type="npo", anchor_input="masked_prompt")
+    with pytest.raises(UserError) as error:
+        MDUConfig(str(tmp_path), preset="paper", learning_rate=-1.0)
+    assert "Preset" not in str(error.value), "nothing is wrong with what it sets"
 
 
 @pytest.mark.parametrize(
