@@ -17,22 +17,23 @@ from trl import ModelConfig
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig
 from mdu_trainer.commands import run
-from mdu_trainer.commands.checks import check_least, check_once, check_source
+from mdu_trainer.commands.checks import check_once, check_source
 from mdu_trainer.commands.folders import RESUME, RunArguments, check_run, output_folder
 from mdu_trainer.commands.loading import check_model, load
 from mdu_trainer.commands.options import parse_options, settings
 from mdu_trainer.commands.row_sets import DataArguments
+from mdu_trainer.commands.scoring import ScoringArguments, check_scoring
 from mdu_trainer.commands.training import train_seconds, unlearn
-from mdu_trainer.evaluation.protocol import Choices, Protocol, Rouge, check_protocol
+from mdu_trainer.evaluation.protocol import Choices, check_protocol
 from mdu_trainer.evaluation.results import Results
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.evaluation.rwku import evaluate_rwku, load_forget_rows, load_rwku
 from mdu_trainer.files import UserError
-from mdu_trainer.inference.config import DECODING_HELP, Decoding, decoded_as
+from mdu_trainer.inference.config import decoded_as
 
 
 @dataclass
-class RwkuArguments(RunArguments, DataArguments):
+class RwkuArguments(RunArguments, ScoringArguments, DataArguments):
     """Whom to forget, and what to measure."""
 
     dataset_name: str = field(default="jinzhuoran/RWKU", metadata={"help": "Hub name, or a folder with a copy."})
@@ -41,21 +42,13 @@ class RwkuArguments(RunArguments, DataArguments):
     )
     subjects: list[str] | None = field(default=None, metadata={"help": "Whom to forget; all in --forget if unset."})
     configs: list[str] | None = field(default=None, metadata={"help": "RWKU's configs to score; all if unset."})
-    max_eval_rows: int | None = field(default=400, metadata={"help": "Score N evenly spaced rows of each config."})
-    batch_size: int = field(default=32, metadata={"help": "Sequences a forward pass when scoring."})
-    decoding_steps: int | None = field(default=None, metadata={"help": "Decoding steps; one a token if unset."})
     max_new_tokens: int | None = field(
         default=None, metadata={"help": "Decoded tokens of short answers; the protocol's if unset."}
     )
-    decoding: Decoding = field(default="exact", metadata={"help": DECODING_HELP})
     likelihood_draws: int = field(default=32, metadata={"help": "Passes a choice for its likelihood."})
-    protocol: Protocol = field(
-        default="ours", metadata={"help": "Ask and score as we do, or as the release of the MDU paper does."}
-    )
     choices: Choices | None = field(
         default=None, metadata={"help": "How choices are scored; likelihood, by the release generated, if unset."}
     )
-    rouge: Rouge = field(default="recall", metadata={"help": "What tables and pictures show as rL of ROUGE-L."})
 
 
 @dataclass
@@ -76,7 +69,7 @@ def check(args: RwkuArguments, config: RwkuConfig, model_args: ModelConfig) -> N
         raise UserError("RWKU has no retain set: leave --retain_weight at 0, or use examples/tofu.py.")
     check_run(args, config.output_dir or "")
     check_once(args, "subjects", "configs")
-    check_least(args, max_eval_rows=1, batch_size=1, decoding_steps=1, max_new_tokens=1, likelihood_draws=1)
+    check_scoring(args)
     check_protocol(args.protocol, args.choices)
     check_source(args.dataset_name, "dataset_name")
 

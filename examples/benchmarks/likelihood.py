@@ -34,11 +34,13 @@ from mdu_trainer import (
     response_likelihood,
 )
 from mdu_trainer.data.rows import TokenizedRows, question_answer_rows, tokenize_rows
+from mdu_trainer.evaluation.results import markdown_table
 from mdu_trainer.models import logits_at
 from mdu_trainer.testing import dataset_texts, fictional_authors, tiny_mdlm, train_tokenizer
 
 PASSES = (8, 16, 32, 64, 128)
 EVEN_BATCH = 16  # draws of LLaDA's script that are made together
+COLUMNS = "answers,passes,standard error,i.i.d. error,i.i.d. passes,ratio,even error,even passes,ratio,claimed"
 
 
 @torch.no_grad()
@@ -153,17 +155,21 @@ def pooled(kinds: list[tuple[Published, dict[int, Spread]]]) -> tuple[Published,
     return Published(*(np.concatenate(x) for x in zip(*published, strict=True))), joined
 
 
-def report(name: str, published: Published, ours: dict[int, Spread]) -> None:
+def lines(name: str, published: Published, ours: dict[int, Spread]) -> list[list[str]]:
+    """The figures of one kind of answers, a row of the table for each number of passes."""
+    rows = []
     for passes, spread in ours.items():
         variance = spread.variance.mean()
         independent, even = (x.mean() / variance for x in published)  # passes with the same standard error
         distance = spread.difference.sum() / math.sqrt(spread.difference_variance.sum())
-        print(
-            f"{name:12} {passes:6} {math.sqrt(variance):16.3f} "
-            f"{math.sqrt(published.independent.mean() / passes):14.3f} {independent:15.0f} "
-            f"{independent / passes:7.1f} {math.sqrt(published.even.mean() / passes):12.3f} {even:13.0f} "
-            f"{even / passes:7.1f} {math.sqrt(spread.claimed.mean()):9.3f} {distance:12.1f} se"
+        errors = (variance, published.independent.mean() / passes, published.even.mean() / passes)
+        ours_error, independent_error, even_error = (f"{math.sqrt(one):.3f}" for one in errors)
+        rows.append(
+            [name, f"{passes}", ours_error, independent_error, f"{independent:.0f}", f"{independent / passes:.1f}"]
+            + [even_error, f"{even:.0f}", f"{even / passes:.1f}", f"{math.sqrt(spread.claimed.mean()):.3f}"]
+            + [f"{distance:.1f} se"]
         )
+    return rows
 
 
 def main() -> None:
@@ -185,24 +191,20 @@ def main() -> None:
     model.eval()
     backbone = resolve_backbone(model, tokenizer)
     print(f"model ready after {time.perf_counter() - start:.0f} s\n")
-    print(
-        "answers      passes   standard error   i.i.d. error   i.i.d. passes   ratio   even error   even passes"
-        "   ratio   claimed   means differ by"
-    )
     some = authors.select(range(0, len(authors), len(authors) // args.num_rows)).select(range(args.num_rows))
     answers = {
         "learned": some["answer"],
         "paraphrased": some["paraphrased_answer"],
         "wrong": [wrong[0] for wrong in some["perturbed_answer"]],
     }
-    kinds = []
+    kinds, table = [], [[*COLUMNS.split(","), "means differ by"]]
     for name, texts in answers.items():
         dataset = Dataset.from_dict({"question": some["question"], "answer": texts})
         dataset = question_answer_rows(dataset, conversational=bool(tokenizer.chat_template))
         rows = tokenize_rows(dataset, tokenizer, backbone, name=name)
         kinds.append(measure(model, rows, backbone, args.num_seeds, args.num_draws))
-        report(name, *kinds[-1])
-    report("all", *pooled(kinds))
+        table += lines(name, *kinds[-1])
+    print(markdown_table(table + lines("all", *pooled(kinds))))
     print(f"\n{time.perf_counter() - start:.0f} s")
 
 

@@ -271,6 +271,8 @@ class AttackScores:
         path: what was measured along the way, as name -> mean score: updates of a fine-tuning, ways of decoding, ...
         reached_by: the one of the path that brought back most by itself, where several were tried; "" if none did
             better than the others.
+        log_p: of `membership`, two lists: the mean log-likelihood a token of each forget row, and of each unseen row,
+            to be compared with another model's.
     """
 
     rows: list[int]
@@ -278,6 +280,7 @@ class AttackScores:
     after: list[float]
     path: dict[str, float] = field(default_factory=dict)
     reached_by: str = ""
+    log_p: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not len(self.rows) == len(self.before) == len(self.after) > 0:

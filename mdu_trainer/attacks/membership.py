@@ -1,40 +1,44 @@
 """Can it be told that the forget rows were trained on?
 
 Each forget row is compared with the unseen rows: its score is the share of them that it outscores, ties counting half,
-so the mean is the area under the ROC curve. Four scores of a row, all high for what was trained on:
+so the mean is the area under the ROC curve. Six scores of a row, all high for what was trained on:
 
 - `loss`: the mean log-likelihood a token (Yeom et al., arXiv 1709.01604).
+- `zlib`: that over the bytes that the answer packs into (Carlini et al., arXiv 2012.07805).
 - `min-k`: that of its least likely tokens (Shi et al., arXiv 2310.16789).
 - `min-k++`: that of its least likely tokens, of log-likelihoods standardised over the vocabulary (Zhang et al., arXiv
   2404.02936).
 - `multi-mask`: at how many of the mask sizes `SIZES` the masked tokens are likelier than the median of the unseen
-  rows, as a vote.
+  rows, as a vote. Masks of many sizes are what Chen et al. (arXiv 2601.20125) attack diffusion language models with.
+- `gradient`: how small the gradient of the loss is (Wang et al., arXiv 2402.17012).
 
 The unseen rows must differ from the forget rows in nothing else, or any model tells them apart. The forget questions
 with other answers do; other questions mostly do not, for a model recognises their names.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from ..evaluation.metrics import min_k_score, outscored, two_sided
+from ..evaluation.metrics import min_k_score, outscored, privacy_score, reference_score, two_sided, zlib_score
 from ..evaluation.metrics.privacy import DECIMALS
 from ..evaluation.scoring import Question
 from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform, forward_process
 from ..models import evaluation_mode, logits_at
 from .base import AttackScores, Target, mean, strongest, trained_alone
-from .results import TWO_SIDED
+from .results import NEVER, PRIVACY, REFERENCE, TWO_SIDED
 
 LEAST_VARIANCE = 1e-6  # of the log-likelihoods of a prediction that is all but certain
 SIZES = (0.25, 0.5, 0.75, 1.0)  # shares of an answer's tokens that are masked
+OF_PRIVACY = ("loss", "zlib", "min-k", "min-k++")  # scores whose areas OpenUnlearning's privacy score aggregates
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """Return the row scores under the one of the four that tells most; `path` holds the area under the curve of each.
+    """Return the row scores under the one of the six that tells most; `path` holds the area under the curve of each.
 
     `before` is 1/2, a guess: nothing can be told without looking. An area below 1/2, of rows that stick out by being
     too unlikely, brings nothing back, but says that something was deleted: `path["two_sided"]` is the area of whoever
@@ -57,18 +61,47 @@ def attack(target: Target, seed: int) -> AttackScores:
     draws = max(1, target.settings.num_draws // len(SIZES))
     sizes = [masked_log_p(target, questions, seed, draws) for questions in sets]
     median = np.median(sizes[1], axis=0)
+    log_p = [np.round(one.per_token, DECIMALS).tolist() for one in likelihoods]
+    texts = target.rows["answer"], unseen["answer"]
     scores = {
-        "loss": [np.round(one.per_token, DECIMALS) for one in likelihoods],
+        "loss": log_p,
+        "zlib": [zlib_score(*pair) for pair in zip(log_p, texts, strict=True)],
         "min-k": [np.round(min_k_score(one.tokens), DECIMALS) for one in likelihoods],
         "min-k++": [np.round(min_k_score(standardised_log_p(target, one, seed)), DECIMALS) for one in sets],
         "multi-mask": [(one > median).sum(axis=1) for one in sizes],
+        "gradient": [-np.round(gradient_norms(target, questions, seed), DECIMALS) for questions in sets],
     }
     shares = {name: outscored(*pair) for name, pair in scores.items()}
     areas = {name: mean(values) for name, values in shares.items()}
     name = max(areas, key=areas.__getitem__)
     path = areas | {TWO_SIDED: max(map(two_sided, areas.values()))}
     rows, reached_by = list(range(len(shares[name]))), strongest(areas)
-    return AttackScores(rows, [0.5] * len(rows), shares[name], path, reached_by)
+    return AttackScores(rows, [0.5] * len(rows), shares[name], path, reached_by, log_p)
+
+
+def beside_never_trained(scores: Mapping[str, AttackScores]) -> dict[str, AttackScores]:
+    """Return the scores of all models under an attack, and what a model that never saw the rows adds to their `path`.
+
+    - `reference`: the two-sided area of whoever has that model, too, and takes its log-likelihoods off.
+    - `privacy`: `privacy_score`, how near the areas of `OF_PRIVACY` are to those on that model.
+
+    Scores of other attacks, and those without such a model, are left as they are.
+
+    Args:
+        scores: name of a model -> its scores under the attack.
+    """
+    never = scores.get(NEVER)
+    if never is None or not never.log_p:
+        return dict(scores)
+    found = dict(scores)
+    for name in scores.keys() - {NEVER}:
+        one = scores[name]
+        pairs = zip(one.log_p, never.log_p, strict=True)
+        above = [np.round(reference_score(*pair), DECIMALS) for pair in pairs]
+        areas, others = ({score: path[score] for score in OF_PRIVACY} for path in (one.path, never.path))
+        further = {REFERENCE: two_sided(mean(outscored(*above))), PRIVACY: privacy_score(areas, others)}
+        found[name] = replace(one, path=one.path | further)
+    return found
 
 
 @torch.no_grad()
@@ -106,18 +139,27 @@ def standardised_log_p(target: Target, questions: Sequence[Question], seed: int)
 def gradient_norms(target: Target, questions: Sequence[Question], seed: int) -> list[float]:
     """Return the L2 norm of the gradient of each row's loss with respect to all weights, low for what was trained on.
 
-    The loss is a mean over `SIZES`. Negated, the norms are scores of membership for `MembershipInference`; the attack
-    leaves them out, for they cost a backward pass a row. Source: Pang et al. (arXiv 2308.06405), of image diffusion.
+    The loss is a mean over `SIZES`, so a row costs one backward pass of as many sequences. No more than the gradient
+    of one tensor is held at a time. Source: Wang et al. (arXiv 2402.17012), of language models; Pang et al. (arXiv
+    2308.06405) have the loss averaged over noise levels, of image diffusion, and train a classifier on the norms.
     """
     parameters = [p for p in target.model.parameters() if p.is_floating_point()]
-    norms = []
+    squares, norms = [], []
+
+    def take(p: torch.Tensor) -> None:
+        squares.append(0.0 if p.grad is None else p.grad.float().square().sum().item())
+        p.grad = None
+
     with trained_alone(target.model, parameters), torch.enable_grad():
-        for question in questions:
-            losses = [
-                target.masked_nll(batch).sum() for _, batch in _masked_batches(target, [question], seed, draws=1)
-            ]
-            gradient = torch.autograd.grad(sum(losses) / len(SIZES), parameters, allow_unused=True)
-            norms.append(sum(float(part.float().square().sum()) for part in gradient if part is not None) ** 0.5)
+        hooks = [p.register_post_accumulate_grad_hook(take) for p in parameters]
+        try:
+            for _, batch in _masked_batches(target, questions, seed, draws=1, at_once=len(SIZES)):
+                target.masked_nll(batch).mean().backward()
+                norms.append(sum(squares) ** 0.5)
+                squares.clear()
+        finally:
+            for hook in hooks:
+                hook.remove()
     return norms
 
 
@@ -136,16 +178,16 @@ def standardised(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _masked_batches(
-    target: Target, questions: Sequence[Question], seed: int, draws: int
+    target: Target, questions: Sequence[Question], seed: int, draws: int, at_once: int | None = None
 ) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-    """Yield the passes over each row at each of `SIZES`: places `[3, B]` and a batch.
+    """Yield the passes over each row at each of `SIZES`, `at_once` of them or a batch: places `[3, B]` and a batch.
 
     With 2 rows, 4 sizes and 4 draws the columns of `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ...
     (1, 3, 3).
     """
     shape = len(questions), len(SIZES), draws
     passes = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape))  # [3, passes]
-    step = target.settings.decoding.batch_size
+    step = at_once or target.settings.decoding.batch_size
     with evaluation_mode(target.model):
         for first in range(0, passes.shape[1], step):
             places = passes[:, first : first + step]

@@ -18,7 +18,12 @@ WEIGHT_WORDS = (
     "rows on the straight line to the base, in nats a token. A small distance without a barrier goes with knowledge "
     "that fine-tuning brings back (arXiv 2505.22310)."
 )
-TWO_SIDED = "two_sided"  # in the path of `membership`
+TWO_SIDED, REFERENCE, PRIVACY = "two_sided", "reference", "privacy"  # in the path of `membership`
+MEMBERSHIP_WORDS = {  # in the path of `membership` -> a sentence that its figures end
+    TWO_SIDED: "Membership, where rows that became too unlikely tell as well (0.5 is a guess)",
+    REFERENCE: "The same for whoever takes off the log-likelihoods of the model that never saw the rows",
+    PRIVACY: "Privacy score, by likelihoods (1: they tell no more than those of the model that never saw the rows)",
+}
 
 
 @dataclass(frozen=True)
@@ -126,9 +131,27 @@ class Recovery(Record):
 
         None of the table: there rows that became too unlikely, from which nothing comes back, count as no leak.
         """
+        return self._membership(TWO_SIDED)
+
+    def _membership(self, figure: str) -> dict[str, float]:
+        """Return what `membership` has measured along the way, of each model where it has."""
         outcome = self.attacks.get("membership")
         models = {} if outcome is None else outcome.models
-        return {name: one.path[TWO_SIDED] for name, one in models.items() if TWO_SIDED in one.path}
+        return {name: one.path[figure] for name, one in models.items() if figure in one.path}
+
+    def membership_words(self, titles: Mapping[str, str] | None = None) -> str:
+        """Return a sentence on each of `MEMBERSHIP_WORDS` that was measured.
+
+        Args:
+            titles: name of a model -> what to call it; all models by their names unless given.
+        """
+        sentences = []
+        for figure, words in MEMBERSHIP_WORDS.items():
+            found = self._membership(figure)
+            titled = dict(zip(found, found, strict=True)) if titles is None else titles
+            listed = ", ".join(f"{title} {found[name]:.3f}" for name, title in titled.items() if name in found)
+            sentences += [f"{words}: {listed}."] if listed else []
+        return " ".join(sentences)
 
     def table(self) -> str:
         """Return the cells of `table_cells` as a Markdown table."""
@@ -194,8 +217,8 @@ class Recovery(Record):
         if len(ways := self.way_cells()) > 1:
             table = markdown_table(ways, text_columns=len(ways[0]))
             parts.append(f"Where several ways were tried, the one that brought back most:\n\n{table}")
-        if areas := self.two_sided():
-            parts.append(two_sided_words(areas))
+        if words := self.membership_words():
+            parts.append(words)
         if self.weights:
             parts += [markdown_table(self.weight_cells()), WEIGHT_WORDS]
         if any(one.low == one.high for found in self.recoveries().values() for one in found.values()):
@@ -205,12 +228,6 @@ class Recovery(Record):
                 f"row in {max(1, rows // 3)} gives away can be missed so."
             )
         return "\n\n".join(parts)
-
-
-def two_sided_words(areas: Mapping[str, float]) -> str:
-    """Return a sentence on areas of `Recovery.two_sided`: name of a model -> area."""
-    listed = ", ".join(f"{name} {area:.3f}" for name, area in areas.items())
-    return f"Membership, where rows that became too unlikely tell as well (0.5 is a guess): {listed}."
 
 
 def _short(estimate: Estimate) -> str:

@@ -27,6 +27,7 @@ from ..files import UserError, typed
 from ..models import weights_fingerprint
 from ..terminal import Bar
 from .base import AttackScores, AttackSettings, Target, check_answers, one_by_one
+from .membership import beside_never_trained
 from .registry import ADAPTER, Attack
 from .results import BASE, NEVER, NO_ATTACK, AttackOutcome, Outcome, Recovery, WeightPath
 from .sharing import Sharing, over_processes
@@ -101,7 +102,7 @@ def run_attacks(
     attacks = {NO_ATTACK: Attack(_no_attack, "ask the plain question")} | dict(attacks)
     scores, paths = _attack_all(models, rows, settings, attacks, seed, progress_path, show_progress, left_out)
     outcomes = {
-        name: _compare(attack.words, {model: scores[model, name] for model in models}, name)
+        name: _compare(attack.words, beside_never_trained({model: scores[model, name] for model in models}), name)
         for name, attack in attacks.items()
         if all((model, name) in scores for model in models)
     }
@@ -154,7 +155,7 @@ def _attack_all(
     """
     main, sharing = processes().is_main_process, Sharing()
     header = {
-        "progress": "attacks 2",
+        "progress": "attacks 3",
         "scoring": SCORING,
         "rows": _rows_digest(rows),
         "settings": _settings(settings, _rows_digest),

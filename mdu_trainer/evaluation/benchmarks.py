@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig
 from ..testing import fictional_authors, forget_retain_split
+from .open_unlearning import AGGREGATE_WORDS
 from .own_rows import load_own_rows
 from .protocol import check_protocol
 from .published import WORDS, evaluate_published, load_published
@@ -145,6 +146,7 @@ register_benchmark(
             "model_utility": "harmonic mean of the figures of the sets to keep",
             "forget_quality": "p-value of the hypothesis that the truth ratios are those of a model that never saw "
             "the rows",
+            **AGGREGATE_WORDS,
         },
     ),
 )

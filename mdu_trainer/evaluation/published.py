@@ -24,15 +24,15 @@ from .metrics import MembershipInference, two_sided
 from .published_sets import CHOICES, LEAST_LIKELY, METRICS_OF, PUBLISHED, Part
 from .registry import BenchmarkOptions
 from .results import Estimate, Results, Run, Scores
-from .runner import score_questions
-from .scoring import QuestionSet, encode_questions, estimates
+from .runner import score_run
+from .scoring import QuestionSet, encode_questions
 from .sources import check_columns, load_split, spread
 
 logger = logging.get_logger(__name__)
 
 MEMBERS, OTHERS = "privleak_forget", "privleak_holdout"  # sets that MUSE's membership attack compares
 AREA = "privleak_auc"
-SHORT_NAME = re.compile(r"[\w.-]{1,30}")  # of a group that makes a set of its own
+CODE = re.compile(r"[A-Za-z][\w.-]{0,18}\d", re.ASCII)  # names of sets are published: a group's must be no text
 MOST_GROUPS = 12
 WORDS = {
     "min_k": f"mean log p of the {LEAST_LIKELY:.0%} of a text's tokens that are least likely (Min-K% Prob)",
@@ -84,7 +84,7 @@ def load_published(name: str, options: BenchmarkOptions) -> dict[str, Dataset]:
         rows = _load(name, part_name, part, part.place, given, options)
         if part.examples is not None:
             rows = _behind_examples(rows, _examples(name, part_name, part, given, options))
-        for label, found in _groups(part_name, part, rows, options.subjects or ()).items():
+        for label, found in _groups(part_name, part, rows, options.subjects or (), given).items():
             sets[label] = spread(found, options.max_eval_rows)
     given.check()
     return sets
@@ -172,8 +172,8 @@ def _behind_examples(rows: Dataset, examples: Dataset | None) -> Dataset:
     return rows.remove_columns("question").add_column("question", asked)
 
 
-def _groups(name: str, part: Part, rows: Dataset, subjects: Sequence[str]) -> dict[str, Dataset]:
-    """The rows that are meant; or, where their groups have short names, a set for each group."""
+def _groups(name: str, part: Part, rows: Dataset, subjects: Sequence[str], given: Given) -> dict[str, Dataset]:
+    """The rows that are meant; or, where the names of their groups are codes, a set for each group."""
     if GROUP not in rows.column_names:
         return {name: rows}
     values = [str(value) for value in rows[GROUP]]
@@ -189,8 +189,14 @@ def _groups(name: str, part: Part, rows: Dataset, subjects: Sequence[str]) -> di
             raise UserError(f"The {name} set is empty: --subjects names all that there are.")
         return {name: rows.select(meant)}
     names = sorted(set(values))
-    if len(names) > MOST_GROUPS or not all(map(SHORT_NAME.fullmatch, names)):
-        return {name: rows}
+    if len(names) > MOST_GROUPS or not all(map(CODE.fullmatch, names)):
+        if GROUP not in given.columns:
+            return {name: rows}
+        raise UserError(
+            f"--columns group={given.columns[GROUP]}: each value of the column would name a set, which is published. "
+            f"Of the {name} set it has {len(names)}, and some may be texts. At most {MOST_GROUPS} codes such as "
+            "Task1, of 20 characters or fewer that end in a digit, make sets. Leave group out of --columns."
+        )
     return {f"{name}_{group}": rows.select([i for i, value in enumerate(values) if value == group]) for group in names}
 
 
@@ -238,17 +244,9 @@ def evaluate_published(
         of_set = replace(generation_config, max_new_tokens=max_new_tokens or part.max_new_tokens)
         metrics = {metric: METRICS_OF[metric] for metric in part.metrics}
         asked.append(QuestionSet(label, questions, metrics, of_set, num_draws))
-    scored = score_questions(
-        model,
-        tokenizer,
-        asked,
-        backbone=backbone,
-        progress_path=progress_path,
-        show_progress=method if show_progress is True else show_progress,
-    )
-    scores = {label: estimates(of_set) for label, of_set in scored.scores.items()}
-    rows = {label: len(found) for label, found in sets.items()}
-    return Run(method, None, scores, rows, _privleak(scored.scores, retain_log), 0.0, scored.seconds)
+    how: dict[str, Any] = {"backbone": backbone, "progress_path": progress_path, "show_progress": show_progress}
+    run, row_scores = score_run(model, tokenizer, asked, method, **how)
+    return replace(run, summary=_privleak(row_scores, retain_log))
 
 
 def _part_of(name: str, label: str) -> Part:

@@ -17,8 +17,10 @@ from ..models import Backbone, resolve_backbone, weights_fingerprint
 from ..terminal import Bar
 from .fast import agreement_if_fast
 from .progress import SCORING, ProgressFile
+from .protocol import Protocol
 from .registry import RowScores
-from .scoring import QuestionBatch, QuestionSet
+from .results import Run
+from .scoring import QuestionBatch, QuestionSet, estimates
 
 Key = tuple[str, int]  # set, row
 T = TypeVar("T")
@@ -95,6 +97,32 @@ def score_questions(
         raise UserError(f"{progress_path} is damaged: rows of one set have other figures. Delete it to start anew.")
     columns = {name: {score: [row[score] for row in of_set] for score in of_set[0]} for name, of_set in rows.items()}
     return Evaluation(columns, sum(line.seconds for line in done.values()))
+
+
+def score_run(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Sequence[QuestionSet],
+    method: str,
+    *,
+    backbone: Backbone,
+    progress_path: str | Path | None,
+    show_progress: bool | str,
+    protocol: Protocol = "ours",
+) -> tuple[Run, dict[str, RowScores]]:
+    """Compute the metrics of each set, and return their means as a run, and the scores of every row.
+
+    Args:
+        method: what the run is called; the progress bar calls the model so unless `show_progress` has another name.
+        protocol: by which the sets were asked.
+        model, tokenizer, sets, backbone, progress_path, show_progress: as in `score_questions`.
+    """
+    shown = method if show_progress is True else show_progress
+    how: dict[str, Any] = {"backbone": backbone, "progress_path": progress_path, "show_progress": shown}
+    scored = score_questions(model, tokenizer, sets, **how)
+    scores = {name: estimates(of_set) for name, of_set in scored.scores.items()}
+    rows = {part.name: len(part) for part in sets}
+    return Run(method, None, scores, rows, {}, 0.0, scored.seconds, protocol=protocol), scored.scores
 
 
 def _finished(line: dict[str, Any]) -> tuple[Key, Line]:

@@ -24,9 +24,9 @@ from ..models import Backbone, resolve_backbone
 from .pairs import questions_of_pairs
 from .protocol import MMLU_ROWS, Choices, Protocol, check_protocol
 from .results import Run
-from .runner import score_questions
+from .runner import score_run
 from .rwku_questions import CONFIGS, config_of
-from .scoring import QuestionSet, encode_questions, estimates
+from .scoring import QuestionSet, encode_questions
 from .sources import QUESTION_ANSWER, check_columns, config_names, first_rows, load_split, spread, table
 
 FILES = {  # config -> stem of its file in the folders of the published data
@@ -220,21 +220,12 @@ def evaluate_rwku(
         asked = [config.ask(row) for row in rows]
         prompts, references = [one.prompt for one in asked], [one.references for one in asked]
         answers = {role: [one.answers[role] for one in asked] for role in asked[0].answers}
-        how: dict[str, Any] = {"conversational": config.conversational, "protocol": protocol}
-        questions = encode_questions(name, prompts, references, answers, tokenizer, backbone, **how)
+        form: dict[str, Any] = {"conversational": config.conversational, "protocol": protocol}
+        questions = encode_questions(name, prompts, references, answers, tokenizer, backbone, **form)
         of_set = replace(generation_config, max_new_tokens=config.max_new_tokens)
         parts.append(QuestionSet(name, questions, config.metrics, of_set, num_draws, protocol))
-    scored = score_questions(
-        model,
-        tokenizer,
-        parts,
-        backbone=backbone,
-        progress_path=progress_path,
-        show_progress=method if show_progress is True else show_progress,
-    )
-    scores = {name: estimates(of_set) for name, of_set in scored.scores.items()}
-    rows = {name: len(part) for name, part in sets.items()}
-    return Run(method, None, scores, rows, {}, 0.0, scored.seconds, protocol=protocol)
+    how: dict[str, Any] = {"backbone": backbone, "progress_path": progress_path, "show_progress": show_progress}
+    return score_run(model, tokenizer, parts, method, **how, protocol=protocol)[0]
 
 
 def _counted(missing: Sequence[str], subjects: Sequence[str]) -> str:

@@ -7,7 +7,8 @@
 Each set (forget, retain, real authors, world facts) has three scores: ROUGE-L of the decoded answer, the probability
 of the true one, and the truth ratio, which asks whether the model prefers it to wrong ones. The model as a whole has
 two: model utility, the harmonic mean of these three on all sets but forget, and forget quality, the p-value of the
-hypothesis that the truth ratios of the forget rows are those of a model that never saw them.
+hypothesis that the truth ratios of the forget rows are those of a model that never saw them. The aggregates of
+`open_unlearning` come with their parts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from ..files import Record, UserError
 from ..inference.config import Decoding, DiffusionGenerationConfig, decoded_as
 from ..models import Backbone, resolve_backbone
 from .metrics import ForgetQuality, ModelUtility, aggregate_truth_ratios
+from .open_unlearning import aggregate_scores
 from .protocol import WRONG_ANSWERS, Protocol, check_protocol
 from .registry import RowScores, choose_metrics
 from .results import Estimate, Run, Scores
@@ -36,7 +38,11 @@ from .sources import QUESTION_ANSWER, check_columns, config_names, first_rows, l
 SETS = ("forget", "retain", "real_authors", "world_facts")
 TOFU_METRICS = ("rougeL", "probability", "truth_ratio", "degeneracy")
 KNOWN_FACTS = ("real_authors", "world_facts")  # whose probability is that of the true one among all answers
-WITH_WRONG_ANSWERS = ("truth_ratio", "true_rank")  # metrics that are left out where a set has no perturbed answers
+NEEDED = {  # metric -> answers without which it is left out of a set
+    "truth_ratio": ("perturbed",),
+    "true_rank": ("perturbed",),
+    "paraphrase": ("paraphrased", "perturbed"),
+}
 UTILITY = ("rougeL_recall", "probability", "truth_ratio")
 
 
@@ -202,8 +208,8 @@ def evaluate_tofu(
             longest true answer. Its batch size and seed serve the likelihood too.
         decoding: "fast" approximates with fewer passes (see `decoded_as`); how far the answers are from exact ones is
             measured on a sample of the rows and among the scores.
-        metrics: names in `mdu_trainer.evaluation.registry.METRICS`. The truth ratio and the true rank are left out
-            where a set has no perturbed answers.
+        metrics: names in `mdu_trainer.evaluation.registry.METRICS`. Those of `NEEDED` are left out where a set
+            lacks the answers that they need.
         retain_log: truth ratios of a model that never saw the forget rows, for the forget quality.
         method: what the run is called.
         backbone: of the model; resolved if not given.
@@ -250,6 +256,8 @@ def tofu_questions(
     """TOFU's sets as questions, and what is measured of each; arguments as in `evaluate_tofu`."""
     generation_config = generation_config or DiffusionGenerationConfig(max_new_tokens=longest_answer(sets, tokenizer))
     generation_config = decoded_as(generation_config, decoding)
+    if protocol == "release" and "paraphrase" in metrics:
+        raise UserError("protocol 'release' weighs no answers in other words: leave the metric paraphrase out.")
     found = []
     for name, rows in sets.items():
         true = [[text] for text in rows["answer"]]
@@ -261,13 +269,15 @@ def tofu_questions(
             answers["perturbed"] = [texts[:count] for texts in rows["perturbed_answer"]]
         how = {"plain": is_plain(rows), "protocol": protocol}
         questions = encode_questions(name, rows["question"], true, answers, tokenizer, backbone, **how)
-        wanted = [metric for metric in metrics if metric not in WITH_WRONG_ANSWERS or "perturbed" in answers]
+        lacking = [role for metric in metrics for role in NEEDED.get(metric, ()) if role not in answers]
+        wanted = [metric for metric in metrics if not set(NEEDED.get(metric, ())) & set(lacking)]
         if name in KNOWN_FACTS and "perturbed" in answers:
             wanted = ["choice_probability" if metric == "probability" else metric for metric in wanted]
         if metrics and not wanted:
+            columns = " and ".join(f"{role}_answer" for role in dict.fromkeys(lacking))
             raise UserError(
-                f"The {name} set has no column perturbed_answer, without which "
-                f"{' and '.join(metrics)} cannot be measured: pass rows that have it, or further metrics."
+                f"The {name} set has no column {columns}, without which {' and '.join(metrics)} cannot be measured: "
+                "pass rows that have it, or further metrics."
             )
         found.append(QuestionSet(name, questions, choose_metrics(wanted), generation_config, num_draws, protocol))
     return found
@@ -299,4 +309,5 @@ def _summary(scores: Mapping[str, Scores], truth_ratios: TruthRatios | None, ret
     if truth_ratios is not None and retain_log is not None:
         quality = ForgetQuality().compute(predictions=truth_ratios.values, references=retain_log.values)
         summary["forget_quality"] = quality["forget_quality"]
-    return {name: Estimate(value) for name, value in summary.items()}
+    of_model = {name: Estimate(value) for name, value in summary.items()}
+    return of_model | {name: Estimate(value) for name, value in aggregate_scores(scores, of_model).items()}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ..attacks.results import BASE, NEVER, NO_ATTACK, Recovery, two_sided_words
+from ..attacks.results import BASE, NEVER, NO_ATTACK, Recovery
 from ..evaluation.results import markdown_table
 from ..files import UserError
 from ..provenance.facts import Facts
@@ -25,7 +25,7 @@ def attack_words(recovery: Recovery | None, facts: Facts) -> dict[str, str]:
         )
     return {
         "attacks": _table(recovery, name),
-        "attack_sentence": _sentence(recovery, name) + _two_sided(recovery, name) + _weights(recovery, name),
+        "attack_sentence": _sentence(recovery, name) + _membership(recovery, name) + _weights(recovery, name),
     }
 
 
@@ -71,12 +71,10 @@ def _sentence(recovery: Recovery, name: str) -> str:
     )
 
 
-def _two_sided(recovery: Recovery, name: str) -> str:
-    """Return a further sentence on membership in both directions, or nothing where it was not measured."""
-    areas = recovery.two_sided()
-    titles = {BASE: BASE, NEVER: NEVER, name: "this model"}
-    shown = {title: areas[model] for model, title in titles.items() if model in areas}
-    return f" {two_sided_words(shown)}" if shown else ""
+def _membership(recovery: Recovery, name: str) -> str:
+    """Return further sentences on membership, or nothing where it was not measured."""
+    words = recovery.membership_words({BASE: BASE, NEVER: NEVER, name: "this model"})
+    return f" {words}" if words else ""
 
 
 def _weights(recovery: Recovery, name: str) -> str:

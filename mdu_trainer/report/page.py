@@ -144,6 +144,7 @@ def write_page(
         **_trained(models, output.parent),
         roles=None if roles is None else roles.details_cells(),
         recovery=recovery and recovery.table_cells(),
+        membership=recovery and recovery.membership_words(),
         leaks=leak_cells(leaks) if leaks else None,
         trend=leaks and _draw(plot_leaks, leaks, alt=TREND, caption=TREND_CAPTION),
         pictures=_pictures(folder, private=rows is not None),

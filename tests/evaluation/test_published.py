@@ -255,6 +255,24 @@ WRONG = {  # name, files that are other ones, options -> message
     "subjects": ("wmdp", {}, {"subjects": [SECRET]}, "has no subjects to select"),
     "metrics": ("muse", {}, {"metrics": ["rougeL"]}, "has metrics of its own"),
     "a log": ("lume", {}, {"retain_log": "x.json"}, "compares with no other model"),
+    "groups that are texts": (
+        "lume",
+        {"data/forget_train.json": [{**row, "name": SECRET} for row in qa("Ann", "input", "output")]},
+        {"columns": "group=name", "configs": ["forget"]},
+        "--columns group=name: each value of the column would name a set.* Of the forget set it has 1, and some",
+    ),
+    "groups that are single words": (
+        "lume",
+        {"data/forget_train.json": [{**row, "name": "Quillfeather"} for row in qa("Ann", "input", "output")]},
+        {"columns": "group=name", "configs": ["forget"]},
+        "At most 12 codes such as Task1, of 20 characters or fewer that end in a digit",
+    ),
+    "too many groups": (
+        "lume",
+        {"data/forget_train.json": [row | {"n": f"a{i}"} for i, row in enumerate(7 * qa("Ann", "input", "output"))]},
+        {"columns": "group=n", "configs": ["forget"]},
+        "Of the forget set it has 14, and some",
+    ),
     "an unread column": (
         "lume",
         DATA["lume"],
@@ -270,7 +288,15 @@ def test_refusals_say_what_to_pass(case, tmp_path):
     folder = write(tmp_path, files)
     with pytest.raises(UserError, match=message) as error:
         load_published(name, options(name, folder, **more))
-    assert SECRET not in str(error.value)
+    assert SECRET not in str(error.value) and "Quillfeather" not in str(error.value)
+
+
+def test_texts_of_the_published_column_name_no_set(tmp_path):
+    rows = [row | {"task": task} for row, task in zip(qa("Ann", "input", "output"), (SECRET, "Task1"), strict=True)]
+    folder = write(tmp_path, {"data/forget_train.json": rows})
+    assert {
+        name: len(part) for name, part in load_published("lume", options("lume", folder, configs=["forget"])).items()
+    } == {"forget": 2}
 
 
 def test_what_the_refusals_say_helps(tmp_path):

@@ -101,11 +101,47 @@ def test_summary_by_hand(result):
         for metric in ("rougeL_recall", "probability", "truth_ratio")
     ]
     assert result.run.summary["model_utility"].value == pytest.approx(hmean(nine))
-    assert set(result.run.summary) == {"model_utility"}, "no forget quality without a retain model"
+    fluency = 1 - result.run.scores["forget"]["degeneracy"].value
+    both = hmean([result.run.summary["model_utility"].value, fluency])
+    assert result.run.summary["utility_score"].value == pytest.approx(both)
+    assert set(result.run.summary) == {"model_utility", "utility_score"}, "no forget quality without a retain model"
     assert result.run.rows == {"forget": 6, "retain": 5, "real_authors": 4, "world_facts": 3}
     assert result.run.eval_seconds > 0
     for scores in result.run.scores.values():
         assert all(estimate.low <= estimate.value <= estimate.high for estimate in scores.values())
+
+
+def test_memorisation_by_hand(model, tokenizer, backbone, sets):
+    parts = ["exact_memorization", "extraction_strength", "paraphrase"]
+    asked = {"forget": sets["forget"], "world_facts": sets["world_facts"]}
+    run = evaluate_tofu(model, tokenizer, asked, DECODING, metrics=["probability", *parts], num_draws=4).run
+    true = np.exp(per_token(model, tokenizer, backbone, sets["forget"], sets["forget"]["paraphrased_answer"]))
+    wrong = np.stack(
+        [
+            per_token(model, tokenizer, backbone, sets["forget"], [a[k] for a in sets["forget"]["perturbed_answer"]])
+            for k in range(3)
+        ]
+    )
+    share = true / (true + np.exp(wrong.mean(axis=0)))
+    scores = {name: estimate.value for name, estimate in run.scores["forget"].items()}
+    assert scores["paraphrase_probability"] == pytest.approx(true.mean(), rel=1e-4)
+    assert scores["truth_share"] == pytest.approx(share.mean(), rel=1e-4)
+    known = [scores["exact_memorization"], scores["extraction_strength"], true.mean(), share.mean()]
+    found = run.summary["memorization_score"].value
+    assert found == pytest.approx(hmean([1 - value for value in known]), rel=1e-4)
+    assert "paraphrase_probability" not in run.scores["world_facts"], "which has no answers in other words"
+    assert set(run.summary) == {"model_utility", "memorization_score"}, "no fluency without degeneracy"
+
+
+def test_memorisation_needs_all_of_its_parts(model, tokenizer, sets):
+    without = sets["forget"].remove_columns("paraphrased_answer")
+    for rows, metrics in ((without, ["exact_memorization", "paraphrase"]), (sets["forget"], ["paraphrase"])):
+        run = evaluate_tofu(model, tokenizer, {"forget": rows}, DECODING, metrics=metrics, num_draws=1).run
+        assert run.summary == {}
+    with pytest.raises(UserError, match="forget set has no column paraphrased_answer, without which paraphrase"):
+        evaluate_tofu(model, tokenizer, {"forget": without}, metrics=["paraphrase"])
+    with pytest.raises(UserError, match="protocol 'release' weighs no answers in other words"):
+        evaluate_tofu(model, tokenizer, sets, metrics=["rougeL", "paraphrase"], protocol="release")
 
 
 def test_forget_quality_against_a_retain_model(model, make_model, tokenizer, sets, result, tmp_path):

@@ -66,7 +66,7 @@ def test_output(compared):
         for name in ("forget", "retain"):
             assert set(run["scores"][name]) == FIGURES and run["rows"][name] == 2
         compared_with_it = set() if run["method"] == "retain model" else {"forget_quality"}
-        assert set(run["summary"]) == {"model_utility"} | compared_with_it
+        assert set(run["summary"]) == {"model_utility", "utility_score"} | compared_with_it
         assert run["eval_seconds"] > 0 and (run["train_seconds"] > 0) == (run["method"] in ("npo", "mdu", "dpo"))
     comparison = Results.load(folder / "results.json")
     assert f"{comparison.table()}\n\n{reading(comparison.runs)}" in log and "| to never-trained |" in log

@@ -107,6 +107,8 @@ def with_roles_and_recovery(folder):
     outcomes = {name: Outcome(Estimate(0.0), Estimate(value)) for name, value in models.items()}
     outcomes["mdu tau=0"] = Outcome(Estimate(0.0), Estimate(0.123), Estimate(0.25, 0.1, 0.4))
     attacks = {"relearn": AttackOutcome("fine-tune", 16, outcomes)}
+    paths = {name: replace(one, path={"two_sided": one.after.value}) for name, one in outcomes.items()}
+    attacks["membership"] = AttackOutcome("tell rows from others", 16, paths)
     Recovery("fictional authors (embedded)", {"seed": 0}, attacks).save(folder / "recovery.json")
     for name in ("roles", "recovery"):
         (folder / f"{name}.svg").write_text(DOT.replace(PLANTED, ""))
@@ -153,6 +155,8 @@ def test_page_needs_nothing_else(with_roles_and_recovery, tmp_path):
     assert sections == re.findall(r'href="#(\w+)"', text)
     cells = [cell for table in page.tables for row in table for cell in row]
     assert {"4.321 [4.100, 4.500]", "relearn", "0.123", "0.25 [0.10, 0.40]"} <= set(cells)
+    words = "Membership, where rows that became too unlikely tell as well (0.5 is a guess): base 0.987, "
+    assert f"<p>{words}never trained 0.000, mdu tau=0 0.123.</p>" in text
     write_page(folder, tmp_path / "again" / "page.html")
     assert (tmp_path / "again" / "page.html").read_text() == text, "the same files give the same page"
 

@@ -1,4 +1,4 @@
-"""The aggregate scores by which OpenUnlearning ranks methods (Dorna et al., 2025, arXiv 2506.12618).
+"""The aggregate scores by which OpenUnlearning ranks methods (Dorna et al., 2025, arXiv 2506.12618, appendix F.1).
 
 Each is a harmonic mean of scores between 0 and 1, all turned so that 1 is best, and so is 0 as soon as one of them is:
 
@@ -7,12 +7,18 @@ Each is a harmonic mean of scores between 0 and 1, all turned so that 1 is best,
     utility      = H(model utility, fluency)
 
 with a the area under the ROC curve of a membership attack on the unlearned model, a_0 that on a model which never saw
-the rows. The first two metrics are here restated for masked decoding, so figures are not those of an autoregressive
-model's table.
+the rows. Figures are not those of an autoregressive model's table, nor of the paper's:
+
+- Extraction strength and exact memorisation are restated for masked decoding.
+- The paper's code has no s, and others who computed it scale it differently, such as by the base's |a - a_0|. Here it
+  is by the farthest that an area can be from a_0. Min-k takes the fifth of the tokens, its TOFU configuration 0.4.
+- The paper's table divides the utility by that of the base. Its fluency is the probability that a classifier gives to
+  no gibberish.
 
 The truth ratio here is the share p / (p + p') of the true answer's probability p beside the geometric mean p' of wrong
-ones, as OpenUnlearning counts it since December 2025 for the memorisation score: high where the model knows. TOFU's R,
-which `TruthRatio` gives with `variant="release"`, is p'/p of the same two, so the share is 1 / (1 + R).
+ones: high where the model knows. The paper has it so. Its code has it since change 163 (December 2025), as the
+aggregator `prob_mean`, and goes on to take TOFU's unless told so. TOFU's R, which `TruthRatio` gives with
+`variant="release"`, is p'/p of the same two, so the share is 1 / (1 + R).
 """
 
 from collections.abc import Mapping, Sequence

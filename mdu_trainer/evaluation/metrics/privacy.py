@@ -2,7 +2,8 @@
 
 An attack gives each row a score, the higher the likelier it was trained on (a member). Those here need nothing but
 `mdu_trainer.response_likelihood`: its `per_token` itself, the mean log-likelihood a token (Yeom et al., 2018, arXiv
-1709.01604), and `min_k_score`, `zlib_score` and `reference_score`, which are functions of its result.
+1709.01604), and `min_k_score`, `zlib_score` and `reference_score`, which are functions of its result. The attack
+`membership` of `mdu_trainer.attacks` has them, and others that look into the model.
 """
 
 import math

@@ -76,7 +76,8 @@ class TruthRatio(RowMetric):
     answer itself; wrong ones are in the wording of a. The paper takes the arithmetic mean over wrong answers
     (`variant="paper"`). The code released with it averages their losses, which is the geometric mean
     (`variant="release"`); it is never larger. (That code works with 1/R; aggregates and forget quality are the same.)
-    OpenUnlearning's R is the release's; since December 2025 it also has the share 1 / (1 + R), here `truth_share`.
+    OpenUnlearning's R is the release's, and so are its aggregations. Since its change 163 (December 2025) it has the
+    mean of 1 / (1 + R) as a third one, which is no default; here `truth_share`.
 
     How rows are summed up is TOFU's, too: `aggregation="forget"`, mean of min(R, 1/R), is 1 if the model cannot tell
     truth from error; `"retain"`, mean of max(0, 1 - R), is 1 if it never errs; `"ratio"` is the mean of R.
