@@ -38,7 +38,7 @@ def plot_along_path(scores: PathScores, file: PictureFile) -> None:
                 _draw(axes, of_set[name], label, style)
         axes.set(ylabel=name.replace("_", " "), xlim=(-0.04, 1.06))
         axes.set_ylim(bottom=0)
-        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "¼", "½", "¾", FIXED.replace(" ", "\n")])
+        axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", FIXED.replace(" ", "\n")])
         axes.tick_params(labelbottom=True)
     for place, axes in enumerate(grid.flat):
         axes.set_visible(place < len(names))

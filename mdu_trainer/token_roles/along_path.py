@@ -21,10 +21,11 @@ one from outside, unless it runs the model itself. What is left of an answer is 
 read a curve beside that of the base, or of the rows to keep.
 
 Source: the evaluation of diffusion models in a fork of OpenUnlearning (Jounce-IO/open-unlearning,
-docs/trajectory_metrics.md), which follows the logits of one decoding, step by step and back from the step at which a
-token was fixed. There likelihoods, too, are read along what the model decodes, whatever the answer; here they are
-conditioned on the answer's own tokens, so that the factors are those of that answer. "At fixing" is like its decoding
-with the target's tokens written in place of the model's, in an order chosen on what is written.
+docs/trajectory_metrics.md), which keeps the logits of one decoding and reads metrics off them, step by step and back
+from the step at which each token was fixed. By default it follows what the model decodes, whatever the answer. Here
+likelihoods are conditioned on the answer's own tokens, so that they are those of that answer. Its guided modes write
+the answer's tokens, too, in the order of the unguided decoding or by the answer's own probability; at fixing here, the
+model's confidence decides, given what is written so far.
 """
 
 from collections import defaultdict

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy.stats import hmean
 from stand_in import StandIn, always, never, shown
 
 from mdu_trainer import DiffusionGenerationConfig
@@ -90,7 +91,7 @@ def test_likelihoods_equal_plain_loops_in_float64(model, tokenizer, backbone, to
     model, backbone = model.double(), replace(backbone, logit_shift=shift)
     how = {"num_steps": STEPS, "metrics": ["probability", "truth_ratio"], "backbone": backbone}
     run = score_along_path(model, tokenizer, tofu, DECODING, **how)
-    assert run.rows == {"forget": 3, "retain": 2} and not run.parts().keys() - {*tofu, "model"}
+    assert run.rows == {"forget": 3, "retain": 2} and list(run.parts()) == ["forget", "retain", "model"]
     for name, rows in tofu.items():
         columns = [encoded(rows, answers, tokenizer, backbone) for answers in answers_of(rows)]
         for step in range(STEPS + 1):
@@ -111,6 +112,10 @@ def test_likelihoods_equal_plain_loops_in_float64(model, tokenizer, backbone, to
                 found = curve.fixed if step == STEPS else curve.steps[step]
                 assert found.value == pytest.approx(value, rel=1e-6), (name, score, step)
                 assert found.low <= found.value <= found.high
+    utility = run.summary["model_utility"]
+    kept = [run.scores["retain"][score] for score in ("probability", "truth_ratio")]
+    assert utility.fixed.value == pytest.approx(hmean([curve.fixed.value for curve in kept]))
+    assert utility.steps[1].value == pytest.approx(hmean([curve.steps[1].value for curve in kept]))
 
 
 def test_step_0_is_a_fully_masked_pass(model, tokenizer, backbone, tofu):
