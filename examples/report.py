@@ -3,8 +3,8 @@
     python examples/report.py outputs/demo
 
 It shows what the folder holds: `results.json` of examples/tofu.py or examples/sweep.py, the models' training curves
-and cards, `roles.json`, `recovery.json` and their pictures. It quotes no row to forget unless `--show_forget_text` is
-given; the page is then as private as the rows are.
+and cards, `roles.json`, `along_path.json`, `recovery.json` and their pictures. It quotes no row to forget unless
+`--show_forget_text` is given; the page is then as private as the rows are.
 """
 
 import sys

@@ -10,7 +10,7 @@
 
 PATH is a model or a folder with an adapter. Finished rows are kept in the output folder as figures, so a killed run
 continues where it stopped when the same command is given again. Processes share the rows; the figures are those of
-one.
+one. `--along_path N` also computes TOFU's metrics at N moments of the denoising path.
 """
 
 import sys
@@ -20,6 +20,7 @@ from pathlib import Path
 from trl import ModelConfig
 
 from mdu_trainer.commands import run
+from mdu_trainer.commands.along_path import check_along_path, save_path, score_path
 from mdu_trainer.commands.checks import check_least, check_not_written, check_once, check_output_folder, check_source
 from mdu_trainer.commands.loading import check_model, load
 from mdu_trainer.commands.options import parse_options, settings
@@ -29,8 +30,9 @@ from mdu_trainer.evaluation.registry import BENCHMARKS, BenchmarkOptions, choose
 from mdu_trainer.evaluation.results import Results, today
 from mdu_trainer.evaluation.runner import processes
 from mdu_trainer.files import UserError
+from mdu_trainer.token_roles.path_results import PathScores
 
-ATTACKED = ("fictional", "own", "tofu")  # benchmarks whose rows examples/attack.py takes
+ATTACKED = ("fictional", "own", "tofu")  # of pairs: examples/attack.py takes their rows, and --along_path
 
 
 @dataclass
@@ -42,11 +44,18 @@ class ScoreArguments(BenchmarkOptions):
         metadata={"help": "Questions to ask; own with --forget, fictional if unset.", "choices": BENCHMARKS.keys()},
     )
     baseline: str | None = field(default=None, metadata={"help": "results.json to print the change from."})
+    along_path: int | None = field(
+        default=None,
+        metadata={
+            "help": "Also score at N moments of the denoising path, and tokens as they are fixed: up to N forward "
+            "passes a row and answer (true and wrong ones), one a token of it, and a decoding with N passes a row."
+        },
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether the model may run code of its own."})
 
 
-def check(args: ScoreArguments, model_args: ModelConfig) -> None:
-    """Refuse options that are wrong before anything is loaded."""
+def check(args: ScoreArguments, model_args: ModelConfig) -> PathScores | None:
+    """Refuse options that are wrong before anything is loaded. Returns the baseline's scores along the path."""
     check_model(model_args)
     args.benchmark = args.benchmark or ("fictional" if args.forget is None else "own")
     if args.columns is not None and not BENCHMARKS[args.benchmark].maps_columns:
@@ -68,10 +77,13 @@ def check(args: ScoreArguments, model_args: ModelConfig) -> None:
         raise UserError(f"--benchmark {args.benchmark} needs --dataset_name: {source}, or a folder with a copy.")
     folder = Path(args.output_dir)
     check_not_written([args.baseline, args.retain_log], [folder / "results.json", folder / TRUTH_RATIOS])
+    if args.along_path is not None and args.benchmark not in ATTACKED:
+        raise UserError(f"--benchmark {args.benchmark} is not scored along the path: leave --along_path out.")
+    return check_along_path(args)
 
 
 def main(args: ScoreArguments, model_args: ModelConfig) -> None:
-    check(args, model_args)
+    earlier = check(args, model_args)
     benchmark, path = BENCHMARKS[args.benchmark], model_args.model_name_or_path
     sets = benchmark.load(args)
     baseline = Results.load(args.baseline) if args.baseline else None
@@ -79,6 +91,7 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
         raise UserError(f"{args.baseline} has figures by the protocol '{baseline.protocol}': pass --protocol, too.")
     model, tokenizer = load(path, model_args, args.trust_remote_code)
     scored = replace(benchmark.evaluate(model, tokenizer, sets, args), method=Path(path).name, rouge=args.rouge)
+    along = None if args.along_path is None else score_path(model, tokenizer, sets, args, scored.method)
     if not processes().is_main_process:
         return
     data = args.benchmark if benchmark.source is None else args.dataset_name
@@ -88,8 +101,13 @@ def main(args: ScoreArguments, model_args: ModelConfig) -> None:
     print(f"\n{results.details()}")
     if baseline is not None:
         print(f"\nChange from {baseline.runs[0].name} of {args.baseline}:\n\n{scored.change(baseline.runs[0])}")
+    files = {"figures": Path(args.output_dir, "results.json")}
+    if along is not None:
+        paths, picture = save_path(along, args, data, earlier)
+        print(f"\nAlong the path, by the share of the answer that is revealed:\n\n{paths.details()}")
+        files |= {"along path": picture}
     following = [attack_command(args, model_args, path, "BASE")] if args.benchmark in ATTACKED else []
-    print(f"\n{summary({'figures': Path(args.output_dir, 'results.json')}, *following)}")
+    print(f"\n{summary(files, *following)}")
 
 
 def command() -> None:

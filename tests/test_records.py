@@ -17,6 +17,7 @@ from mdu_trainer.evaluation.results import Estimate, Results, Run
 from mdu_trainer.evaluation.tofu import TruthRatios, question_digest
 from mdu_trainer.files import UserError
 from mdu_trainer.provenance.facts import Facts
+from mdu_trainer.token_roles.path_results import PathCurve, PathRun, PathScores
 from mdu_trainer.token_roles.results import OWN, TRUE, Change, Curve, RoleReport, RoleRun, RoleSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +40,12 @@ def role_report() -> RoleReport:
     return RoleReport("d", settings, counts, counts, ["stored", "structural"], made)
 
 
+def path_scores() -> PathScores:
+    curve = PathCurve([Estimate(0.5, 0.4, 0.6), None], Estimate(0.25))
+    run = PathRun("npo", {"forget": 4}, {"forget": {"probability": curve}}, {"model_utility": curve})
+    return PathScores("rows", 2, {"seed": 0}, [run])
+
+
 def write(kind: str, folder: Path, authors) -> Path:
     """A whole record."""
     path = folder / FILES[kind][0]
@@ -46,6 +53,8 @@ def write(kind: str, folder: Path, authors) -> Path:
         shutil.copy(DEMO / path.name, path)
     elif kind == "roles":
         role_report().save(path)
+    elif kind == "along path":
+        path_scores().save(path)
     elif kind == "truth ratios":
         TruthRatios(question_digest(authors), [0.5] * len(authors)).save(path)
     elif kind == "rows":
@@ -73,6 +82,7 @@ FILES = {  # kind -> name of the file, what reads it
     "results": ("results.json", lambda path, authors: Results.load(path)),
     "recovery": ("recovery.json", lambda path, authors: Recovery.load(path)),
     "roles": ("roles.json", lambda path, authors: RoleReport.load(path)),
+    "along path": ("along_path.json", lambda path, authors: PathScores.load(path)),
     "facts": ("unlearning.json", lambda path, authors: Facts.load(path.parent)),
     "truth ratios": ("truth_ratios.json", TruthRatios.load),
     "rows": ("rows.jsonl", lambda path, authors: resume(path, HEADER, runner._finished)),
@@ -165,7 +175,7 @@ def thinned(found: list[tuple], most: int = 25) -> list[tuple]:
 
 
 def test_records_survive_a_round_trip(tmp_path, authors):
-    for kind in ("results", "recovery", "roles"):
+    for kind in ("results", "recovery", "roles", "along path"):
         read, path = FILES[kind][1], write(kind, tmp_path, authors)
         record = read(path, authors)
         record.save(tmp_path / "again.json")

@@ -237,9 +237,9 @@ def evaluate_tofu(
     )
     ratios = scored.scores["forget"].get("truth_ratio")
     truth_ratios = None if ratios is None else TruthRatios(question_digest(sets["forget"]), ratios, protocol)
-    scores = {name: estimates(_aggregated(name, of_set)) for name, of_set in scored.scores.items()}
-    of_model = ({name: len(sets[name]) for name in scores}, _summary(scores, truth_ratios, retain_log))
-    run = Run(method, None, scores, *of_model, 0.0, scored.seconds, protocol=protocol)
+    scores, summary = tofu_scores(scored.scores, truth_ratios, retain_log)
+    rows = {name: len(sets[name]) for name in scores}
+    run = Run(method, None, scores, rows, summary, 0.0, scored.seconds, protocol=protocol)
     return TofuResult(run, scored.scores, truth_ratios)
 
 
@@ -281,6 +281,20 @@ def tofu_questions(
             )
         found.append(QuestionSet(name, questions, choose_metrics(wanted), generation_config, num_draws, protocol))
     return found
+
+
+def tofu_scores(
+    row_scores: Mapping[str, RowScores], truth_ratios: TruthRatios | None = None, retain_log: TruthRatios | None = None
+) -> tuple[dict[str, Scores], Scores]:
+    """The means that TOFU reports of each set, and of the model as a whole.
+
+    Args:
+        row_scores: set -> name of a score -> a value a row; truth ratios as defined.
+        truth_ratios, retain_log: of the forget rows, of the model and of one that never saw them; both give the
+            forget quality.
+    """
+    scores = {name: estimates(_aggregated(name, of_set)) for name, of_set in row_scores.items()}
+    return scores, _summary(scores, truth_ratios, retain_log)
 
 
 def longest_answer(sets: Mapping[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> int:

@@ -186,18 +186,31 @@ def _row_generator(seed: int, prompt: list[int], response: list[int]) -> np.rand
 
 def _fill_log_p(model: nn.Module, batch: list[tuple[_Row, int]], backbone: Backbone) -> None:
     """Run one forward pass over pairs of a row and k: log p of what set k masks goes into the row."""
-    ids, attention_mask = pad_rows([row.prompt + row.response for row, _ in batch], backbone.pad_token_id)
+    masked = [(row.prompt, row.response, row.draws.masked[k]) for row, k in batch]
+    for (row, k), found in zip(batch, masked_log_p(model, masked, backbone), strict=True):
+        row.log_p[k, row.draws.masked[k]] = found
+
+
+@torch.no_grad()
+def masked_log_p(
+    model: nn.Module, rows: Sequence[tuple[list[int], list[int], np.ndarray]], backbone: Backbone
+) -> list[np.ndarray]:
+    """log p of the masked tokens of each response given the others, in nats, from one pass: float64 `[n]` each.
+
+    Args:
+        model: in evaluation mode. A block-wise one is shown the whole blocks before each block, whatever is masked.
+        rows: ids of a prompt, those of a response, and which of the latter are masked, bool `[L]`, each.
+        backbone: facts of the model.
+    """
+    ids, attention_mask = pad_rows([prompt + response for prompt, response, _ in rows], backbone.pad_token_id)
     masked = torch.zeros_like(ids, dtype=torch.bool)
-    for positions, (row, k) in zip(masked, batch, strict=True):
-        positions[len(row.prompt) :][: len(row.response)] = torch.from_numpy(row.draws.masked[k])
+    for positions, (prompt, response, hidden) in zip(masked, rows, strict=True):
+        positions[len(prompt) :][: len(response)] = torch.from_numpy(hidden)
     device = next(model.parameters()).device
     ids, attention_mask, masked = (part.to(device) for part in (ids, attention_mask, masked))
     noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
-    measure, shift = TokenNLL(ids[masked]), backbone.logit_shift
-    nll = measure_at(model, noisy_ids, attention_mask, masked, measure, logit_shift=shift).value
-    log_p = -nll.cpu().double()
-    for (row, k), found in zip(batch, log_p.split(masked.sum(dim=1).tolist()), strict=True):
-        row.log_p[k, row.draws.masked[k]] = found.numpy()
+    nll = measure_at(model, noisy_ids, attention_mask, masked, TokenNLL(ids[masked]), **backbone.form(ids)).value
+    return [part.numpy() for part in (-nll.cpu().double()).split(masked.sum(dim=1).tolist())]
 
 
 def _check(prompt_ids: Sequence[list[int]], response_ids: Sequence[list[int]], backbone: Backbone) -> None:

@@ -28,6 +28,7 @@ from ..evaluation.results import Results, Run, common, level_of
 from ..files import UserError, without_secrets, write_whole
 from ..objectives import described
 from ..provenance.facts import FACTS_FILE, Facts
+from ..token_roles.path_results import ALONG_PATH, PathScores
 from ..token_roles.results import RoleReport
 from .data_names import data_name
 from .first_screen import first_screen
@@ -47,12 +48,18 @@ PICTURES = {  # found in the folder: name -> (section, alternative text)
     "roles": ("roles", "Divergence by role of the token, for each model."),
     "path": ("roles", "Divergence along the denoising path of the true answers, by role of the token."),
     "decoding": ("roles", "Divergence along what each model decodes, by role of the token."),
+    "along_path": ("along", "Metrics along the denoising path, for the rows to forget and to keep."),
     "recovery": ("recovery", "What each attack brings back of what was forgotten, for each model."),
 }
 # with words of rows
 PRIVATE_PICTURES = {"heatmap": ("roles", "Divergence of each token of an answer along the denoising path.")}
 # what the analyses of the models in a folder leave beside the comparison
-ANALYSES = (ROLES, RECOVERY, *(f"{name}{suffix}" for name in (*PICTURES, *PRIVATE_PICTURES) for suffix in TYPES))
+ANALYSES = (
+    ROLES,
+    RECOVERY,
+    ALONG_PATH,
+    *(f"{name}{suffix}" for name in (*PICTURES, *PRIVATE_PICTURES) for suffix in TYPES),
+)
 MOST_COLUMNS = 8  # runs side by side
 TRAINING = {  # facts of a training -> column
     "steps": "steps",
@@ -104,8 +111,9 @@ def write_page(
     """Write the page of a folder that a comparison was written to.
 
     First comes, for a reader in a hurry, what was to be forgotten and whether it worked. Then comes what is there:
-    `results.json`, `roles.json`, `recovery.json`, `leak_history.jsonl`, the models' folders with their training curves
-    and cards, and the pictures `roles`, `path`, `decoding`, `heatmap` and `recovery` (SVG or PNG).
+    `results.json`, `roles.json`, `along_path.json`, `recovery.json`, `leak_history.jsonl`, the models' folders with
+    their training curves and cards, and the pictures `roles`, `path`, `decoding`, `heatmap`, `along_path` and
+    `recovery` (SVG or PNG).
 
     Args:
         folder: of the comparison.
@@ -126,7 +134,7 @@ def write_page(
     output = Path(output) if output is not None else folder / PAGE
     results = load_record(Results, folder)
     results = results and results.finite()
-    shown = (RESULTS, ROLES, RECOVERY, LEAK_HISTORY)
+    shown = (RESULTS, ROLES, RECOVERY, ALONG_PATH, LEAK_HISTORY)
     found = [name for name in shown if (folder / name).is_file()]
     if not found:
         raise UserError(f"{folder} holds nothing to show: none of {', '.join(shown)}.")
@@ -143,8 +151,7 @@ def write_page(
         **comparison,
         **_trained(models, output.parent),
         roles=None if roles is None else roles.details_cells(),
-        recovery=recovery and recovery.table_cells(),
-        membership=recovery and recovery.membership_words(),
+        **_analysed(folder, recovery),
         leaks=leak_cells(leaks) if leaks else None,
         trend=leaks and _draw(plot_leaks, leaks, alt=TREND, caption=TREND_CAPTION),
         pictures=_pictures(folder, private=rows is not None),
@@ -268,6 +275,13 @@ def _trained(models: list[Model], beside: Path) -> dict[str, Any]:
     return {"runs": runs, "methods": list(methods.values()), "training": list(TRAINING.values()), "curves": curves}
 
 
+def _analysed(folder: Path, recovery: Recovery | None) -> dict[str, Any]:
+    """Return what is shown of scores along the path, by title, and of attacks; None for what is not there."""
+    along = PathScores.load(folder / ALONG_PATH).tables() if (folder / ALONG_PATH).is_file() else None
+    told = recovery and recovery.membership_words()
+    return {"along": along, "recovery": recovery and recovery.table_cells(), "membership": told}
+
+
 def _audit(rows: Pairs, others: Pairs, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the answers with their tokens coloured by role, as HTML."""
     questions, answers = (list(texts) for texts in zip(*rows, *others, strict=True))
@@ -278,7 +292,7 @@ def _audit(rows: Pairs, others: Pairs, tokenizer: PreTrainedTokenizerBase) -> st
 
 def _pictures(folder: Path, private: bool) -> dict[str, list[Picture]]:
     """Return the pictures that lie in a folder, by section; those with words of rows only for a private page."""
-    sections: dict[str, list[Picture]] = {"roles": [], "recovery": []}
+    sections: dict[str, list[Picture]] = {"roles": [], "along": [], "recovery": []}
     for name, (section, alt) in (PICTURES | (PRIVATE_PICTURES if private else {})).items():
         path = next((path for suffix in TYPES if (path := folder / f"{name}{suffix}").is_file()), None)
         if path is not None:

@@ -98,10 +98,14 @@ def true_paths(
         if not response:
             raise UserError(f"The response of row {row} is empty, so it has no tokens to reveal: remove the row.")
         for number in range(num_paths):
-            noise = counter_uniform(seed, torch.tensor(number), torch.tensor(row), torch.arange(len(response)))
-            order = noise.argsort(stable=True).argsort().numpy()
-            paths.append(Path(row, prompt, response, order, row_roles))
+            paths.append(Path(row, prompt, response, random_order(seed, number, row, len(response)), row_roles))
     return paths
+
+
+def random_order(seed: int, number: int, row: int, length: int) -> np.ndarray:
+    """The moment at which each token of a path of a row is revealed, at random: int64 `[length]`, 0 the first."""
+    noise = counter_uniform(seed, torch.tensor(number), torch.tensor(row), torch.arange(length))
+    return noise.argsort(stable=True).argsort().numpy()
 
 
 def decoded_paths(
@@ -119,6 +123,27 @@ def decoded_paths(
         config: how it decodes.
         label: gives decoded responses, ids up to and with their first end token, a role a token.
     """
+    decoded, tokens, revealed = watch_decoding(model, prompts, backbone, config)
+    measured = [tokens[row, : len(ids) + 1].tolist() for row, ids in enumerate(decoded)]  # with the end token
+    return [
+        Path(row, prompts[row], tokens[row].tolist(), revealed[row], row_roles)
+        for row, row_roles in enumerate(label(measured))
+    ]
+
+
+def watch_decoding(
+    model: nn.Module, prompts: Sequence[list[int]], backbone: Backbone, config: DiffusionGenerationConfig, **how: Any
+) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
+    """What `generate_ids` returns, each token that it revealed, and in which step, the last if it was edited.
+
+    Args:
+        model, prompts, backbone, config: as in `decoded_paths`.
+        how: further arguments of `generate_ids`.
+
+    Returns:
+        Ids of each response; and of all N positions of the R responses the tokens, int64 `[R, N]`, [MASK] where none
+        was revealed, and the steps, int64 `[R, N]`, `NEVER` there.
+    """
     shape = len(prompts), config.max_new_tokens
     tokens = np.full(shape, backbone.mask_token_id, dtype=np.int64)
     revealed = np.full(shape, NEVER, dtype=np.int64)
@@ -128,12 +153,7 @@ def decoded_paths(
         tokens[place, position] = step.token.cpu().numpy()
         revealed[place, position] = step.step
 
-    decoded = generate_ids(model, prompts, config, backbone, on_reveal=record)
-    measured = [tokens[row, : len(ids) + 1].tolist() for row, ids in enumerate(decoded)]  # with the end token
-    return [
-        Path(row, prompts[row], tokens[row].tolist(), revealed[row], row_roles)
-        for row, row_roles in enumerate(label(measured))
-    ]
+    return generate_ids(model, prompts, config, backbone, on_reveal=record, **how), tokens, revealed
 
 
 @torch.no_grad()
@@ -229,17 +249,20 @@ def _measure(
     predicted = []
     for model in models:
         with evaluation_mode(model):
-            predicted.append(_predict(model, noisy.noisy_ids, attention_mask, rows, backbone.form(ids)))
+            predicted.append(predict_at(model, noisy.noisy_ids, attention_mask, rows, backbone.form(ids)))
             if model is models[0]:
                 clean = torch.where(noisy.masked, ids, noisy.anchor_ids)
-                unprompted = _predict(model, noisy.anchor_ids, attention_mask, rows, backbone.form(clean))
+                unprompted = predict_at(model, noisy.anchor_ids, attention_mask, rows, backbone.form(clean))
     columns = list(_compare(predicted[0], unprompted, ids[rows], predicted[1:]))
     table = torch.cat(columns, dim=1).cpu().double().numpy()
     where = [np.flatnonzero(masked[: len(path.roles)]) for path, masked in inputs]
     return where, [list(part) for part in np.split(table, np.cumsum([len(w) for w in where])[:-1], axis=1)]
 
 
-def _predict(model: nn.Module, ids: Tensor, attention_mask: Tensor, rows: Tensor, form: dict[str, Any]) -> Prediction:
+def predict_at(
+    model: nn.Module, ids: Tensor, attention_mask: Tensor, rows: Tensor, form: dict[str, Any]
+) -> Prediction:
+    """The predictions of the N tokens in `rows` (bool `[B, L]`), with the head's weights; `form` as of a backbone."""
     prediction = hidden_at(model, ids, attention_mask, rows, **form)
     if isinstance(prediction, Tensor):
         return prediction

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from mdu_trainer import load_model
 from mdu_trainer.evaluation.results import Results
+from mdu_trainer.token_roles.path_results import PathScores
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "score.py"
@@ -133,6 +134,24 @@ def test_baseline_and_adapter(checkpoint, scored, tmp_path, tokenizer):
     assert figures(tmp_path / "same").summary["forget_quality"].value == 1
 
 
+def test_along_the_path(checkpoint, scored, tmp_path, authors):
+    """The baseline's lines stand beside the model's; what is written holds no word of a row."""
+    short = ("--along_path", "2", "--max_eval_rows", "2", "--metrics", "rougeL", "probability")
+    evaluate(checkpoint, tmp_path / "base", *short)
+    log = evaluate(checkpoint, tmp_path / "out", *short, "--baseline", tmp_path / "base" / "results.json")
+    names = {"along_path.json", "along_path.png", "along_path.svg", "path_rows.jsonl", "results.json", "rows.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names
+    scores = PathScores.load(tmp_path / "out" / "along_path.json")
+    first, second = scores.runs
+    assert [run.name for run in scores.runs] == ["model (baseline)", "model"] and scores.num_steps == 2
+    assert first.scores == second.scores and second.rows == {"forget": 2, "retain": 2}
+    (run,) = Results.load(tmp_path / "out" / "results.json").runs
+    assert second.scores["forget"]["rougeL_recall"].fixed == run.scores["forget"]["rougeL_recall"]
+    assert "| at fixing |" in log and "model: retain" in log and "along_path.png" in log
+    written = log + "".join(path.read_text() for path in (tmp_path / "out").glob("*.[js][sv][og]*"))
+    assert not any(name in written for row in authors for name in row["answer"].split()[:2] if len(name) > 4)
+
+
 def test_refusals_come_before_a_model(scored, tmp_path, tofu_path):
     nothing = tmp_path / "no model here"  # but a config, so that the mistakes below are what is wrong
     nothing.mkdir()
@@ -148,6 +167,9 @@ def test_refusals_come_before_a_model(scored, tmp_path, tofu_path):
         ("--choices", "generated"): "choices is for the multiple choice of RWKU",
         ("--rouge", "precision"): "invalid choice",
         ("--metrics", "bleu"): "Unknown metrics: bleu",
+        ("--along_path", "0"): "--along_path must be at least 1, got 0",
+        ("--along_path", "4", "--metrics", "extraction_strength"): "'extraction_strength' decodes by itself",
+        ("--along_path", "4", "--benchmark", "rwku", "--dataset_name", "a/b"): "rwku is not scored along the path",
     }
     for arguments, message in refused.items():
         assert message in evaluate(nothing, tmp_path / "out", *arguments, expect=2), arguments

@@ -25,6 +25,7 @@ from mdu_trainer.provenance.facts import Facts
 from mdu_trainer.report import page as pages
 from mdu_trainer.report.leak_plot import LEAKS, PASSED
 from mdu_trainer.report.page import write_page
+from mdu_trainer.token_roles.path_results import PathCurve, PathRun, PathScores
 from mdu_trainer.token_roles.results import Change, RoleReport, RoleRun, RoleSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,11 @@ def with_roles_and_recovery(folder):
     paths = {name: replace(one, path={"two_sided": one.after.value}) for name, one in outcomes.items()}
     attacks["membership"] = AttackOutcome("tell rows from others", 16, paths)
     Recovery("fictional authors (embedded)", {"seed": 0}, attacks).save(folder / "recovery.json")
-    for name in ("roles", "recovery"):
+    curve = PathCurve([Estimate(0.7654, 0.7, 0.8), None], Estimate(0.2345))
+    PathScores("d", 2, {}, [PathRun("mdu tau=0", {"forget": 8}, {"forget": {"truth_ratio": curve}})]).save(
+        folder / "along_path.json"
+    )
+    for name in ("roles", "along_path", "recovery"):
         (folder / f"{name}.svg").write_text(DOT.replace(PLANTED, ""))
     return folder
 
@@ -148,15 +153,16 @@ def test_page_needs_nothing_else(with_roles_and_recovery, tmp_path):
     assert not {"script", "iframe", "object", "embed", "video", "base"} & set(page.seen)
     assert "url(" not in text and "@import" not in text and "@font-face" not in text
     assert all(image["alt"] and image["src"].startswith("data:image/svg+xml;base64,") for image in page.images)
-    assert len(page.images) == 6 and page.seen.count("h1") == 1 and page.seen.count("caption") == len(page.tables)
+    assert len(page.images) == 7 and page.seen.count("h1") == 1 and page.seen.count("caption") == len(page.tables)
     sections = re.findall(r'<section id="(\w+)"', text)
-    every = "short run comparison tradeoff training roles recovery details settings"
+    every = "short run comparison tradeoff training roles along recovery details settings"
     assert sections == every.split()
     assert sections == re.findall(r'href="#(\w+)"', text)
     cells = [cell for table in page.tables for row in table for cell in row]
     assert {"4.321 [4.100, 4.500]", "relearn", "0.123", "0.25 [0.10, 0.40]"} <= set(cells)
     words = "Membership, where rows that became too unlikely tell as well (0.5 is a guess): base 0.987, "
     assert f"<p>{words}never trained 0.000, mdu tau=0 0.123.</p>" in text
+    assert ["0.00", "0.765 [0.700, 0.800]"] in [row for table in page.tables for row in table]
     write_page(folder, tmp_path / "again" / "page.html")
     assert (tmp_path / "again" / "page.html").read_text() == text, "the same files give the same page"
 
@@ -173,7 +179,7 @@ def test_no_forget_text_unless_it_is_given(with_roles_and_recovery, tokenizer):
     assert "Do not pass it on" in shown and f"<{PLANTED}>" not in shown, "quoted, not run as markup"
     assert "Nobody to forget" not in shown
     assert path.stat().st_mode & 0o077 == 0, "for nobody else"
-    assert len(Page(shown).images) == 7, "also the picture with words in it"
+    assert len(Page(shown).images) == 8, "also the picture with words in it"
 
 
 INJECTIONS = [
