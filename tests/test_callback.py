@@ -1,14 +1,13 @@
 """Scoring during training: figures, stops, and training that goes on as if nothing were watching."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+import warm
 from datasets import Dataset
 
 from mdu_trainer import DiffusionGenerationConfig, MDUConfig, MDUTrainer, question_answer_rows
@@ -315,10 +314,8 @@ with open(f"{output}/{rank}.json", "w") as file:
 
 def run_script(script, folder, num_processes, batch_size, limit):
     folder.mkdir()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    arguments = [str(script), str(folder), str(batch_size), str(limit)]
-    subprocess.run([*command, *arguments], check=True, env=environment, timeout=240)
+    done = warm.run_together([sys.executable, script, folder, batch_size, limit], cwd=folder, number=num_processes)
+    assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_processes)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 
@@ -309,21 +310,16 @@ def test_in_a_process_of_its_own(given):
 def test_interrupted_in_a_process_of_its_own(tmp_path):
     """Ctrl-C while a model from scratch is taught: status 130, no traceback, a word on how to go on."""
     arguments = ["--output_dir", str(tmp_path / "out"), "--finetune_epochs", "5000", "--hidden_size", "16"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTIBLE, "examples/tofu.py", *arguments, "--use_cpu", "--report_to", "none"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
-    for line in process.stdout:
-        if line.startswith("fine-tuning"):
-            break
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    log = process.communicate(timeout=200)[0]
-    assert process.returncode == 130 and "Traceback" not in log, log[-2000:]
+    words = [sys.executable, "-c", INTERRUPTIBLE, "examples/tofu.py", *arguments, "--use_cpu", "--report_to", "none"]
+    with warm.started(words, tmp_path / "log.txt", cwd=ROOT) as (process,):
+        while "fine-tuning" not in (log := (tmp_path / "log.txt").read_text()):
+            assert process.is_alive(), log
+            time.sleep(0.01)
+        time.sleep(1)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(200)
+        log = (tmp_path / "log.txt").read_text()
+        assert process.exitcode == 130 and "Traceback" not in log, log[-2000:]
     assert "tofu.py: stopped. To go on from what is finished, give the same command again with --resume." in log
 
 

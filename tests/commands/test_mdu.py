@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from mdu_trainer.commands import mdu
 from mdu_trainer.evaluation.results import Results
@@ -111,14 +112,8 @@ def test_from_end_to_end(tmp_path, tokenizer):
     for part in (tiny_mdlm(tokenizer, hidden_size=16, num_layers=1, num_heads=2), tokenizer):
         part.save_pretrained(tmp_path / "model")
     quick = ["--max_eval_rows", "2", "--likelihood_draws", "1", "--decoding-steps", "1", "--dtype=float32"]
-    run = subprocess.run(
-        [sys.executable, "-m", "mdu_trainer.mdu", "score", "--model", "model", "--output_dir", "scored", *quick],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        timeout=200,
-    )
+    command = ["-m", "mdu_trainer.mdu", "score", "--model", "model", "--output_dir", "scored", *quick]
+    run = warm.run([sys.executable, *command], cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
     results = Results.load(tmp_path / "scored" / "results.json")
     assert results.details() in run.stdout and results.runs[0].rows == {"forget": 2, "retain": 2}

@@ -1,8 +1,6 @@
 """lm-evaluation-harness gives the figures that direct scoring gives. Data and tasks are local."""
 
 import json
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -259,11 +257,8 @@ def test_two_processes_give_the_figures_of_one(model, tokenizer, backbone, rows,
     write_task(tmp_path / "choices", CHOICES, rows[:7])  # an odd number: the shares differ
     script, output = tmp_path / "script.py", tmp_path / "found.json"
     script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, checkpoint, str(tmp_path / "choices"), str(output)], check=True, env=environment, timeout=240
-    )
+    done = warm.run_together([sys.executable, script, checkpoint, tmp_path / "choices", output], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(output.read_text())
     expected = direct_accuracy(model, tokenizer, backbone, rows[:7])
     assert list(found.values()) == pytest.approx(expected.tolist())

@@ -3,13 +3,11 @@
 import json
 import re
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import warm
 from peft import LoraConfig, get_peft_model
@@ -21,22 +19,16 @@ from mdu_trainer.token_roles.path_results import PathScores
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "score.py"
 SMALL = ("--max_eval_rows", "6", "--likelihood_draws", "2", "--max_new_tokens", "8", "--dtype", "float32")
-TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 
 
-def command(model, output, *arguments, launcher=()):
-    given = ["--model_name_or_path", model, "--output_dir", output, *SMALL, *arguments]
-    return [sys.executable, *launcher, str(SCRIPT), *map(str, given)]
+def command(model, output, *arguments):
+    return [sys.executable, SCRIPT, "--model_name_or_path", model, "--output_dir", output, *SMALL, *arguments]
 
 
-def evaluate(model, output, *arguments, launcher=(), expect=0):
-    words = command(model, output, *arguments, launcher=launcher)
-    if launcher:
-        run = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=280)
-    else:
-        run = warm.run(words, cwd=ROOT, timeout=280)
-    assert run.returncode == expect, run.stderr[-3000:]
-    return run.stdout + run.stderr
+def evaluate(model, output, *arguments, run=warm.run, expect=0):
+    ended = run(command(model, output, *arguments), cwd=ROOT, timeout=280)
+    assert ended.returncode == expect, ended.stderr[-3000:]
+    return ended.stdout + ended.stderr
 
 
 def figures(folder):
@@ -84,7 +76,7 @@ def test_batch_size_does_not_matter(checkpoint, scored, tmp_path):
 
 def test_two_processes_give_the_file_of_one(checkpoint, scored, tmp_path):
     evaluate(checkpoint, tmp_path / "one", "--batch_size", "2")
-    evaluate(checkpoint, tmp_path / "two", "--batch_size", "2", launcher=TWO)
+    evaluate(checkpoint, tmp_path / "two", "--batch_size", "2", run=warm.run_together)
     assert figures(tmp_path / "one") == figures(tmp_path / "two"), "to the last bit"
     lines = [json.loads(line) for line in (tmp_path / "two" / "rows.jsonl").read_text().splitlines()[1:]]
     assert len({(line["set"], line["row"]) for line in lines}) == len(lines) == 12
@@ -95,24 +87,15 @@ def test_killed_and_started_again(checkpoint, tmp_path):
     options = ("--batch_size", "2", "--max_eval_rows", "16", "--likelihood_draws", "32")
     evaluate(checkpoint, tmp_path / "undisturbed", *options)
     rows, kept = tmp_path / "killed" / "rows.jsonl", []
-    for launcher in ((), TWO):
-        process = subprocess.Popen(
-            command(checkpoint, tmp_path / "killed", *options, launcher=launcher),
-            cwd=ROOT,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        try:
+    for number in (1, 2):
+        words, log = command(checkpoint, tmp_path / "killed", *options), tmp_path / "log.txt"
+        with warm.started(words, log, cwd=ROOT, number=number) as processes:
             deadline = time.monotonic() + 200
             while not rows.is_file() or rows.read_bytes().count(b"\n") < len(kept) + 3:
-                assert process.poll() is None and time.monotonic() < deadline
+                assert all(one.is_alive() for one in processes), log.read_text()[-3000:]
+                assert time.monotonic() < deadline
                 time.sleep(0.002)
-        finally:
-            workers = psutil.Process(process.pid).children(recursive=True)  # torchrun's have sessions of their own
-            for one in (process, *workers):
-                one.send_signal(signal.SIGKILL)
-            process.wait()
-            psutil.wait_procs(workers)
+        assert [one.exitcode for one in processes] == [-signal.SIGKILL] * number
         kept = rows.read_text().splitlines()[: rows.read_bytes().count(b"\n")]
         assert 3 <= len(kept) <= 32, "it was killed in the middle"
     evaluate(checkpoint, tmp_path / "killed", *options)

@@ -4,8 +4,8 @@ import json
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -37,13 +37,11 @@ QUICK = [
 NAMES = [f"{method}-lr{rate}-steps2-seed42" for method in ("npo", "mdu-tau0") for rate in (0.001, 0.01)]
 
 
-def start(*arguments):
-    command = [sys.executable, "-u", str(ROOT / "examples" / "sweep.py"), *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+SCRIPT = [sys.executable, ROOT / "examples" / "sweep.py"]
 
 
 def sweep(*arguments, expect=0):
-    run = warm.run([sys.executable, ROOT / "examples" / "sweep.py", *arguments], cwd=ROOT, timeout=280)
+    run = warm.run([*SCRIPT, *arguments], cwd=ROOT, timeout=280)
     assert run.returncode == expect, run.stderr[-3000:]
     return run.stdout + run.stderr
 
@@ -98,16 +96,12 @@ def test_output(whole):
 
 def test_killed_in_the_middle_and_started_again(whole, tmp_path):
     """No finished run is trained again, and the results are those of a sweep that nothing disturbed."""
-    folder = tmp_path / "killed"
-    process = start("--output_dir", folder, *GRID, *QUICK)
-    before = ""
-    for line in process.stdout:
-        before += line
-        if line.startswith(f"unlearning {NAMES[2]}:"):  # the third of four has begun
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL and trainings(before) == NAMES[:3]
+    folder, log = tmp_path / "killed", tmp_path / "log.txt"
+    with warm.started([*SCRIPT, "--output_dir", folder, *GRID, *QUICK], log, cwd=ROOT) as (process,):
+        while f"\nunlearning {NAMES[2]}:" not in log.read_text():  # the third of four has begun
+            assert process.is_alive(), log.read_text()[-3000:]
+            time.sleep(0.002)
+    assert process.exitcode == -signal.SIGKILL and trainings(log.read_text()) == NAMES[:3]
     finished = [run.name for run in Results.load(folder / "results.json").runs]
     assert len(finished) == 1 + 2, "the results of the finished runs were written"
     weights = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}

@@ -1,13 +1,12 @@
 """Several processes do what one does: DDP and FSDP2 on the CPU with gloo. ZeRO needs a GPU; its branches are asked."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import warm
 import yaml
 from distributed_worker import CASES, run
 
@@ -19,16 +18,8 @@ TOLERANCE = 1e-4  # of the distance that the weights have moved: float32 sums in
 
 
 def launch(folder, backend, cases):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    worker = str(ROOT / "tests" / "distributed_worker.py")
-    done = subprocess.run(
-        [sys.executable, *launcher, worker, str(folder), backend, *cases],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=280,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    worker = ROOT / "tests" / "distributed_worker.py"
+    done = warm.run_together([sys.executable, worker, folder, backend, *cases], cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     return {case: torch.load(folder / f"{backend} {case}.pt") for case in cases}
 
