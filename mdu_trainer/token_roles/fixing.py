@@ -11,12 +11,14 @@ answers of that length: that of the order in which the model itself decodes, whe
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ..divergence import Projection, TokenNLL
+from ..divergence import TokenNLL
 from ..inference.config import DiffusionGenerationConfig
 from ..inference.sampling import best_positions, propose
 from ..inference.schedule import Step
@@ -88,15 +90,16 @@ def _predict(
         form["clean"] = form["clean"]._replace(opens=True)
     noisy_ids = ids.masked_fill(masked, backbone.mask_token_id)
     prediction, targets = predict_at(model, noisy_ids, attention_mask, masked, form), ids[masked]
-    vocabulary = len(prediction.weight) if isinstance(prediction, Projection) else prediction.shape[1]
+    vocabulary = prediction.shape[1] if isinstance(prediction, Tensor) else len(cast(Tensor, prediction.weight))
     size = max(1, CHUNK_ELEMENTS // vocabulary)
     banned = list({backbone.mask_token_id, backbone.pad_token_id} - set(backbone.end_token_ids))
     confidence, of_true = [], []
     for start in range(0, len(targets), size):
         chunk = slice(start, start + size)
-        part = prediction.select(chunk) if isinstance(prediction, Projection) else prediction[chunk]
+        part = prediction[chunk] if isinstance(prediction, Tensor) else prediction.select(chunk)
         of_true.append(-TokenNLL(targets[chunk])(part).value.double())
-        logits = (nn.functional.linear(*part) if isinstance(part, Projection) else part).float()
+        logits = part if isinstance(part, Tensor) else linear(part.hidden, cast(Tensor, part.weight), part.bias)
+        logits = logits.float()
         logits[:, banned] = -torch.inf
         at = torch.zeros_like(targets[chunk])  # greedily, which row and position it is does not matter
         confidence.append(propose(logits, at, 0, at, GREEDY)[1])

@@ -234,6 +234,10 @@ def filled(folder: Path, text: str) -> Whole:
     outcome = recovery.attacks["relearn"]
     models = outcome.models | {f"other {text}": outcome.models["mdu tau=0"]}
     replace(recovery, attacks={text: replace(outcome, words=text, models=models)}).save(folder / "recovery.json")
+    along = PathScores.load(folder / "along_path.json")
+    (run,) = along.runs
+    other = PathRun(f"other {text}", {text: 8}, {text: {text: run.scores["forget"]["truth_ratio"]}})
+    replace(along, runs=[run, other]).save(folder / "along_path.json")
     rows = [{"question": text, "answer": f"It is {text}"}]
     return Whole(write_page(folder, forget_rows=rows).read_text())
 
