@@ -14,7 +14,8 @@ The unseen rows must differ from the forget rows in nothing else, or any model t
 with other answers do; other questions mostly do not, for a model recognises their names.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +24,10 @@ import torch
 from ..evaluation.metrics import min_k_score, outscored, two_sided
 from ..evaluation.metrics.privacy import DECIMALS
 from ..evaluation.scoring import Question
-from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform, forward_process
 from ..models import evaluation_mode, logits_at
-from .base import AttackScores, Target, mean, strongest, trained_alone
+from .base import AttackScores, Target, mean, strongest
+from .changes import trained_alone
 from .results import TWO_SIDED
 
 LEAST_VARIANCE = 1e-6  # of the log-likelihoods of a prediction that is all but certain
@@ -42,24 +43,13 @@ def attack(target: Target, seed: int) -> AttackScores:
     """
     unseen = target.settings.unseen
     sets = [target.questions, target.encode(unseen["question"], unseen)]
-    likelihoods = [
-        response_likelihood(
-            target.model,
-            [question.prompt for question in questions],
-            [question.answers["answer"][0] for question in questions],
-            target.backbone,
-            num_draws=target.settings.num_draws,
-            batch_size=target.settings.decoding.batch_size,
-            seed=seed,
-        )
-        for questions in sets
-    ]
+    log_p = [target.log_p(questions, seed) for questions in sets]
     draws = max(1, target.settings.num_draws // len(SIZES))
     sizes = [masked_log_p(target, questions, seed, draws) for questions in sets]
     median = np.median(sizes[1], axis=0)
     scores = {
-        "loss": [np.round(one.per_token, DECIMALS) for one in likelihoods],
-        "min-k": [np.round(min_k_score(one.tokens), DECIMALS) for one in likelihoods],
+        "loss": [np.round([tokens.mean() for tokens in one], DECIMALS) for one in log_p],
+        "min-k": [np.round(min_k_score(one), DECIMALS) for one in log_p],
         "min-k++": [np.round(min_k_score(standardised_log_p(target, one, seed)), DECIMALS) for one in sets],
         "multi-mask": [(one > median).sum(axis=1) for one in sizes],
     }
@@ -71,19 +61,17 @@ def attack(target: Target, seed: int) -> AttackScores:
     return AttackScores(rows, [0.5] * len(rows), shares[name], path, reached_by)
 
 
-@torch.no_grad()
 def masked_log_p(target: Target, questions: Sequence[Question], seed: int, draws: int) -> np.ndarray:
     """Return the mean log p of the masked tokens of each row at each of `SIZES`: `[rows, sizes]`, in nats.
 
     It is a mean over a few draws of the masks, each a forward pass.
     """
     values = np.zeros((len(questions), len(SIZES), draws))
-    for places, batch in _masked_batches(target, questions, seed, draws):
-        values[tuple(places)] = -target.masked_nll(batch).cpu().numpy()
+    for places, log_p in _over_passes(target, questions, seed, draws, lambda batch: -target.masked_nll(batch)):
+        values[tuple(places)] = log_p
     return values.mean(axis=2).round(DECIMALS)
 
 
-@torch.no_grad()
 def standardised_log_p(target: Target, questions: Sequence[Question], seed: int) -> list[np.ndarray]:
     """Return the standardised log p of each token of each row, a mean over the passes that mask it: R arrays `[L]`.
 
@@ -91,14 +79,19 @@ def standardised_log_p(target: Target, questions: Sequence[Question], seed: int)
     """
     lengths = [len(question.answers["answer"][0]) for question in questions]
     total, count = (np.zeros((len(questions), max(lengths))) for _ in range(2))
-    for (rows, *_), batch in _masked_batches(target, questions, seed, draws=1):
+
+    def masked(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Place in the batch, number in the answer and value of each masked token: `[3, N]`."""
         noised = forward_process(batch, target.backbone.mask_token_id)
         where = (noised.input_ids, noised.attention_mask, noised.masked)
         logits = logits_at(target.model, *where, logit_shift=target.backbone.logit_shift)
         place, position = noised.masked.nonzero(as_tuple=True)
         token = position - (batch["completion_mask"].argmax(dim=1))[place]
-        at = rows[place.cpu().numpy()], token.cpu().numpy()
-        np.add.at(total, at, standardised(logits, noised.targets).cpu().numpy())
+        return torch.stack([place.float(), token.float(), standardised(logits, noised.targets)])
+
+    for (rows, *_), (place, token, value) in _over_passes(target, questions, seed, 1, masked):
+        at = rows[place.astype(int)], token.astype(int)
+        np.add.at(total, at, value)
         np.add.at(count, at, 1)
     return [total[row, :length] / count[row, :length] for row, length in enumerate(lengths)]
 
@@ -114,7 +107,8 @@ def gradient_norms(target: Target, questions: Sequence[Question], seed: int) -> 
     with trained_alone(target.model, parameters), torch.enable_grad():
         for question in questions:
             losses = [
-                target.masked_nll(batch).sum() for _, batch in _masked_batches(target, [question], seed, draws=1)
+                target.masked_nll(_masked_batch(target, [question], seed, places)).sum()
+                for places in _passes(target, [question], draws=1)
             ]
             gradient = torch.autograd.grad(sum(losses) / len(SIZES), parameters, allow_unused=True)
             norms.append(sum(float(part.float().square().sum()) for part in gradient if part is not None) ** 0.5)
@@ -135,29 +129,47 @@ def standardised(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (log_p.gather(1, targets[:, None])[:, 0] - mean) / variance.clamp(min=LEAST_VARIANCE).sqrt()
 
 
-def _masked_batches(
-    target: Target, questions: Sequence[Question], seed: int, draws: int
-) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-    """Yield the passes over each row at each of `SIZES`: places `[3, B]` and a batch.
+def _over_passes(
+    target: Target,
+    questions: Sequence[Question],
+    seed: int,
+    draws: int,
+    measure: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield of the passes over each row at each of `SIZES` places `[3, B]` and what is measured, batches shared."""
 
-    With 2 rows, 4 sizes and 4 draws the columns of `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ...
-    (1, 3, 3).
+    @torch.no_grad()
+    def measured(places: np.ndarray) -> np.ndarray:
+        with evaluation_mode(target.model):
+            return measure(_masked_batch(target, questions, seed, places)).cpu().numpy()
+
+    batches = _passes(target, questions, draws)
+    yield from zip(batches, target.share([partial(measured, places) for places in batches]), strict=True)
+
+
+def _passes(target: Target, questions: Sequence[Question], draws: int) -> list[np.ndarray]:
+    """Return the places of the passes of each batch: `[3, B]`.
+
+    With 2 rows, 4 sizes and 4 draws their columns are (row, size, draw) = (0, 0, 0), (0, 0, 1), ... (1, 3, 3).
     """
     shape = len(questions), len(SIZES), draws
     passes = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape))  # [3, passes]
     step = target.settings.decoding.batch_size
-    with evaluation_mode(target.model):
-        for first in range(0, passes.shape[1], step):
-            places = passes[:, first : first + step]
-            masks = _SizedMasks(seed, torch.from_numpy(places))
-            batch = target.collate(
-                [
-                    {"prompt_ids": one.prompt, "completion_ids": one.answers["answer"][0], "row": number, "visit": 0}
-                    | {"weight": 1.0, "schedule": masks}
-                    for number, one in enumerate(questions[i] for i in places[0])
-                ]
-            )
-            yield places, batch
+    return [passes[:, first : first + step] for first in range(0, passes.shape[1], step)]
+
+
+def _masked_batch(
+    target: Target, questions: Sequence[Question], seed: int, places: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """Return the batch of some passes."""
+    masks = _SizedMasks(seed, torch.from_numpy(places))
+    return target.collate(
+        [
+            {"prompt_ids": one.prompt, "completion_ids": one.answers["answer"][0], "row": number, "visit": 0}
+            | {"weight": 1.0, "schedule": masks}
+            for number, one in enumerate(questions[i] for i in places[0])
+        ]
+    )
 
 
 class _SizedMasks(NamedTuple):
