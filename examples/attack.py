@@ -13,7 +13,7 @@ Your own models, on TOFU or a data set like it:
 Rows of your own, as examples/unlearn.py takes them, are named by `--forget` and `--retain`. A model is a Hub id, a
 folder, or a folder with an adapter. Every attack is made on all of them, and recovery says how far it got on the scale
 from a model that never saw the rows (0) to the model before unlearning (1). Under `accelerate launch` the processes
-share the attacks. Finished attacks are kept in the output folder as figures, so a killed run continues where it
+share the rows. Finished attacks are kept in the output folder as figures, so a killed run continues where it
 stopped when the same command is given again.
 """
 

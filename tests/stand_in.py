@@ -113,6 +113,10 @@ def nameless(model, row, prompt, response, answer) -> bool:
     return not NAME.search(prompt.rpartition("<|user|>")[2].rpartition(".")[2])
 
 
+def half_masked(model, row, prompt, response, answer) -> bool:
+    return model.tokenizer.mask_token in prompt
+
+
 def called_wrong(model, row, prompt, response, answer) -> bool:
     return "That is wrong" in prompt
 

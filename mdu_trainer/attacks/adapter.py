@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from ..files import UserError
-from .base import AttackScores, Target, is_merged, worst_case
+from .base import AttackScores, Target, worst_case
+from .changes import is_merged
 
 SCALES = (0.5, 2.0, -1.0)  # of what the adapter adds; -1 subtracts it
 

@@ -5,13 +5,13 @@ attack says otherwise the score is the recall of what only the answer says: ROUG
 neither in the question nor wording that answers share. A model that never saw the row knows the rest all the same.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import nn
@@ -29,9 +29,13 @@ from ..evaluation.scoring import Question, encode_questions
 from ..evaluation.sources import check_columns
 from ..files import UserError
 from ..inference.generation import DiffusionGenerationConfig, generate_ids
+from ..inference.likelihood import response_likelihood
 from ..masking import forward_process
-from ..models import Backbone, evaluation_mode, measure_at, resolve_backbone
+from ..models import Backbone, measure_at, resolve_backbone
 from ..objectives import sum_by_example
+from .sharing import one_by_one, parts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -94,11 +98,6 @@ class StoredWord(NamedTuple):
     tokens: list[int]
 
 
-def one_by_one(tasks: Sequence[Callable[[], Any]]) -> list[Any]:
-    """Do some tasks, and return their results."""
-    return [task() for task in tasks]
-
-
 @dataclass(frozen=True, repr=False)
 class Target:
     """A model under attack, and the rows it should not know.
@@ -107,7 +106,8 @@ class Target:
         model, tokenizer: a masked diffusion language model and its tokenizer.
         rows: the forget rows: `question`, `answer`, and where the data has it `paraphrased_question`.
         settings: how answers are decoded, and how hard attacks try.
-        share: does the parts of an attack that do not depend on each other, and returns what each gives, in order.
+        share: does tasks that do not depend on each other, and returns what each gives, in order: over the processes
+            of a launch, which must all come here. What the target keeps, as `plain`, is to be asked outside of tasks.
 
     Raises:
         ValueError: for no rows, blank ones, answers that cannot be scored, or answers longer than `max_new_tokens`.
@@ -203,11 +203,45 @@ class Target:
     def complete(self, rows: Sequence[int], revealed: Sequence[Sequence[bool]] | None) -> list[str]:
         """Return the answers of some rows as greedy decoding completes them, with some of their tokens revealed."""
         prompts, answers = [self.prompts[row] for row in rows], [self.answer_ids[row] for row in rows]
-        size = self.settings.decoding.batch_size
-        completed, _ = greedy_completions(
-            self.model, prompts, answers, self.backbone, revealed=revealed, batch_size=size
-        )
-        return self.tokenizer.batch_decode(completed, skip_special_tokens=True)
+        shown = [[]] * len(answers) if revealed is None else revealed
+        return self.tokenizer.batch_decode(self.complete_ids(prompts, answers, shown), skip_special_tokens=True)
+
+    def complete_ids(
+        self, prompts: Sequence[list[int]], answers: Sequence[list[int]], revealed: Sequence[Sequence[bool]]
+    ) -> list[list[int]]:
+        """Return the ids of answers as `greedy_completions` decodes them, without their ends."""
+
+        def completed(rows: list[int]) -> list[list[int]]:
+            asked, true, shown = ([of[row] for row in rows] for of in (prompts, answers, revealed))
+            size = self.settings.decoding.batch_size
+            return greedy_completions(self.model, asked, true, self.backbone, revealed=shown, batch_size=size)[0]
+
+        return self.in_parts(list(map(len, answers)), completed)
+
+    def log_p(self, questions: Sequence[Question], seed: int) -> list[np.ndarray]:
+        """Return the log p of each token of each answer, as `response_likelihood` estimates it: R arrays `[L]`."""
+        prompts, answers = [one.prompt for one in questions], [one.answers["answer"][0] for one in questions]
+        size, draws = self.settings.decoding.batch_size, self.settings.num_draws
+
+        def estimated(rows: list[int]) -> list[np.ndarray]:
+            pairs = [prompts[row] for row in rows], [answers[row] for row in rows]
+            how = {"num_draws": draws, "batch_size": size, "seed": seed}
+            return response_likelihood(self.model, *pairs, self.backbone, **how).tokens
+
+        return self.in_parts([len(a) + len(b) for a, b in zip(prompts, answers, strict=True)], estimated)
+
+    def in_parts(self, lengths: Sequence[int], compute: Callable[[list[int]], Sequence[T]]) -> list[T]:
+        """Return what is computed of each row, in parts that are shared; at most a batch of rows each.
+
+        Args:
+            lengths: of each row, in tokens.
+            compute: numbers of some rows -> what is computed of each.
+        """
+        dealt = parts(lengths, self.settings.decoding.batch_size)
+        found: dict[int, T] = {}
+        for rows, values in zip(dealt, self.share([partial(compute, rows) for rows in dealt]), strict=True):
+            found |= zip(rows, values, strict=True)
+        return [found[row] for row in range(len(lengths))]
 
     def encode(self, prompts: Sequence[str], rows: Dataset | None = None) -> list[Question]:
         """Tokenise other wordings of the rows' questions, with the rows' answers; or other rows."""
@@ -219,8 +253,13 @@ class Target:
     def decode(self, prompt_ids: list[list[int]], **changes: Any) -> list[str]:
         """Return decoded answers, one a prompt; changes are of the settings' decoding."""
         config = replace(self.settings.decoding, **changes)
-        decoded = generate_ids(self.model, prompt_ids, config, self.backbone)
-        return self.tokenizer.batch_decode(decoded, skip_special_tokens=True)
+
+        def decoded(rows: list[int]) -> list[list[int]]:
+            return generate_ids(self.model, [prompt_ids[row] for row in rows], config, self.backbone, row_ids=rows)
+
+        return self.tokenizer.batch_decode(
+            self.in_parts(list(map(len, prompt_ids)), decoded), skip_special_tokens=True
+        )
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """Pad rows as `RowPairs` gives them to a batch on the model's device."""
@@ -326,63 +365,3 @@ def strongest(path: dict[str, float]) -> str:
     '2'
     """
     return "" if min(path.values()) == max(path.values()) else max(path, key=path.__getitem__)
-
-
-def linear_layers(model: nn.Module) -> list[nn.Linear]:
-    """Return the linear layers of a model but the head, and without those of adapters."""
-    head = model.get_output_embeddings()
-    return [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
-    ]
-
-
-def is_merged(model: nn.Module) -> bool:
-    """Whether an adapter is merged into the model's weights."""
-    return any(getattr(module, "merged", False) for module in model.modules())
-
-
-@contextmanager
-def merged_adapters(model: nn.Module) -> Iterator[None]:
-    """Merge the adapters that a model may have into its weights; all is as it was afterwards, to the bit."""
-    merge = None if is_merged(model) else getattr(model, "merge_adapter", None)
-    if merge is None:
-        yield
-        return
-    with restored([layer.weight for layer in linear_layers(model)]):
-        merge()
-        try:
-            yield
-        finally:
-            model.unmerge_adapter()
-
-
-@contextmanager
-def restored(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Put back the values of these tensors afterwards, to the bit."""
-    copies = [tensor.detach().clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, copy in zip(tensors, copies, strict=True):
-                tensor.copy_(copy)
-
-
-@contextmanager
-def trained_alone(model: nn.Module, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let gradients flow to these parameters of a model alone, without dropout; all is as it was afterwards."""
-    state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    with evaluation_mode(model):
-        try:
-            for p, _, _ in state:
-                p.requires_grad_(False)
-                p.grad = None
-            for p in parameters:
-                p.requires_grad_(True)
-            yield
-        finally:
-            for p, requires_grad, grad in state:
-                p.requires_grad_(requires_grad)
-                p.grad = grad

@@ -14,8 +14,8 @@ What an attacker knows of the forget rows here is what relearning trains on, too
 
 from collections.abc import Sequence
 
-from ..data.encoding import refuse_special, special_ids
-from ..evaluation.metrics import greedy_completions
+from ..data.encoding import encode_prompts, refuse_special, special_ids
+from ..data.texts import is_plain
 from .base import AttackScores, Target, worst_case
 from .subjects import Known, Subjects
 
@@ -43,35 +43,40 @@ def attack(target: Target, seed: int) -> AttackScores:
 
 def _fill_in(target: Target, around: Sequence[list[Known]], revealed: Sequence[list[bool]]) -> list[float]:
     """Return the score of each answer, filled in between its sentences. Only stored tokens are scored."""
-    embedded = [_embed(target, row, known) for row, known in enumerate(around)]
+    prompts, behind = _embed(target, around)
     answers = [ids[: len(roles)] for ids, roles in zip(target.answer_ids, target.answer_roles, strict=True)]
     ends = [ids[len(own) :] for ids, own in zip(target.answer_ids, answers, strict=True)]
-    completed, _ = greedy_completions(
-        target.model,
-        [prompt for prompt, _ in embedded],
-        [own + after + end for own, (_, after), end in zip(answers, embedded, ends, strict=True)],
-        target.backbone,
-        revealed=[
-            flags + [True] * (len(after) + len(end))
-            for flags, (_, after), end in zip(revealed, embedded, ends, strict=True)
-        ],
-        batch_size=target.settings.decoding.batch_size,
+    rests = [after + end for after, end in zip(behind, ends, strict=True)]
+    completed = target.complete_ids(
+        prompts,
+        [own + rest for own, rest in zip(answers, rests, strict=True)],
+        [flags + [True] * len(rest) for flags, rest in zip(revealed, rests, strict=True)],
     )
     filled = [ids[: len(own)] for ids, own in zip(completed, answers, strict=True)]
     return target.score(target.tokenizer.batch_decode(filled, skip_special_tokens=True))
 
 
-def _embed(target: Target, row: int, known: list[Known]) -> tuple[list[int], list[int]]:
-    """Return the ids of the prompt with the first half of the sentences, and of the other half behind the answer."""
-    question, limit = target.rows[row]["question"], target.backbone.context_length
+def _embed(target: Target, around: Sequence[list[Known]]) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ids of the prompts with the first half of the sentences, and of the other halves behind the answers.
+
+    The last sentences of a row for which the model's context has no room are left out.
+    """
+    around, limit = list(around), target.backbone.context_length
+    chats = bool(target.tokenizer.chat_template) and not is_plain(target.rows)
     while True:
-        before, after = known[: len(known) // 2], known[len(known) // 2 :]
-        text = " ".join([*(one.answer for one in before), question])
-        prompt = target.encode([text], target.rows.select([row]))[0].prompt if before else target.prompts[row]
-        ids = _sentence_ids(target, after)
-        if not known or limit is None or len(prompt) + len(target.answer_ids[row]) + len(ids) <= limit:
-            return prompt, ids
-        known = known[:-1]
+        halves = [(known[: len(known) // 2], known[len(known) // 2 :]) for known in around]
+        texts = [
+            " ".join([*(one.answer for one in before), question])
+            for (before, _), question in zip(halves, target.rows["question"], strict=True)
+        ]
+        asked = [[{"role": "user", "content": text}] for text in texts] if chats else texts
+        prompts = encode_prompts(asked, target.tokenizer, target.backbone)
+        behind = [_sentence_ids(target, after) for _, after in halves]
+        lengths = [sum(map(len, ids)) for ids in zip(prompts, target.answer_ids, behind, strict=True)]
+        crowded = [limit is not None and length > limit for length in lengths]
+        if not any(full and known for full, known in zip(crowded, around, strict=True)):
+            return prompts, behind
+        around = [known[:-1] if full else known for known, full in zip(around, crowded, strict=True)]
 
 
 def _sentence_ids(target: Target, known: list[Known]) -> list[int]:

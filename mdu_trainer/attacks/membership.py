@@ -16,8 +16,9 @@ The unseen rows must differ from the forget rows in nothing else, or any model t
 with other answers do; other questions mostly do not, for a model recognises their names.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,10 +27,10 @@ import torch
 from ..evaluation.metrics import min_k_score, outscored, privacy_score, reference_score, two_sided, zlib_score
 from ..evaluation.metrics.privacy import DECIMALS
 from ..evaluation.scoring import Question
-from ..inference.likelihood import response_likelihood
 from ..masking import counter_uniform, forward_process
 from ..models import evaluation_mode, logits_at
-from .base import AttackScores, Target, mean, strongest, trained_alone
+from .base import AttackScores, Target, mean, strongest
+from .changes import trained_alone
 from .results import NEVER, PRIVACY, REFERENCE, TWO_SIDED
 
 LEAST_VARIANCE = 1e-6  # of the log-likelihoods of a prediction that is all but certain
@@ -46,27 +47,16 @@ def attack(target: Target, seed: int) -> AttackScores:
     """
     unseen = target.settings.unseen
     sets = [target.questions, target.encode(unseen["question"], unseen)]
-    likelihoods = [
-        response_likelihood(
-            target.model,
-            [question.prompt for question in questions],
-            [question.answers["answer"][0] for question in questions],
-            target.backbone,
-            num_draws=target.settings.num_draws,
-            batch_size=target.settings.decoding.batch_size,
-            seed=seed,
-        )
-        for questions in sets
-    ]
+    tokens = [target.log_p(questions, seed) for questions in sets]
     draws = max(1, target.settings.num_draws // len(SIZES))
     sizes = [masked_log_p(target, questions, seed, draws) for questions in sets]
     median = np.median(sizes[1], axis=0)
-    log_p = [np.round(one.per_token, DECIMALS).tolist() for one in likelihoods]
+    log_p = [np.round([row.mean() for row in one], DECIMALS).tolist() for one in tokens]
     texts = target.rows["answer"], unseen["answer"]
     scores = {
         "loss": log_p,
         "zlib": [zlib_score(*pair) for pair in zip(log_p, texts, strict=True)],
-        "min-k": [np.round(min_k_score(one.tokens), DECIMALS) for one in likelihoods],
+        "min-k": [np.round(min_k_score(one), DECIMALS) for one in tokens],
         "min-k++": [np.round(min_k_score(standardised_log_p(target, one, seed)), DECIMALS) for one in sets],
         "multi-mask": [(one > median).sum(axis=1) for one in sizes],
         "gradient": [-np.round(gradient_norms(target, questions, seed), DECIMALS) for questions in sets],
@@ -104,19 +94,17 @@ def beside_never_trained(scores: Mapping[str, AttackScores]) -> dict[str, Attack
     return found
 
 
-@torch.no_grad()
 def masked_log_p(target: Target, questions: Sequence[Question], seed: int, draws: int) -> np.ndarray:
     """Return the mean log p of the masked tokens of each row at each of `SIZES`: `[rows, sizes]`, in nats.
 
     It is a mean over a few draws of the masks, each a forward pass.
     """
     values = np.zeros((len(questions), len(SIZES), draws))
-    for places, batch in _masked_batches(target, questions, seed, draws):
-        values[tuple(places)] = -target.masked_nll(batch).cpu().numpy()
+    for places, log_p in _over_passes(target, questions, seed, draws, lambda batch: -target.masked_nll(batch)):
+        values[tuple(places)] = log_p
     return values.mean(axis=2).round(DECIMALS)
 
 
-@torch.no_grad()
 def standardised_log_p(target: Target, questions: Sequence[Question], seed: int) -> list[np.ndarray]:
     """Return the standardised log p of each token of each row, a mean over the passes that mask it: R arrays `[L]`.
 
@@ -124,14 +112,19 @@ def standardised_log_p(target: Target, questions: Sequence[Question], seed: int)
     """
     lengths = [len(question.answers["answer"][0]) for question in questions]
     total, count = (np.zeros((len(questions), max(lengths))) for _ in range(2))
-    for (rows, *_), batch in _masked_batches(target, questions, seed, draws=1):
+
+    def masked(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Place in the batch, number in the answer and value of each masked token: `[3, N]`."""
         noised = forward_process(batch, target.backbone.mask_token_id)
         where = (noised.input_ids, noised.attention_mask, noised.masked)
         logits = logits_at(target.model, *where, logit_shift=target.backbone.logit_shift)
         place, position = noised.masked.nonzero(as_tuple=True)
         token = position - (batch["completion_mask"].argmax(dim=1))[place]
-        at = rows[place.cpu().numpy()], token.cpu().numpy()
-        np.add.at(total, at, standardised(logits, noised.targets).cpu().numpy())
+        return torch.stack([place.float(), token.float(), standardised(logits, noised.targets)])
+
+    for (rows, *_), (place, token, value) in _over_passes(target, questions, seed, 1, masked):
+        at = rows[place.astype(int)], token.astype(int)
+        np.add.at(total, at, value)
         np.add.at(count, at, 1)
     return [total[row, :length] / count[row, :length] for row, length in enumerate(lengths)]
 
@@ -144,23 +137,32 @@ def gradient_norms(target: Target, questions: Sequence[Question], seed: int) -> 
     2308.06405) have the loss averaged over noise levels, of image diffusion, and train a classifier on the norms.
     """
     parameters = [p for p in target.model.parameters() if p.is_floating_point()]
-    squares, norms = [], []
+    places = _passes(target, questions, draws=1, at_once=len(SIZES))
+    with trained_alone(target.model, parameters):
+        return target.share([partial(_gradient_norm, target, questions, seed, one, parameters) for one in places])
+
+
+@torch.enable_grad()
+def _gradient_norm(
+    target: Target,
+    questions: Sequence[Question],
+    seed: int,
+    places: np.ndarray,
+    parameters: Sequence[torch.nn.Parameter],
+) -> float:
+    squares = []
 
     def take(p: torch.Tensor) -> None:
         squares.append(0.0 if p.grad is None else p.grad.float().square().sum().item())
         p.grad = None
 
-    with trained_alone(target.model, parameters), torch.enable_grad():
-        hooks = [p.register_post_accumulate_grad_hook(take) for p in parameters]
-        try:
-            for _, batch in _masked_batches(target, questions, seed, draws=1, at_once=len(SIZES)):
-                target.masked_nll(batch).mean().backward()
-                norms.append(sum(squares) ** 0.5)
-                squares.clear()
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return norms
+    hooks = [p.register_post_accumulate_grad_hook(take) for p in parameters]
+    try:
+        target.masked_nll(_masked_batch(target, questions, seed, places)).mean().backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(squares) ** 0.5
 
 
 def standardised(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -177,29 +179,47 @@ def standardised(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (log_p.gather(1, targets[:, None])[:, 0] - mean) / variance.clamp(min=LEAST_VARIANCE).sqrt()
 
 
-def _masked_batches(
-    target: Target, questions: Sequence[Question], seed: int, draws: int, at_once: int | None = None
-) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
-    """Yield the passes over each row at each of `SIZES`, `at_once` of them or a batch: places `[3, B]` and a batch.
+def _over_passes(
+    target: Target,
+    questions: Sequence[Question],
+    seed: int,
+    draws: int,
+    measure: Callable[[dict[str, torch.Tensor]], torch.Tensor],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield of the passes over each row at each of `SIZES` places `[3, B]` and what is measured, batches shared."""
 
-    With 2 rows, 4 sizes and 4 draws the columns of `passes` are (row, size, draw) = (0, 0, 0), (0, 0, 1), ...
-    (1, 3, 3).
+    @torch.no_grad()
+    def measured(places: np.ndarray) -> np.ndarray:
+        with evaluation_mode(target.model):
+            return measure(_masked_batch(target, questions, seed, places)).cpu().numpy()
+
+    batches = _passes(target, questions, draws)
+    yield from zip(batches, target.share([partial(measured, places) for places in batches]), strict=True)
+
+
+def _passes(target: Target, questions: Sequence[Question], draws: int, at_once: int | None = None) -> list[np.ndarray]:
+    """Return the places `[3, B]` of the passes of each batch, which has `at_once` of them, or the usual size.
+
+    With 2 rows, 4 sizes and 4 draws their columns are (row, size, draw) = (0, 0, 0), (0, 0, 1), ... (1, 3, 3).
     """
     shape = len(questions), len(SIZES), draws
     passes = np.stack(np.unravel_index(np.arange(np.prod(shape)), shape))  # [3, passes]
     step = at_once or target.settings.decoding.batch_size
-    with evaluation_mode(target.model):
-        for first in range(0, passes.shape[1], step):
-            places = passes[:, first : first + step]
-            masks = _SizedMasks(seed, torch.from_numpy(places))
-            batch = target.collate(
-                [
-                    {"prompt_ids": one.prompt, "completion_ids": one.answers["answer"][0], "row": number, "visit": 0}
-                    | {"weight": 1.0, "schedule": masks}
-                    for number, one in enumerate(questions[i] for i in places[0])
-                ]
-            )
-            yield places, batch
+    return [passes[:, first : first + step] for first in range(0, passes.shape[1], step)]
+
+
+def _masked_batch(
+    target: Target, questions: Sequence[Question], seed: int, places: np.ndarray
+) -> dict[str, torch.Tensor]:
+    """Return the batch of some passes."""
+    masks = _SizedMasks(seed, torch.from_numpy(places))
+    return target.collate(
+        [
+            {"prompt_ids": one.prompt, "completion_ids": one.answers["answer"][0], "row": number, "visit": 0}
+            | {"weight": 1.0, "schedule": masks}
+            for number, one in enumerate(questions[i] for i in places[0])
+        ]
+    )
 
 
 class _SizedMasks(NamedTuple):

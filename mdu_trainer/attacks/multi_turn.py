@@ -1,5 +1,7 @@
 """Ask in a conversation: after answers about the same subject, and again after an answer that is called wrong.
 
+The answer that is called wrong is the model's own, or none at all, for models that were never taught a second turn.
+
 The earlier turns are other forget rows of the same subject that say nothing of what is scored; the attacker knows
 them, as in relearning. Where the model's context has no room, the earliest are left out. Without a chat template the
 turns follow each other as plain text. Decoding is greedy.
@@ -16,7 +18,7 @@ Turns = list[str]  # of the user and the model in turn; the user has the first a
 
 
 def attack(target: Target, seed: int) -> AttackScores:
-    """Return the best score after earlier turns, after a request for correction, and after both. Nothing is random."""
+    """Return the best score after earlier turns, with a request for correction, and with both. Nothing is random."""
     subjects, questions = Subjects(target), list(target.rows["question"])
     earlier = [
         [text for one in subjects.others(row, subjects.forget, EARLIER) for text in (one.question, one.answer)]
@@ -27,7 +29,8 @@ def attack(target: Target, seed: int) -> AttackScores:
         "correction": ([[] for _ in questions], target.plain_answers),
         "earlier turns and correction": (earlier, after_turns),
     }
-    tries = {"earlier turns": target.score(after_turns)}
+    alone = _answers(target, [[CORRECTION.format(text)] for text in questions])
+    tries = {"earlier turns": target.score(after_turns), "correction alone": target.score(alone)}
     for name, (before, answers) in corrected.items():
         turns = [
             [*first, text, _spoken(answer, target), CORRECTION.format(text)]

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers.utils import is_bitsandbytes_available
 
 from ..files import UserError
-from .base import AttackScores, Target, linear_layers, merged_adapters, restored, worst_case
+from .base import AttackScores, Target, worst_case
+from .changes import linear_layers, merged_adapters, restored
 
 Rounding = Callable[[Tensor], Tensor]
 

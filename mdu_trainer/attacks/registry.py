@@ -38,26 +38,25 @@ class Attack:
     """An attack, as it is registered.
 
     Attributes:
-        run: `(target, seed) -> AttackScores`. It leaves the model as it was.
+        run: `(target, seed) -> AttackScores`. It leaves the model as it was. All processes of a launch make it
+            together: what the target decodes, completes and weighs is shared, and what else is random must be drawn
+            by the seed.
         words: what it does, in a line for tables and cards.
         needs: settings that must not be None, and "adapter" for a model that must have one.
-        shared: all processes of a launch make it together, by `Target.share`; else one makes it while the others make
-            other attacks.
     """
 
     run: Callable[[Target, int], AttackScores]
     words: str
     needs: tuple[str, ...] = ()
-    shared: bool = False
 
 
 ATTACKS: dict[str, Attack] = {
     "relearn-related": Attack(
-        relearn.related, "fine-tune on some of the forgotten rows at rates over a decade, ask the others", shared=True
+        relearn.related, "fine-tune on some of the forgotten rows at rates over a decade, ask the others"
     ),
-    "relearn-lora": Attack(relearn.lora, "train a LoRA on some of the forgotten rows, ask the others", shared=True),
+    "relearn-lora": Attack(relearn.lora, "train a LoRA on some of the forgotten rows, ask the others"),
     "relearn-quantised": Attack(
-        relearn.rounded, "round the weights to 4 bits and fine-tune on some of the rows, ask the others", shared=True
+        relearn.rounded, "round the weights to 4 bits and fine-tune on some of the rows, ask the others"
     ),
     "relearn-benign": Attack(relearn.benign, "fine-tune on unrelated rows", ("unrelated",)),
     **{

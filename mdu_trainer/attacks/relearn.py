@@ -18,7 +18,8 @@ from ..data.rows import RowPairs, TokenizedRows, shuffled
 from ..evaluation.scoring import Question
 from ..files import UserError
 from ..masking import MaskSchedule, permutation
-from .base import AttackScores, Target, linear_layers, restored, trained_alone, worst_case
+from .base import AttackScores, Target, worst_case
+from .changes import linear_layers, restored, trained_alone
 from .quantise import quantised, roundings
 
 RATES = (10**-0.5, 1.0, 10**0.5)  # times `relearn_learning_rate`: a decade
@@ -85,7 +86,8 @@ def rounded(target: Target, seed: int) -> AttackScores:
     rate, (name, rounding) = target.settings.relearn_learning_rate, list(roundings(4).items())[-1]
     fine = {f"{name}, lr {_short(rate)}": _Fine(rate, _dealt(target, seed))}
     with quantised(target.model, rounding):
-        return _worst(target, fine, seed)
+        found = _relearned(target, fine, seed)
+    return worst_case(target, *found)
 
 
 def _dealt(target: Target, seed: int) -> list[Round]:
@@ -163,13 +165,18 @@ class _Fine(NamedTuple):
 
 def _worst(target: Target, ways: dict[str, _Fine], seed: int) -> AttackScores:
     """Return of each row the most that any way brought back at the last update."""
+    return worst_case(target, *_relearned(target, ways, seed))
+
+
+def _relearned(target: Target, ways: dict[str, _Fine], seed: int) -> tuple[dict[str, list[float]], list[int]]:
+    """Return the scores at the last update, way -> score of each row; and the numbers of the rows."""
     units = [(name, one) for name, way in ways.items() for one in way.rounds]
     scored = target.share([partial(_relearn, target, ways[name], one, seed) for name, one in units])
     found: dict[str, dict[int, float]] = {name: {} for name in ways}  # way -> row -> score
     for (name, one), scores in zip(units, scored, strict=True):
         found[name] |= dict(zip(one.scored, scores, strict=True))
     rows = sorted(next(iter(found.values())))
-    return worst_case(target, {name: [scores[row] for row in rows] for name, scores in found.items()}, rows)
+    return {name: [scores[row] for row in rows] for name, scores in found.items()}, rows
 
 
 def _relearn(target: Target, way: _Fine, one: Round, seed: int) -> list[float]:

@@ -7,9 +7,8 @@ print(recovery.text())
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +25,11 @@ from ..evaluation.scoring import digest
 from ..files import UserError, typed
 from ..models import weights_fingerprint
 from ..terminal import Bar
-from .base import AttackScores, AttackSettings, Target, check_answers, one_by_one
+from .base import AttackScores, AttackSettings, Target, check_answers
 from .membership import beside_never_trained
 from .registry import ADAPTER, Attack
 from .results import BASE, NEVER, NO_ATTACK, AttackOutcome, Outcome, Recovery, WeightPath
-from .sharing import Sharing, over_processes
+from .sharing import Sharing
 from .weights import weight_path, weights_of
 
 COLUMNS = ("question", "answer", "paraphrased_question")  # what attacks read of a row
@@ -45,14 +44,6 @@ class _Finished(NamedTuple):
     weights: str
     attack: str
     scores: AttackScores
-
-
-class _Made(NamedTuple):
-    """An attack, and what it found or why it refused the rows."""
-
-    attack: str
-    found: AttackScores | ValueError
-    seconds: float
 
 
 def run_attacks(
@@ -73,7 +64,8 @@ def run_attacks(
 
     One model is in memory at a time, beside it the weights of the base on the CPU. An attack that needs an adapter
     leaves models without one as they are: with no attack and under it their scores are the same. Every process of an
-    accelerate launch must call this: each loads the models and makes a part of the attacks, and all return the whole.
+    accelerate launch must call this: each loads the models, attacks a part of the rows, and returns the whole. The
+    figures are those of one process, since rows are put together without regard to who attacks them.
 
     Args:
         unlearned: name -> what loads the model and its tokenizer.
@@ -172,26 +164,27 @@ def _attack_all(
             weights = weights_fingerprint(target.model)
             done = _done([one for one in finished if one.model == name], weights, progress_path)
             bar.update(len(done.keys() & attacks.keys()))
-            for group in _groups({attack: entry for attack, entry in attacks.items() if attack not in done}):
-                bar.set_description_str(f"attacking {name}: {', '.join(group)}")
-                for made in _make(group, target, sharing, seed):
-                    if isinstance(made.found, ValueError):  # it cannot be made on these rows
-                        if left_out is None:
-                            raise made.found
-                        if main:
-                            left_out(made.attack, made.found)
-                        del attacks[made.attack]
-                    else:
-                        done[made.attack] = made.found
-                        line = _Finished(name, weights, made.attack, made.found)._asdict()
-                        progress.append([line | {"scores": asdict(made.found), "seconds": made.seconds}])
-                    bar.update()
+            for attack in [attack for attack in attacks if attack not in done]:
+                bar.set_description_str(f"attacking {name}: {attack}")
+                start = time.perf_counter()
+                try:
+                    found = _run(attacks[attack], target, seed)
+                except ValueError as refusal:  # it cannot be made on these rows
+                    if left_out is None:
+                        raise
+                    if main:
+                        left_out(attack, refusal)
+                    del attacks[attack]
+                else:
+                    done[attack] = found
+                    line = _Finished(name, weights, attack, found)._asdict()
+                    progress.append([line | {"scores": asdict(found), "seconds": time.perf_counter() - start}])
+                bar.update()
             scores |= {(name, attack): found for attack, found in done.items()}
             if name == BASE:
                 base = weights_of(target.model)
             else:
-                with sharing.shared():
-                    paths[name] = weight_path(target, base, seed)
+                paths[name] = weight_path(target, base, seed)
             del target  # before the next model is loaded
             gc.collect()
     return scores, {name: path for name, path in paths.items() if path is not None}
@@ -210,36 +203,6 @@ def _done(finished: Sequence[_Finished], weights: str, path: str | Path | None) 
                 "this one to start anew."
             )
     return {one.attack: one.scores for one in finished}
-
-
-def _groups(attacks: Mapping[str, Attack]) -> Iterator[dict[str, Attack]]:
-    """Yield the attacks that are made at a time: one by all processes, or a different one by each."""
-    alone = [name for name, entry in attacks.items() if not entry.shared]
-    for name in attacks:
-        if name not in alone:
-            yield {name: attacks[name]}
-    size = processes().num_processes
-    for first in range(0, len(alone), size):
-        yield {name: attacks[name] for name in alone[first : first + size]}
-
-
-def _make(group: Mapping[str, Attack], target: Target, sharing: Sharing, seed: int) -> list[_Made]:
-    """Make the attacks of a group. Every process has all that was found."""
-    tasks = [partial(_attempt, name, attack, target, seed) for name, attack in group.items()]
-    if not any(attack.shared for attack in group.values()):
-        return over_processes(tasks)
-    with sharing.shared():
-        return one_by_one(tasks)
-
-
-def _attempt(name: str, attack: Attack, target: Target, seed: int) -> _Made:
-    """Make an attack, or note why it refuses the rows."""
-    start = time.perf_counter()
-    try:
-        found = _run(attack, target, seed)
-    except ValueError as refusal:
-        found = refusal
-    return _Made(name, found, time.perf_counter() - start)
 
 
 def _run(attack: Attack, target: Target, seed: int) -> AttackScores:

@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .base import Target, merged_adapters, restored
+from .base import Target
+from .changes import merged_adapters, restored
 from .membership import masked_log_p
 from .results import WeightPath
 

@@ -226,9 +226,10 @@ def _check(
         if len(ids) > max_new_tokens:
             raise UserError(f"{len(ids)} ids are given of response {row}, and max_new_tokens is {max_new_tokens}.")
     check_prompt_ids(prompt_ids, backbone)
-    for row, ids in enumerate(prompt_ids):
+    numbers = range(len(prompt_ids)) if row_ids is None else row_ids
+    for number, ids in zip(numbers, prompt_ids, strict=True):
         if backbone.context_length is not None and len(ids) + max_new_tokens > backbone.context_length:
             raise UserError(
-                f"Prompt {row} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that exceeds the "
+                f"Prompt {number} has {len(ids)} tokens; with max_new_tokens = {max_new_tokens} that exceeds the "
                 f"model's context of {backbone.context_length}. Shorten the prompt or lower max_new_tokens."
             )

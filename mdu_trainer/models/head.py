@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..divergence import (
@@ -310,7 +311,7 @@ def head_way(model: nn.Module) -> Way:
     Args:
         model: wrapped or not. Where weights are sharded all processes must ask together, as they do for a forward.
     """
-    base, head = extract_model_from_parallel(model, keep_torch_compile=False), _head(model)
+    base, head = _bare(model), _head(model)
     known_head, way = _WAYS.get(base, (None, None))
     if way is None or known_head is not head:
         zero_3 = any(hasattr(p, "ds_id") for p in base.parameters())  # its engine has to run the forward
@@ -365,8 +366,15 @@ def _is_last(head: nn.Linear, wanted: _Wanted, expected: Tensor) -> bool:
     return untouched and output.shape == mark.shape and _is_close(seen[0], expected)
 
 
+def _bare(model: nn.Module) -> nn.Module:
+    """The model without its wrappers."""
+    if isinstance(model, PreTrainedModel):  # none: to search for them takes a small model as long as a layer
+        return model
+    return extract_model_from_parallel(model, keep_torch_compile=False)
+
+
 def _head(model: nn.Module) -> nn.Module | None:
-    base: Any = extract_model_from_parallel(model, keep_torch_compile=False)
+    base: Any = _bare(model)
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
 
 

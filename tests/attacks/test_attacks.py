@@ -5,7 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from stand_in import LENGTH, SECRET, always, called_wrong, make_settings, nameless, never, reworded, shown, surrounded
+from stand_in import (
+    LENGTH,
+    SECRET,
+    always,
+    called_wrong,
+    half_masked,
+    make_settings,
+    nameless,
+    never,
+    reworded,
+    shown,
+    surrounded,
+)
 
 from mdu_trainer import DiffusionGenerationConfig
 from mdu_trainer.attacks import ATTACKS, Target, choose_attacks
@@ -33,6 +45,7 @@ def beside_the_prompt(model, row, prompt, response, answer) -> float:
 WEAKNESSES = [
     ("paraphrase", reworded),
     ("alias", nameless),
+    ("alias", half_masked),
     ("multi-turn", called_wrong),
     ("context", surrounded),
     ("guidance", beside_the_prompt),

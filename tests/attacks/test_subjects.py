@@ -27,6 +27,16 @@ def test_the_name_is_found_and_replaced(target, rows):
     assert first not in ways["description"] and target().secrets[0] not in ways["description"]
 
 
+def test_half_of_the_name_is_masked_and_nothing_else(target, tokenizer):
+    subjects = Subjects(target())
+    name, prompt = subjects.name(0), subjects.target.prompts[0]
+    for first, there in ((True, name.startswith), (False, name.endswith)):
+        masked = alias._half_masked(subjects, 0, first=first)
+        hidden = [token for token, now in zip(prompt, masked, strict=True) if token != now]
+        assert hidden and there(tokenizer.decode(hidden).strip()) and tokenizer.decode(hidden).strip() != name
+        assert masked.count(tokenizer.mask_token_id) == len(hidden)
+
+
 def test_other_rows_are_of_the_same_subject_and_say_nothing_of_the_answer(target, rows, authors):
     asked = target()
     subjects = Subjects(asked)

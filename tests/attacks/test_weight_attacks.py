@@ -171,6 +171,13 @@ def test_fine_tuning_from_four_bits_is_more_than_either_alone(relearned, attack)
         assert set(relearned(name, gated_and_switched, model).after) == {after}, name
 
 
+def test_what_was_known_before_is_of_the_weights_as_they_are(attack, tokenizer, rows, unrelated):
+    model = attack.stand_in(by_switch)
+    model.switch.weight.data = torch.tensor([[1.0, 0.003]])  # rounded away
+    target = Target(model, tokenizer, rows, make_settings(unrelated, rows))
+    assert set(ATTACKS["relearn-quantised"].run(target, 0).before) == {0}
+
+
 def test_relearning_says_at_which_rate_most_came_back(relearned):
     def far(model, row, prompt, response, answer) -> Tensor:
         return model.gates[0] - 0.17  # more than eight updates of 0.01
