@@ -37,7 +37,7 @@ from mdu_trainer.masking import MaskSchedule, Noised, forward_process
 from mdu_trainer.models import logits_at, measure_at
 from mdu_trainer.objectives import diffusion_bound, mean_by_example
 
-COUNTERFACTUAL: dict[str, Any] = {"anchor_input": "counterfactual", "tau": 1.0, "retain_weight": 4.0}
+COUNTERFACTUAL: dict[str, Any] = {"anchor_input": "counterfactual", "tau": 1.0, "retain_weight": 8.0}
 Batch = dict[str, Tensor]
 
 
@@ -357,7 +357,7 @@ METHODS: dict[str, Callable[[Job], None]] = {
     "counterfactual": partial(unlearn, **COUNTERFACTUAL),
     **{
         f"counterfactual-retain-{weight}": partial(unlearn, **COUNTERFACTUAL | {"retain_weight": float(weight)})
-        for weight in (1, 2, 8)
+        for weight in (1, 2, 4)
     },
     "counterfactual-distilled": partial(unlearn, **COUNTERFACTUAL, retain_loss_type="kl"),
     "counterfactual-unstruck": partial(unlearn, **COUNTERFACTUAL, strike_quantile=None),

@@ -4,7 +4,7 @@
     mdu unlearn --preset lasting ...
 
 `lasting`: the counterfactual anchor, which draws the model towards one that never saw the rows; a learning rate that
-deletes where a smaller one hides; and rows to keep that count four times, for such a rate harms them. Rate and weight
+deletes where a smaller one hides; and rows to keep that count eight times, for such a rate harms them. Rate and weight
 were found on small models of which all weights are trained (examples/benchmarks/README.md). The rate is a third of
 that with which they had learned the rows: for a large model or an adapter, begin with a third of its fine-tuning's.
 
@@ -69,7 +69,7 @@ PRESETS: dict[str, Preset] = {
             "tau": 1.0,
             "anchor_input": "counterfactual",
             "learning_rate": 1e-3,
-            "retain_weight": 4.0,
+            "retain_weight": 8.0,
         },
     ),
     "paper": Preset(
