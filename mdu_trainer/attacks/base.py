@@ -50,7 +50,7 @@ class AttackSettings:
         relearn_share: share of the forget rows that relearning trains on, but for `relearn-benign`.
         relearn_steps: updates of the fine-tuning attacks.
         relearn_learning_rate: of AdamW in the fine-tuning attacks: `relearn-related` tries a decade around it, and
-            `relearn-lora` one from it upwards.
+            `relearn-lora` takes three and ten times as much.
         relearn_batch_size: rows an update of the fine-tuning attacks.
         reveal: share of an answer's tokens that `infill` reveals.
         prefix_words: words that `prefix` reveals; characters in scripts without spaces.

@@ -54,7 +54,7 @@ ATTACKS: dict[str, Attack] = {
     "relearn-related": Attack(
         relearn.related, "fine-tune on some of the forgotten rows at rates over a decade, ask the others"
     ),
-    "relearn-lora": Attack(relearn.lora, "train a LoRA on some of the rows at rates over a decade, ask the others"),
+    "relearn-lora": Attack(relearn.lora, "train a LoRA on some of the rows at two rates, ask the others"),
     "relearn-quantised": Attack(
         relearn.rounded, "round the weights to 4 bits and fine-tune on some of the rows, ask the others"
     ),

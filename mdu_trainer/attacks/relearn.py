@@ -23,7 +23,7 @@ from .changes import linear_layers, restored, trained_alone
 from .quantise import quantised, roundings
 
 RATES = (10**-0.5, 1.0, 10**0.5)  # times `relearn_learning_rate`: a decade
-LORA_RATE = 10**0.5  # times these again: an adapter takes up to ten times the rate of all weights
+LORA_RATES = (10**0.5, 10.0)  # an adapter takes up to ten times the rate of all weights
 LORA_RANK, LORA_SCALE = 8, 2.0
 
 Trainable = Callable[[nn.Module], AbstractContextManager[list[nn.Parameter]]]
@@ -69,12 +69,12 @@ def benign(target: Target, seed: int) -> AttackScores:
 
 
 def lora(target: Target, seed: int) -> AttackScores:
-    """Fine-tune as `related` does, at rates over a decade upwards of the usual one, and train a LoRA alone.
+    """Fine-tune as `related` does, at three and ten times the learning rate, and train a LoRA alone.
 
     It is of rank 8 on all linear layers but the head, beside an adapter that the model may have. Source: Hu et al.
     (arXiv 2106.09685).
     """
-    rates = [LORA_RATE * factor * target.settings.relearn_learning_rate for factor in RATES]
+    rates = [factor * target.settings.relearn_learning_rate for factor in LORA_RATES]
     rounds, trainable = _dealt(target, seed), _lora_of(seed)
     return _worst(target, {f"lr {_short(rate)}": _Fine(rate, rounds, trainable) for rate in rates}, seed)
 
